@@ -1,0 +1,39 @@
+# Every target sets the environment up on first use; it is rebuilt only when requirements.lock or pyproject.toml change.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+PROFILE ?= mini
+
+.PHONY: help setup reproduce test unit notebooks lab bench lint clean
+
+help:
+	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets) and print the table of metrics"
+	@echo "make test        unit tests, then nbval over every notebook, then the regression of the numbers"
+	@echo "make unit        the fast part of the tests"
+	@echo "make lab         open JupyterLab on the notebooks"
+	@echo "make bench       speed and memory claims, measured side by side"
+	@echo "make lint        ruff"
+
+setup:
+	@tools/setup.sh "$(PYTHON)" "$(VENV)"
+
+reproduce: setup
+	$(RUN)/wsolnb reproduce --profile $(PROFILE)
+
+test: setup lint
+	$(RUN)/python -m pytest tests
+
+unit: setup
+	$(RUN)/python -m pytest tests -m "not slow"
+
+lab: setup
+	$(RUN)/jupyter lab --notebook-dir notebooks
+
+bench: setup
+	$(RUN)/python -m benchmarks
+
+lint: setup
+	$(RUN)/ruff check .
+
+clean:
+	rm -rf outputs/cache outputs/mini outputs/smoke outputs/pets

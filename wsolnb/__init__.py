@@ -1,0 +1,3 @@
+"""Weakly supervised localization, reproduced in notebooks: data, metrics, backbones, methods and runs."""
+
+__version__ = "0.1.0"
