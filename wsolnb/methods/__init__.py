@@ -1,0 +1,1 @@
+"""The localization methods, one module each."""

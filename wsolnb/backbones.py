@@ -1,0 +1,273 @@
+"""Feature extractors through timm, and a tap that reads the class token's attention from fused attention.
+
+A transformer here returns its patch tokens and, for every layer and head, the row of the attention matrix that belongs
+to the class token: all that TS-CAM, SCM and LocLoc need of it. The N x N matrices are never built: the row is one query
+against all keys, next to the fused attention that the forward pass runs anyway.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.layers import Attention
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from wsolnb.errors import ParameterError, WeightsError, nearest
+
+TRANSFORMERS = {
+    "deit_tiny": "deit_tiny_patch16_224.fb_in1k",
+    "deit_small": "deit_small_patch16_224.fb_in1k",
+    "deit_base": "deit_base_patch16_224.fb_in1k",
+    "vit_small": "vit_small_patch16_224.augreg_in1k",
+    "dino_small": "vit_small_patch16_224.dino",
+}
+RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k"}
+MINI = ("vit_mini", "resnet_mini")
+"""Backbones small enough to train from scratch on two CPU cores."""
+
+BACKBONES = (*TRANSFORMERS, *RESNETS, *MINI)
+
+
+class Tokens(NamedTuple):
+    """What a transformer backbone returns.
+
+    patches: (B, N, D) patch tokens after the final normalisation, N = rows * columns in row-major order.
+    class_token: (B, D) after the final normalisation.
+    attention: (B, L, heads, N) float32, the class token's softmax row of each layer without its entry for itself, so a
+        row sums to less than one.
+    """
+
+    patches: Tensor
+    class_token: Tensor
+    attention: Tensor
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by three stride-2 convolutions (patch 8): overlapping, and trainable on few images.
+
+    Takes (B, 3, H, W), returns (B, N, D); plugs into timm's VisionTransformer in place of the linear patch embedding.
+    """
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_ignored):
+        super().__init__()
+        if patch_size != 8 or img_size % 8:
+            raise ParameterError(
+                f"ConvStem was given patch {patch_size}, image {img_size}", "use patch 8 and a multiple of 8"
+            )
+        self.img_size = img_size
+        self.num_patches = (img_size // 8) ** 2
+        layers, channels = [], in_chans
+        for width in (embed_dim // 4, embed_dim // 2, embed_dim):
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed the patches of (B, 3, H, W) images."""
+        return self.layers(images).flatten(2).transpose(1, 2)
+
+
+class TransformerBackbone(nn.Module):
+    """A timm vision transformer with a class token.
+
+    dim: token width D. depth: layers L. heads: attention heads. grid: (rows, columns) of patches.
+    image_size: side of the input in pixels.
+    """
+
+    def __init__(self, vit: VisionTransformer, name: str, image_size: int, patch_size: int):
+        super().__init__()
+        _check_tappable(vit, name)
+        self.vit = vit
+        self.name, self.image_size, self.patch_size = name, image_size, patch_size
+        self.dim, self.depth = vit.embed_dim, len(vit.blocks)
+        self.heads = vit.blocks[0].attn.num_heads
+        self.grid = (image_size // patch_size, image_size // patch_size)
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Run the transformer on (B, 3, H, W) normalised images.
+
+        Raises ParameterError when the images are not of the size that the position embedding was made for.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (self.image_size, self.image_size):
+            raise ParameterError(
+                f"{self.name} was built for (B, 3, {self.image_size}, {self.image_size}) images, got "
+                f"{tuple(images.shape)}",
+                f"resize the images or build the backbone with image_size={images.shape[-1]}",
+            )
+        return forward_tapped(self.vit, images)
+
+
+def forward_tapped(vit: VisionTransformer, images: Tensor) -> Tokens:
+    """Run a timm vision transformer and return its tokens with the class token's attention rows.
+
+    The same computation as `vit.forward_features`, block by block. The tokens are equal to timm's.
+    """
+    x = vit._pos_embed(vit.patch_embed(images))
+    x = vit.norm_pre(vit.patch_drop(x))
+    rows = []
+    for block in vit.blocks:
+        mixed, row = _attend(block.attn, block.norm1(x))
+        rows.append(row)
+        x = x + block.drop_path1(block.ls1(mixed))
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    x = vit.norm(x)
+    first_patch = vit.num_prefix_tokens
+    attention = torch.stack(rows, dim=1)[..., first_patch:]
+    return Tokens(x[:, first_patch:], x[:, 0], attention)
+
+
+def _attend(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fused self-attention of (B, T, D) tokens, and the class token's row (B, heads, T) in float32."""
+    batch, tokens, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=attention.attn_drop.p if attention.training else 0.0)
+    # Outside of autocast: a softmax over hundreds of nearly equal scores loses its differences in bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        scores = (q[:, :, :1].float() * attention.scale) @ k.float().transpose(-2, -1)
+        row = scores.softmax(dim=-1).squeeze(2)
+    mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    return attention.proj_drop(attention.proj(attention.norm(mixed))), row
+
+
+def _check_tappable(vit: nn.Module, name: str) -> None:
+    if not getattr(vit, "has_class_token", False):
+        raise ParameterError(
+            f"backbone {name!r} has no class token, so there is no class-token attention to read",
+            f"use one of {', '.join([*TRANSFORMERS, 'vit_mini'])}",
+        )
+    for block in vit.blocks:
+        attention = getattr(block, "attn", None)
+        if type(attention) is not Attention or attention.gate is not None or not hasattr(block, "ls1"):
+            raise ParameterError(
+                f"backbone {name!r} has blocks that the attention tap does not know ({type(attention).__name__})",
+                f"use one of {', '.join([*TRANSFORMERS, 'vit_mini'])}",
+            )
+
+
+class ConvBackbone(nn.Module):
+    """A timm ResNet without its classifier, with a final map of stride 8 or 16.
+
+    dim: channels of the final map. stride: pixels per cell of the final map.
+    """
+
+    def __init__(self, resnet: ResNet, name: str, stride: int):
+        super().__init__()
+        resnet.reset_classifier(0, "")
+        self.resnet = resnet
+        self.name, self.stride, self.dim = name, stride, resnet.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the final feature map (B, dim, H / stride, W / stride) of (B, 3, H, W) normalised images."""
+        return self.resnet.forward_features(images)
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
+    output_stride: int = 16,
+    drop_path: float = 0.0,
+) -> TransformerBackbone | ConvBackbone:
+    """Build a backbone by its short name (`BACKBONES`).
+
+    pretrained: load the published weights through timm (from its cache, else from the network).
+    checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
+    image_size: side of the input; default 224, for the mini ones 112. Position embeddings are resized to it.
+    output_stride: stride of a ResNet's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
+
+    Raises ParameterError for unknown names, WeightsError when weights are missing or do not fit.
+    """
+    if name not in BACKBONES:
+        raise ParameterError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}", f"one of {', '.join(BACKBONES)}")
+    if pretrained and checkpoint:
+        raise ParameterError("both pretrained=True and a checkpoint were given", "choose one")
+    if pretrained and name in MINI:
+        raise WeightsError(f"there are no pretrained weights of {name!r}", "train it from scratch: pretrained=False")
+    if name in RESNETS or name == "resnet_mini":
+        if name == "resnet_mini":
+            widths = (32, 64, 128, 256)
+            model = ResNet(BasicBlock, (1, 1, 1, 1), channels=widths, stem_width=32, output_stride=output_stride)
+        else:
+            model = _timm_model(RESNETS[name], pretrained, output_stride=output_stride)
+        backbone = ConvBackbone(model, name, output_stride)
+    elif name == "vit_mini":
+        size = image_size or 112
+        model = VisionTransformer(
+            img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=0, global_pool="token",
+            embed_layer=ConvStem, drop_path_rate=drop_path,
+        )  # fmt: skip
+        backbone = TransformerBackbone(model, name, size, 8)
+    else:
+        size = image_size or 224
+        model = _timm_model(TRANSFORMERS[name], pretrained, num_classes=0, img_size=size, drop_path_rate=drop_path)
+        backbone = TransformerBackbone(model, name, size, 16)
+    if checkpoint:
+        load_weights(model, checkpoint)
+    return backbone
+
+
+def _timm_model(timm_name: str, pretrained: bool, **options) -> nn.Module:
+    try:
+        return timm.create_model(timm_name, pretrained=pretrained, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        # timm reports an unreachable hub, a missing file and a full disk through many exception types.
+        raise WeightsError(
+            f"the pretrained weights {timm_name!r} could not be loaded: {str(error).splitlines()[0]}",
+            f"on a machine with network run: python -c \"import timm; timm.create_model('{timm_name}', "
+            f'pretrained=True)" and copy its Hugging Face cache (HF_HOME) here; or download model.safetensors of '
+            f"https://huggingface.co/timm/{timm_name} and give its path as the checkpoint",
+        ) from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a local state dict into `model`; classifier heads that it does not have are left out.
+
+    Raises WeightsError when the file is missing, damaged, or misses or changes the shape of a tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint at {path}", "check the path; .safetensors, .pth and .pt files are read")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"cannot read weights from {path}: {type(error).__name__}: {error}",
+            "download it again; pickled objects other than tensors are refused",
+        ) from error
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or reshaped:
+        name = (missing or reshaped)[0]
+        told = "misses it" if missing else f"has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        raise WeightsError(
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(reshaped)} of another shape; "
+            f"first: {name!r} ({told})",
+            "build the backbone with the name and image size that the weights were made for",
+        )
+    extra = [name for name in state if name not in own and not name.startswith(("head", "fc.", "classifier"))]
+    if extra:
+        raise WeightsError(
+            f"{path} holds {len(extra)} tensors that the model lacks; first: {extra[0]!r}",
+            "build the backbone that the weights were made for",
+        )
+    model.load_state_dict({name: state[name] for name in own})
