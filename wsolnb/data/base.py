@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import xml.etree.ElementTree as ElementTree
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from wsolnb.data.sample import Sample
-from wsolnb.errors import DataError, nearest
+from wsolnb.errors import DataError, ParameterError, nearest
 
 
 class LocalizationDataset(ABC):
-    """A split of a data set on disk: `len(ds)`, `ds[i] -> Sample`, and labels known without reading an image.
+    """A split of a data set: `len(ds)`, `ds[i] -> Sample`, and labels known without reading an image.
 
     name: short name of the data set, such as `cub`.
     root: its folder.
@@ -38,7 +42,7 @@ class LocalizationDataset(ABC):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one sample.
+        """Read one sample with its truth.
 
         Raises IndexError past the end, DataError for a missing or damaged file.
         """
@@ -47,8 +51,12 @@ class LocalizationDataset(ABC):
         return self.read(index % len(self))
 
     @abstractmethod
-    def read(self, index: int) -> Sample:
-        """Read sample `index`, 0 <= index < len(self), from disk."""
+    def read(self, index: int, truth: bool = True) -> Sample:
+        """Read sample `index`, 0 <= index < len(self).
+
+        truth: False reads the image only and leaves boxes, mask and parts empty: all that weakly supervised training
+            may look at, and what makes it fast.
+        """
 
     def subset(self, indices: Sequence[int]) -> Subset:
         """Return the images at `indices`, in that order, as a data set."""
@@ -69,9 +77,42 @@ class Subset(LocalizationDataset):
         self.image_ids = tuple(dataset.image_ids[i] for i in self.indices)
         self.labels = tuple(dataset.labels[i] for i in self.indices)
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, truth: bool = True) -> Sample:
         """Read the sample at position `index` of the subset."""
-        return self.dataset[self.indices[index]]
+        return self.dataset.read(self.indices[index] % len(self.dataset), truth)
+
+
+class FolderDataset(LocalizationDataset):
+    """A data set of image files: readers say where an image lies and what is known of it.
+
+    remedy: where the data set is obtained and how its folder must look; part of every error about its files.
+    """
+
+    remedy: str
+
+    def read(self, index: int, truth: bool = True) -> Sample:
+        """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image."""
+        path = self.image_path(index)
+        sample = Sample(read_image(path, self.remedy), self.image_ids[index], self.labels[index])
+        if truth:
+            self.annotate(index, sample)
+            height, width = sample.size
+            for x0, y0, x1, y1 in sample.boxes:
+                if min(x1, width) <= max(x0, 0) or min(y1, height) <= max(y0, 0):
+                    box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
+                    raise DataError(f"the box {box} lies outside of {path} ({width}x{height})", self.remedy)
+        return sample
+
+    @abstractmethod
+    def image_path(self, index: int) -> Path:
+        """Return the file of image `index`."""
+
+    @abstractmethod
+    def annotate(self, index: int, sample: Sample) -> None:
+        """Add boxes, mask and parts, as far as they are known, to the sample that holds image `index`."""
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
 
 
 def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -83,7 +124,7 @@ def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) 
     labels: class indices of each image; fraction: share to hold out, 0 < fraction < 1.
     """
     if not 0 < fraction < 1:
-        raise DataError(f"the held-out fraction is {fraction}", "choose one between 0 and 1, such as 0.2")
+        raise ParameterError(f"the held-out fraction is {fraction}", "choose one between 0 and 1, such as 0.2")
     by_class: dict[int, list[int]] = {}
     for position, classes in enumerate(labels):
         by_class.setdefault(classes[0] if classes else -1, []).append(position)
@@ -98,9 +139,27 @@ def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) 
 
 
 def check_split(split: str, known: Sequence[str], name: str) -> None:
-    """Raise DataError when `split` is not one of `known`."""
+    """Raise ParameterError when `split` is not one of `known`."""
     if split not in known:
-        raise DataError(f"{name} has no split {split!r}{nearest(split, known)}", f"choose one of {', '.join(known)}")
+        problem = f"{name} has no split {split!r}{nearest(split, known)}"
+        raise ParameterError(problem, f"choose one of {', '.join(known)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def find_root(root: str | Path, marker: str, nested: Sequence[str], remedy: str) -> Path:
+    """Return the folder that holds `marker` (a relative path): `root` itself or one of its `nested` subfolders.
+
+    Archives unpack into a folder of their own, so both that folder and its parent are accepted.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"no such folder: {root}", remedy)
+    for folder in (root, *(root / name for name in nested)):
+        if (folder / marker).exists():
+            return folder
+    raise DataError(f"missing: {root / marker}", remedy)
 
 
 def require(path: Path, remedy: str) -> Path:
@@ -112,25 +171,94 @@ def require(path: Path, remedy: str) -> Path:
 
 def read_lines(path: Path, remedy: str) -> list[str]:
     """Return the non-empty lines of a text file, stripped; DataError when it is missing, empty or not text."""
+    return [line for _, line in _numbered_lines(path, remedy)]
+
+
+def _numbered_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     require(path, remedy)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"cannot read {path}: {error}", remedy) from error
-    lines = [line for line in lines if line]
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
         raise DataError(f"empty: {path}", remedy)
     return lines
 
 
-def read_image(path: Path, remedy: str) -> np.ndarray:
-    """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image."""
+def number(text: str) -> float:
+    """Convert a column of a table to a finite float; ValueError for anything else (`nan` included)."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"not finite: {text}")
+    return value
+
+
+def read_table(
+    path: Path, columns: Mapping[str, Callable[[str], Any]], remedy: str, separator: str | None = None
+) -> list[tuple]:
+    """Read a text table: one converted tuple per line; empty lines and lines that start with `#` are skipped.
+
+    columns: name -> converter (`str`, `int`, `number`) of each column; the last one takes the rest of the line.
+    separator: None for blanks. Raises DataError naming file and line of what does not convert.
+    """
+    converters = tuple(columns.values())
+    rows = []
+    for position, line in _numbered_lines(path, remedy):
+        if line.startswith("#"):
+            continue
+        fields = line.split(separator, len(converters) - 1)
+        try:
+            rows.append(tuple([convert(field.strip()) for convert, field in zip(converters, fields, strict=True)]))
+        except ValueError as error:
+            pattern = (separator or " ").join(f"<{name}>" for name in columns)
+            raise DataError(f"{path}, line {position}: {line!r} is not {pattern}", remedy) from error
+    if not rows:
+        raise DataError(f"empty: {path}", remedy)
+    return rows
+
+
+def read_records(
+    path: Path, columns: Mapping[str, Callable[[str], Any]], remedy: str, separator: str | None = None
+) -> dict[Any, tuple]:
+    """Read a table as `read_table` does, keyed by its first column; DataError when a key comes twice."""
+    rows = read_table(path, columns, remedy, separator)
+    records = {row[0]: row[1:] for row in rows}
+    if len(records) < len(rows):
+        seen: set = set()
+        twice = next(row[0] for row in rows if row[0] in seen or seen.add(row[0]))
+        raise DataError(f"{path} lists {twice!r} more than once", remedy)
+    return records
+
+
+def check_same_keys(path: Path, found: Iterable, reference: Path, expected: Iterable, remedy: str) -> None:
+    """Raise DataError unless the tables `path` and `reference` are about the same images, naming the first odd one."""
+    found, expected = set(found), set(expected)
+    for lacking, keys, other in ((path, expected - found, reference), (reference, found - expected, path)):
+        if keys:
+            raise DataError(f"{lacking} lacks {min(keys)!r}, which {other} has ({len(keys)} in all)", remedy)
+
+
+# What Pillow raises on damaged files of the formats that data sets use (UnidentifiedImageError is an OSError).
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     require(path, remedy)
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            return np.array(convert(image))
+    except _DECODING_ERRORS as error:
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
+
+
+def read_image(path: Path, remedy: str) -> np.ndarray:
+    """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
+
+    The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files); grey,
+    palette and CMYK images are converted, transparency is dropped.
+    """
+    return _decode(path, remedy, lambda image: image.convert("RGB"))
 
 
 def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -138,15 +266,21 @@ def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> n
 
     size: (height, width) that the mask must have. Raises DataError when it is missing, damaged or of another size.
     """
-    require(path, remedy)
-    try:
-        with Image.open(path) as image:
-            mask = np.asarray(image if image.mode in ("P", "L") else image.convert("L"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot decode {path}: {error}", remedy) from error
+    mask = _decode(path, remedy, lambda image: image if image.mode in ("P", "L") else image.convert("L"))
     if size is not None and mask.shape != tuple(size):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}", remedy)
     return mask
+
+
+def read_label_map(path: Path, remedy: str, size: tuple[int, int], allowed: Sequence[int]) -> np.ndarray:
+    """Return a mask file, (H, W) uint8, as `read_mask` does; DataError when it holds values that are not allowed."""
+    values = read_mask(path, remedy, size)
+    known = np.zeros(256, bool)
+    known[list(allowed)] = True
+    odd = ~known[values]
+    if odd.any():
+        raise DataError(f"{path} holds the value {values[odd][0]}, which stands for nothing", remedy)
+    return values
 
 
 def read_xml(path: Path, remedy: str) -> ElementTree.Element:

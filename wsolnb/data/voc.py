@@ -1,0 +1,144 @@
+"""PASCAL VOC 2012 in its native layout, with the SBD list that segmentation papers train on."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from wsolnb.data.base import (
+    FolderDataset,
+    check_split,
+    find_root,
+    number,
+    read_label_map,
+    read_lines,
+    read_xml,
+    require,
+)
+from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample
+from wsolnb.errors import DataError, ParameterError, nearest
+
+CLASS_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+REMEDY = (
+    "VOCtrainval_11-May-2012.tar is at http://host.robots.ox.ac.uk/pascal/VOC/voc2012/; unpack it and give the folder "
+    "VOCdevkit/VOC2012, which holds JPEGImages, Annotations, ImageSets and SegmentationClass (the masks of the SBD "
+    "list, a second archive, go to SegmentationClassAug in the same folder)"
+)
+
+
+class VOC(FolderDataset):
+    """VOC2012: multi-label images with boxes, and masks for the images of the segmentation lists.
+
+    root: VOCdevkit/VOC2012 or one of its two parents.
+    split: `train`, `val`, `trainval` or `test`, a list in ImageSets/<image_set>.
+    image_set: `Segmentation` (every image has a mask) or `Main` (masks where there is one).
+    sbd_list: file that replaces the list of `train` (the 10,582 images known as train_aug); other splits pass over it.
+        Each line is an image id, or an image and its mask: `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. With ids
+        alone, masks come from SegmentationClassAug, and there are none where that folder is absent.
+    difficult: False leaves objects that are marked difficult out of labels and boxes.
+
+    Labels and boxes come from Annotations (corner pixels counted from 1, both inside, there; half-open here).
+    Classes are the 20 of VOC, or the lines of `class_names.txt` where the root has that file.
+    Masks: 0 background, class index + 1, 255 not to be counted.
+    Parts: read from `PartMaps/<id>.png` (values of `wsolnb.data.sample`) where that folder exists.
+
+    Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split or image set.
+    """
+
+    name = "voc"
+    multi_label = True
+    remedy = REMEDY
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        image_set: str = "Segmentation",
+        sbd_list: str | Path | None = None,
+        difficult: bool = True,
+    ):
+        check_split(split, ("train", "val", "trainval", "test"), self.name)
+        if image_set not in ("Segmentation", "Main"):
+            hint = nearest(image_set, ("Segmentation", "Main"))
+            raise ParameterError(f"no image set {image_set!r}{hint}", "choose Segmentation or Main")
+        self.root = find_root(root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"], REMEDY)
+        self.split = split
+        own_names = self.root / "class_names.txt"
+        self.class_names = tuple(read_lines(own_names, REMEDY)) if own_names.exists() else CLASS_NAMES
+        self._has_parts = (self.root / "PartMaps").is_dir()
+
+        if sbd_list is not None and split == "train":
+            masks = self._read_sbd_list(Path(sbd_list))
+        else:
+            ids = read_lines(self.root / "ImageSets" / image_set / f"{split}.txt", REMEDY)
+            masks = {name: self.root / "SegmentationClass" / f"{name}.png" for name in ids}
+            if image_set == "Main":
+                masks = {name: path if path.exists() else None for name, path in masks.items()}
+        require(self.root / "Annotations", REMEDY)
+        self.image_ids = tuple(masks)
+        self._masks = tuple(masks.values())
+        self._objects = [self._read_objects(name, difficult) for name in self.image_ids]
+        self.labels = tuple(tuple(sorted({label for label, *_ in objects})) for objects in self._objects)
+
+    def _read_sbd_list(self, path: Path) -> dict[str, Path | None]:
+        """Return image id -> mask file of the list."""
+        remedy = "give a list of image ids, or of lines '/JPEGImages/x.jpg /SegmentationClassAug/x.png'"
+        folder = self.root / "SegmentationClassAug"
+        masks: dict[str, Path | None] = {}
+        for line in read_lines(path, remedy):
+            image, *mask = line.split()
+            if len(mask) > 1:
+                raise DataError(f"{path}: cannot take {line!r} for an image and a mask", remedy)
+            name = PurePosixPath(image).stem
+            if mask:
+                masks[name] = self.root / mask[0].lstrip("/")
+            else:
+                masks[name] = folder / f"{name}.png" if folder.is_dir() else None
+        return masks
+
+    def _read_objects(self, name: str, difficult: bool) -> list[tuple[int, float, float, float, float]]:
+        """Return (class index, x0, y0, x1, y1) of every object of an image."""
+        path = self.root / "Annotations" / f"{name}.xml"
+        objects = []
+        for element in read_xml(path, REMEDY).findall("object"):
+            if not difficult and element.findtext("difficult", "0").strip() == "1":
+                continue
+            label = element.findtext("name", "").strip()
+            if label not in self.class_names:
+                raise DataError(f"{path} has an object of the unknown class {label!r}", REMEDY)
+            objects.append((self.class_names.index(label), *_half_open_box(element, path)))
+        return objects
+
+    def image_path(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self.root / "JPEGImages" / f"{self.image_ids[index]}.jpg"
+
+    def annotate(self, index: int, sample: Sample) -> None:
+        """Add the boxes, and the mask and parts where there are files of them."""
+        objects = np.array(self._objects[index], dtype=np.float64).reshape(-1, 5)
+        sample.boxes, sample.box_labels = objects[:, 1:], objects[:, 0].astype(np.int64)
+        mask = self._masks[index]
+        if mask is not None:
+            sample.mask = read_label_map(mask, REMEDY, sample.size, (*range(len(self.class_names) + 1), IGNORE))
+        if self._has_parts:
+            path = self.root / "PartMaps" / f"{sample.image_id}.png"
+            sample.parts = read_label_map(path, REMEDY, sample.size, (CONTEXT, DISCRIMINATIVE, REST))
+
+
+def _half_open_box(element: ElementTree.Element, path: Path) -> tuple[float, float, float, float]:
+    """Return the box of an `object` element; some published coordinates are fractions."""
+    # `bndbox` is sought among the children only: the `part` elements of a person carry boxes of their own.
+    box = element.find("bndbox")
+    try:
+        x0, y0, x1, y1 = (number(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} has an object without a proper bndbox", REMEDY) from error
+    if x1 < x0 or y1 < y0:
+        raise DataError(f"{path} has the box {x0:g}, {y0:g}, {x1:g}, {y1:g}, which ends before it begins", REMEDY)
+    return x0 - 1, y0 - 1, x1, y1
