@@ -98,7 +98,7 @@ class FolderDataset(LocalizationDataset):
             self.annotate(index, sample)
             height, width = sample.size
             for x0, y0, x1, y1 in sample.boxes:
-                if min(x1, width) <= max(x0, 0) or min(y1, height) <= max(y0, 0):
+                if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
                     box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
                     raise DataError(f"the box {box} lies outside of {path} ({width}x{height})", self.remedy)
         return sample
@@ -231,12 +231,11 @@ def read_records(
     return records
 
 
-def check_same_keys(path: Path, found: Iterable, reference: Path, expected: Iterable, remedy: str) -> None:
-    """Raise DataError unless the tables `path` and `reference` are about the same images, naming the first odd one."""
-    found, expected = set(found), set(expected)
-    for lacking, keys, other in ((path, expected - found, reference), (reference, found - expected, path)):
-        if keys:
-            raise DataError(f"{lacking} lacks {min(keys)!r}, which {other} has ({len(keys)} in all)", remedy)
+def check_covers(path: Path, keys: Iterable, other: Path, needed: Iterable, remedy: str) -> None:
+    """Raise DataError when the table `path` with these keys lacks one that the table `other` needs."""
+    lacking = set(needed).difference(keys)
+    if lacking:
+        raise DataError(f"{path} lacks {min(lacking)!r}, which {other} has ({len(lacking)} in all)", remedy)
 
 
 # What Pillow raises on damaged files of the formats that data sets use (UnidentifiedImageError is an OSError).

@@ -8,7 +8,7 @@ import numpy as np
 
 from wsolnb.data.base import (
     FolderDataset,
-    check_same_keys,
+    check_covers,
     check_split,
     find_root,
     hold_out,
@@ -84,7 +84,8 @@ class CUB(FolderDataset):
         """Read one of the tables; `reference` holds the image ids it must be about."""
         records = read_records(self.root / name, columns, REMEDY)
         if reference is not None:
-            check_same_keys(self.root / name, records, self.root / "images.txt", reference, REMEDY)
+            check_covers(self.root / name, records, self.root / "images.txt", reference, REMEDY)
+            check_covers(self.root / "images.txt", reference, self.root / name, records, REMEDY)
         return records
 
     def _keys(self, files: dict, classes: dict, val_fraction: float, seed: int) -> list[int]:

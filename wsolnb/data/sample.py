@@ -1,7 +1,7 @@
 """The one sample type of every reader, and the one box convention of the package.
 
 Boxes are `x0, y0, x1, y1` in pixels, half-open: pixel column `i` covers `[i, i + 1)`, a box that covers the whole of a
-W x H image is `0, 0, W, H`, and its width is `x1 - x0`. Scaling an image by `s` scales a box by `s`, with no off-by-one.
+W x H image is `0, 0, W, H`, and its width is `x1 - x0`. Scaling an image by `s` scales a box by `s`: no off-by-one.
 What published protocols do differently (truncation, clipping to W - 1, +1 in the IoU) is in `wsolnb.metrics.boxes`.
 """
 

@@ -1,0 +1,161 @@
+"""From samples to batches of tensors.
+
+    loader = make_loader(train, Compose([RandomHorizontalFlip(), RandomShift(4)]), 48, shuffle=True, seed=0)
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            loss = criterion(model(batch["image"]), batch["label"])
+
+Order and augmentation of an epoch depend on the seed, the epoch and the image only: neither on the number of workers
+nor on what was drawn before. `accelerator.prepare(loader)` keeps this (and counts the epochs itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.transforms import Transform
+from wsolnb.errors import DataError, ParameterError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def to_tensor(
+    image: np.ndarray, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
+    """Return (..., H, W, 3) uint8 RGB as (..., 3, H, W) float32, (value / 255 - mean) / std per channel."""
+    scale = 255 * torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    offset = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255 / scale
+    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3)))
+    return pixels.float().div_(scale).sub_(offset)
+
+
+class EpochSampler(Sampler):
+    """Order of an epoch: yields (epoch, index) so that workers know the epoch whenever they were started.
+
+    Shuffled by (seed, epoch), or ascending.
+    """
+
+    def __init__(self, length: int, shuffle: bool, seed: int):
+        self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        epoch = self.epoch
+        return ((epoch, int(index)) for index in order)
+
+
+class TransformedDataset(Dataset):
+    """Transformed samples of a data set, by (epoch, index), and how they become a batch."""
+
+    def __init__(
+        self,
+        dataset: LocalizationDataset,
+        transform: Transform | None,
+        truth: bool,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.dataset, self.transform, self.truth, self.seed = dataset, transform, truth, seed
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
+        epoch, index = key
+        sample = self.dataset.read(index, self.truth)
+        if self.transform is not None:
+            sample = self.transform(sample, np.random.default_rng((self.seed, epoch, index)))
+        return index, sample
+
+    def collate(self, items: list[tuple[int, Any]]) -> dict[str, Any]:
+        """Stack samples into the batch that `make_loader` describes."""
+        indices, samples = zip(*items, strict=True)
+        sizes = {sample.size for sample in samples}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
+            raise ParameterError(f"images of one batch differ in size: {shown}", "end the transform with a fixed size")
+        batch: dict[str, Any] = {
+            "image": to_tensor(np.stack([sample.image for sample in samples]), self.mean, self.std),
+            "index": torch.tensor(indices),
+        }
+        if self.dataset.multi_label:
+            batch["label"] = torch.zeros(len(samples), len(self.dataset.class_names))
+            for row, sample in zip(batch["label"], samples, strict=True):
+                row[list(sample.labels)] = 1
+        else:
+            batch["label"] = torch.tensor([sample.label for sample in samples])
+        if self.truth:
+            batch["samples"] = list(samples)
+        return batch
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that knows which epoch it is in."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, 0 or more, that the next iteration goes through."""
+        self.sampler.set_epoch(epoch)
+
+
+def make_loader(
+    dataset: LocalizationDataset,
+    transform: Transform | None,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    truth: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> EpochLoader:
+    """Return batches of a data set, as dicts:
+
+    image: (B, 3, H, W) float32, normalised.
+    label: (B,) int64 class indices, or (B, classes) float32 of 0 and 1 where the data set is multi-label.
+    index: (B,) int64 positions in the data set.
+    samples: with `truth`, the B transformed samples (`image` is made of theirs; boxes, mask and parts fit it).
+
+    Without `truth`, boxes and masks are not read: training that cannot peek, and faster.
+
+    transform: applied to every sample; None takes images as they are. A batch needs images of one size.
+    seed: of order and augmentation, 0 or more; `set_epoch` before an epoch gives each epoch its own.
+    num_workers: processes that read ahead; results do not depend on it.
+
+    An image that cannot be read raises its DataError while iterating, from a worker as well.
+    """
+    if seed < 0:
+        raise ParameterError(f"the seed is {seed}", "choose 0 or more")
+    if len(dataset) == 0:
+        raise DataError(f"{dataset} is empty", "choose another split or subset")
+    items = TransformedDataset(dataset, transform, truth, seed, mean, std)
+    return EpochLoader(
+        items,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), shuffle, seed),
+        num_workers=num_workers,
+        collate_fn=items.collate,
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,151 @@
+"""Any folder of images described in the metadata format of the WSOL evaluation of Choe et al. (CVPR 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wsolnb.data.base import (
+    FolderDataset,
+    check_covers,
+    check_split,
+    number,
+    read_lines,
+    read_mask,
+    read_records,
+    read_table,
+    require,
+)
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.data.transforms import resize_map
+from wsolnb.errors import DataError
+
+REMEDY = (
+    "metadata of CUB, ILSVRC and OpenImages30k are in the folder metadata/ of "
+    "https://github.com/clovaai/wsolevaluation, and where to get the images is in its README; metadata_root must hold "
+    "<split>/image_ids.txt (a path relative to root per line), class_labels.txt (id,label), and for splits with boxes "
+    "or masks localization.txt (id,x0,y0,x1,y1 or id,mask,ignore) and image_sizes.txt (id,width,height)"
+)
+
+_CORNERS = dict.fromkeys(("x0", "y0", "x1", "y1"), number)
+
+
+class MetadataFolder(FolderDataset):
+    """Single-label images with boxes or masks, in the metadata format of `wsolevaluation`.
+
+    root: folder that image ids, and mask files, are relative to.
+    metadata_root: folder with one subfolder per split.
+    split: name of that subfolder: `train`, `val`, `test` (or `train-weaksup`, `train-fullsup`, `test`).
+    class_names: names of the classes; default their numbers, up to the largest label of any split.
+    proxy: take image_ids_proxy.txt, the small stand-in for a training list.
+
+    Boxes are the published numbers as they stand: the published evaluation scales x1 and y1 as it scales x0 and y0,
+    without adding the last pixel, although most annotations include it (a box to the right edge of a 500-pixel image
+    ends at 499). Adding it here would make scores differ from the published ones.
+    Masks: 1 where any of an image's mask files is not zero, else 255 where its ignore file is not zero, as in the
+    published evaluation: object overrides ignore. OpenImages has masks in another resolution than their images; those
+    are sampled, nearest pixel centre, at the size of the image.
+    A split without localization.txt has labels only.
+
+    Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split.
+    """
+
+    name = "metadata"
+    remedy = REMEDY
+
+    def __init__(
+        self,
+        root: str | Path,
+        metadata_root: str | Path,
+        split: str,
+        class_names: Sequence[str] | None = None,
+        proxy: bool = False,
+    ):
+        self.root = require(Path(root), REMEDY)
+        self.split = split
+        metadata_root = require(Path(metadata_root), REMEDY)
+        splits = sorted(path.parent.name for path in metadata_root.glob("*/class_labels.txt"))
+        if not splits:
+            raise DataError(f"no <split>/class_labels.txt in {metadata_root}", REMEDY)
+        check_split(split, splits, f"{self.name} {metadata_root}")
+        self._folder = metadata_root / split
+
+        self._ids_path = self._folder / ("image_ids_proxy.txt" if proxy else "image_ids.txt")
+        self.image_ids = tuple(read_records(self._ids_path, {"image_id": str}, REMEDY))
+        labels = self._records("class_labels.txt", {"image_id": str, "label": int})
+        if class_names is None:
+            # A split may lack the last classes, so all of them are looked at for the number of classes.
+            last = max(label for name in splits for _, label in _read_labels(metadata_root / name))
+            class_names = [str(label) for label in range(last + 1)]
+        self.class_names = tuple(class_names)
+        for image in self.image_ids:
+            if not 0 <= labels[image][0] < len(self.class_names):
+                path = self._folder / "class_labels.txt"
+                problem = f"{path} gives {image!r} the class {labels[image][0]}"
+                raise DataError(problem, f"classes must be 0..{len(self.class_names) - 1}")
+        self.labels = tuple(labels[image] for image in self.image_ids)
+
+        self._sizes: dict[str, tuple[int, int]] = {}
+        if (self._folder / "image_sizes.txt").exists():
+            self._sizes = self._records("image_sizes.txt", {"image_id": str, "width": int, "height": int})
+        self._boxes: dict[str, list[tuple]] = {}
+        self._masks: dict[str, list[tuple[str, str]]] = {}
+        if (self._folder / "localization.txt").exists():
+            self._read_localization(self._folder / "localization.txt")
+
+    def _records(self, name: str, columns: dict) -> dict[str, tuple]:
+        """Read a table that has one line for every image of the split; it may have more."""
+        records = read_records(self._folder / name, columns, REMEDY, ",")
+        check_covers(self._folder / name, records, self._ids_path, self.image_ids, REMEDY)
+        return records
+
+    def _read_localization(self, path: Path) -> None:
+        """Fill the boxes, or else the mask and ignore files ('' for none), of each image."""
+        with_boxes = read_lines(path, REMEDY)[0].count(",") >= 4
+        columns = {"image_id": str, **(_CORNERS if with_boxes else {"mask": str, "ignore": str})}
+        found = self._boxes if with_boxes else self._masks
+        for image, *row in read_table(path, columns, REMEDY, ","):
+            if with_boxes and (row[2] < row[0] or row[3] < row[1]):
+                raise DataError(f"{path}: a box of {image!r} ends before it begins", REMEDY)
+            found.setdefault(image, []).append(tuple(row))
+        check_covers(path, found, self._ids_path, self.image_ids, REMEDY)
+
+    def image_path(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self.root / self.image_ids[index]
+
+    def annotate(self, index: int, sample: Sample) -> None:
+        """Add the boxes or the mask, and check the size of the image against image_sizes.txt."""
+        image = sample.image_id
+        height, width = sample.size
+        if self._sizes and self._sizes[image] != (width, height):
+            path = self._folder / "image_sizes.txt"
+            stated = "x".join(map(str, self._sizes[image]))
+            raise DataError(f"{self.image_path(index)} is {width}x{height}, {path} says {stated}", REMEDY)
+        if image in self._boxes:
+            sample.boxes = np.array(self._boxes[image])
+            sample.box_labels = np.full(len(sample.boxes), sample.label)
+        if image in self._masks:
+            masks, ignores = zip(*self._masks[image], strict=True)
+            inside = self._read_union(masks, sample.size)
+            ignored = self._read_union(ignores, sample.size)
+            sample.mask = np.where(inside, 1, np.where(ignored, IGNORE, 0)).astype(np.uint8)
+
+    def _read_union(self, files: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+        """Return where any of the mask files is not zero, (H, W) bool at the given size."""
+        union = np.zeros(size, bool)
+        for name in filter(None, files):
+            path = self.root / name
+            values = read_mask(path, REMEDY)
+            stretch = (values.shape[1] / size[1]) / (values.shape[0] / size[0])
+            if abs(stretch - 1) > 0.02:
+                shapes = f"{values.shape[1]}x{values.shape[0]}, its image {size[1]}x{size[0]}"
+                raise DataError(f"{path} has another aspect ratio than its image: {shapes}", REMEDY)
+            union |= resize_map(values, size) > 0
+        return union
+
+
+def _read_labels(folder: Path) -> list[tuple[str, int]]:
+    return read_table(folder / "class_labels.txt", {"image_id": str, "label": int}, REMEDY, ",")

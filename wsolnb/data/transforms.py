@@ -1,0 +1,235 @@
+"""Transforms that move an image and all of its truth together.
+
+A transform is called with a sample and a random generator and returns a new sample; boxes, mask and parts follow the
+image, so that truth of one protocol cannot be held against maps of another. Random transforms take all of their
+randomness from the generator; the others need none.
+
+The two test protocols of the papers are `Resize(224)` (SCM, TS-CAM) and `ResizeCenterCrop(256, 224)` (PPD, LocLoc).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from wsolnb.data.sample import CONTEXT, IGNORE, Sample
+from wsolnb.errors import ParameterError
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+# ------------------------------------------------------------------------------------------------------- mechanism
+
+
+def _move(
+    sample: Sample,
+    image: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    boxes: np.ndarray,
+    clip: bool,
+) -> Sample:
+    """Return the sample with a new image and its truth brought to the same place.
+
+    rows, columns: for each row and column of the new image the one of the old image that it shows, -1 for none.
+    boxes: (n, 4), moved. clip: cut them off at the image and drop those of which nothing is left.
+    """
+    keep = slice(None)
+    if clip:
+        boxes = np.clip(boxes, 0, (image.shape[1], image.shape[0]) * 2)
+        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return replace(
+        sample,
+        image=np.ascontiguousarray(image),
+        boxes=boxes[keep],
+        box_labels=sample.box_labels[keep],
+        mask=_take(sample.mask, rows, columns, IGNORE),
+        parts=_take(sample.parts, rows, columns, CONTEXT),
+    )
+
+
+def _take(values: np.ndarray | None, rows: np.ndarray, columns: np.ndarray, outside: int) -> np.ndarray | None:
+    if values is None:
+        return None
+    taken = values[rows[:, None], columns]
+    taken[rows < 0] = outside
+    taken[:, columns < 0] = outside
+    return taken
+
+
+def _nearest(old: int, new: int) -> np.ndarray:
+    """For each of `new` pixels along an axis the old one that its centre falls into: floor((i + 1/2) old / new)."""
+    return (2 * np.arange(new) + 1) * old // (2 * new)
+
+
+def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a map of classes (H, W) at `size` (height, width), by nearest pixel centre (no class is made up)."""
+    rows, columns = _nearest(values.shape[0], size[0]), _nearest(values.shape[1], size[1])
+    return values[rows[:, None], columns]
+
+
+def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Sample:
+    """Return the whole sample at `size` (height, width) in pixels.
+
+    The image is interpolated with Pillow, which averages over all of the pixels that a smaller image merges; mask and
+    parts take the nearest pixel centre; boxes are scaled exactly and not clipped.
+    """
+    (height, width), (old_height, old_width) = size, sample.size
+    if size == sample.size:
+        return sample
+    image = Image.fromarray(sample.image).resize((width, height), Image.Resampling[interpolation.upper()])
+    boxes = sample.boxes * np.array([width / old_width, height / old_height] * 2)
+    return _move(sample, np.array(image), _nearest(old_height, height), _nearest(old_width, width), boxes, clip=False)
+
+
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
+    """Return the window of `size` (height, width) whose first pixel is (top, left).
+
+    Boxes are cut off at the window; a box of which nothing is left goes, with its label.
+    Raises ParameterError when the window does not lie in the image.
+    """
+    height, width = size
+    if not (0 <= top <= sample.size[0] - height and 0 <= left <= sample.size[1] - width):
+        problem = (
+            f"a {width}x{height} window at ({left}, {top}) does not lie in a {sample.size[1]}x{sample.size[0]} image"
+        )
+        raise ParameterError(problem, "crop less, or resize to more before")
+    image = sample.image[top : top + height, left : left + width]
+    boxes = sample.boxes - np.array([left, top] * 2)
+    return _move(sample, image, np.arange(top, top + height), np.arange(left, left + width), boxes, clip=True)
+
+
+def flip(sample: Sample) -> Sample:
+    """Return the sample mirrored left to right."""
+    height, width = sample.size
+    boxes = sample.boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1) + (width, 0, width, 0)
+    columns = np.arange(width)[::-1]
+    return _move(sample, sample.image[:, ::-1], np.arange(height), columns, boxes, clip=False)
+
+
+def shift(sample: Sample, down: int, right: int) -> Sample:
+    """Return the sample moved by whole pixels (negative: up, left), at the same size.
+
+    The image repeats its border pixels where it has moved away; nothing is known there, so the mask is `IGNORE`.
+    """
+    height, width = sample.size
+    rows, columns = np.arange(height) - down, np.arange(width) - right
+    image = sample.image[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)]
+    rows[(rows < 0) | (rows >= height)] = -1
+    columns[(columns < 0) | (columns >= width)] = -1
+    boxes = sample.boxes + np.array([right, down] * 2)
+    return _move(sample, image, rows, columns, boxes, clip=True)
+
+
+# ------------------------------------------------------------------------------------------------------ transforms
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Apply transforms one after the other."""
+
+    transforms: Sequence[Transform]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
+        """Return the transformed sample; `rng` is needed when one of the transforms is random."""
+        for transform in self.transforms:
+            sample = transform(sample, rng)
+        return sample
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resize the whole image to size x size, whatever its aspect ratio: the test protocol of SCM and TS-CAM."""
+
+    size: int
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
+        """Return the resized sample."""
+        return resize(sample, (self.size, self.size), self.interpolation)
+
+
+@dataclass(frozen=True)
+class ResizeCenterCrop:
+    """Resize, then keep the crop x crop pixels in the middle; what lies outside of them is lost to image and truth.
+
+    keep_aspect: False resizes to resize x resize, whatever the aspect ratio. True gives the shorter side `resize`
+        pixels (the longer one rounded down, as torchvision does): the test protocol of LocLoc's released code. An odd
+        remainder is split as torchvision splits it.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    keep_aspect: bool = False
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
+        """Return the cropped sample."""
+        height, width = self.resize, self.resize
+        if self.keep_aspect:
+            short = min(sample.size)
+            height, width = (self.resize * side // short for side in sample.size)
+        sample = resize(sample, (height, width), self.interpolation)
+        top, left = round((height - self.crop) / 2), round((width - self.crop) / 2)
+        return crop(sample, top, left, (self.crop, self.crop))
+
+
+@dataclass(frozen=True)
+class ResizeRandomCrop:
+    """Resize to resize x resize, then keep a crop x crop window drawn anywhere in it: the papers' training protocol."""
+
+    resize: int = 256
+    crop: int = 224
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the cropped sample."""
+        top, left = rng.integers(0, max(0, self.resize - self.crop), 2, endpoint=True)
+        sample = resize(sample, (self.resize, self.resize), self.interpolation)
+        return crop(sample, top, left, (self.crop, self.crop))
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """Mirror left to right with probability `p`."""
+
+    p: float = 0.5
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the sample, mirrored or not."""
+        return flip(sample) if rng.random() < self.p else sample
+
+
+@dataclass(frozen=True)
+class RandomShift:
+    """Move by up to `pixels` whole pixels along each axis, repeating the border; see `shift`."""
+
+    pixels: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the moved sample."""
+        down, right = rng.integers(-self.pixels, self.pixels, 2, endpoint=True)
+        return shift(sample, down, right)
+
+
+@dataclass(frozen=True)
+class RandomBrightnessContrast:
+    """Change the light: value -> gain * (mean + stretch * (value - mean)), rounded and clipped to 0..255.
+
+    gain is drawn from [1 - brightness, 1 + brightness], stretch from [1 - contrast, 1 + contrast]; mean is the image's.
+    """
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the sample with another image and the same truth."""
+        gain, stretch = 1 + rng.uniform(-1, 1, 2) * (self.brightness, self.contrast)
+        mean = sample.image.mean()
+        table = np.rint(gain * (mean + stretch * (np.arange(256) - mean))).clip(0, 255).astype(np.uint8)
+        return replace(sample, image=cv2.LUT(sample.image, table))
