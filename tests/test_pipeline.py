@@ -1,0 +1,351 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wsolnb import pipeline, runs
+from wsolnb.errors import ParameterError
+
+sys.path.append(str(Path(__file__).parent / "notebooks"))
+from sample import Repository
+
+SAVE = 'run.save_metrics({"table": [{"method": "cam", "gt_known": 0.5, "epochs": epochs}]})'
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.delenv("WSOLNB_ROOT", raising=False)
+    repository = Repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("01_data", "02_metrics", "03_cam", "04_table"):
+        repository.notebook(name)
+    repository.notebook("90_leaderboard", parameters='run_folder: str = "outputs/mini"  # where results are')
+    repository.pipeline(
+        {"notebook": "90_leaderboard", "needs": ["03_cam", "04_table"]},
+        {"notebook": "04_table", "needs": ["03_cam"]},
+        {"notebook": "03_cam", "needs": ["01_data"], "parameters": {"epochs": 3}},
+        {"notebook": "02_metrics"},
+        {"notebook": "01_data"},
+    )
+    return repository
+
+
+# What to run
+
+
+def test_steps_come_after_their_needs_and_keep_the_order_of_the_file(repository):
+    names = [step.notebook for step in pipeline.plan("mini")]
+    assert names == ["02_metrics", "01_data", "03_cam", "04_table", "90_leaderboard"]
+
+
+def test_values_come_from_the_file_the_pipeline_and_the_command_line(repository):
+    repository.yaml("mini/03_cam", "epochs: 9\nlr: 1.0e-2\nseed: 5\nrun_folder: outputs/other")
+    steps = {step.notebook: step.parameters for step in pipeline.plan("mini", ["lr=1e-4"])}
+    assert steps["03_cam"] == {"epochs": 3, "lr": 1e-4, "seed": 5, "run_folder": "outputs/mini"}
+    assert steps["01_data"] == {"lr": 1e-4, "run_folder": "outputs/mini"}
+    assert steps["90_leaderboard"] == {"run_folder": "outputs/mini"}
+
+
+def test_outputs_go_where_they_are_wanted(repository, tmp_path):
+    assert pipeline.plan("mini", outputs="elsewhere")[0].parameters == {"run_folder": "elsewhere/mini"}
+    outside = tmp_path.parent / "outside"
+    assert pipeline.plan("mini", outputs=outside)[0].parameters == {"run_folder": str(outside / "mini")}
+
+
+def test_only_selects_a_step_with_its_needs(repository):
+    assert [step.notebook for step in pipeline.plan("mini", only=["04_table"])] == ["01_data", "03_cam", "04_table"]
+    assert [step.notebook for step in pipeline.plan("mini", only=["notebooks/01_data.ipynb"])] == ["01_data"]
+
+
+def step(notebook, *needs, **parameters):
+    return {"notebook": notebook, "needs": list(needs), "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([step("01_dat")], "no notebook '01_dat'"),
+        ([step("01_data", "02_metric"), step("02_metrics")], "which is no step (did you mean '02_metrics'?)"),
+        ([step("01_data", "01_data")], "01_data -> 01_data"),
+        (
+            [step("01_data", "03_cam"), step("02_metrics", "01_data"), step("03_cam", "02_metrics")],
+            "these steps need each other",
+        ),
+        ([step("01_data"), step("01_data")], "'01_data' is listed twice"),
+        ([step("01_data", epoch=3)], "no parameter 'epoch' (did you mean 'epochs'?)"),
+        ([step("01_data", epochs="3")], "'epochs' must be int, not '3' (str)"),
+        ([step("01_data") | {"need": []}], "need: Extra inputs are not permitted"),
+        ([{"needs": []}], "steps.0.notebook: Field required"),
+    ],
+)
+def test_wrong_pipelines(repository, steps, message):
+    path = repository.pipeline(*steps)
+    with pytest.raises(ParameterError) as error:
+        pipeline.plan("mini")
+    assert message in str(error.value)
+    assert str(path) in str(error.value) or "no notebook" in message
+
+
+def test_wrong_files_profiles_and_overrides(repository):
+    file = repository.yaml("mini/03_cam", "lr: 1e-4")
+    with pytest.raises(ParameterError, match=r"03_cam.yaml: .*must be float") as error:
+        pipeline.plan("mini")
+    assert "1.0e-4" in error.value.remedy
+    file.rename(file.with_name("03_kam.yaml"))
+    with pytest.raises(ParameterError, match=r"03_kam.yaml belongs to no notebook \(did you mean '03_cam'\?\)"):
+        pipeline.plan("mini")
+    file.with_name("03_kam.yaml").unlink()
+    with pytest.raises(ParameterError, match=r"no profile 'mimi' \(did you mean 'mini'\?\)"):
+        pipeline.plan("mimi")
+    with pytest.raises(ParameterError, match=r"has a parameter 'epoch' \(did you mean 'epochs'\?\)"):
+        pipeline.plan("mini", ["epoch=3"])
+    pipeline.plan("mini", ["lr=0.1"], only=["01_data"])
+    with pytest.raises(ParameterError, match="--outputs"):
+        pipeline.plan("mini", ["run_folder=x"])
+    with pytest.raises(ParameterError, match="'05_x' is no step"):
+        pipeline.plan("mini", only=["05_x"])
+
+
+def test_an_override_has_to_reach_a_notebook_that_runs(repository):
+    repository.notebook("02_metrics", parameters='run_folder: str = "outputs/mini"  # where results are')
+    with pytest.raises(ParameterError, match="no notebook of this run has a parameter 'lr'"):
+        pipeline.plan("mini", ["lr=0.1"], only=["02_metrics"])
+
+
+def test_every_notebook_has_a_run_folder(repository):
+    repository.notebook("01_data", parameters="epochs: int = 1  # passes")
+    with pytest.raises(ParameterError, match="01_data has no parameter 'run_folder'"):
+        pipeline.plan("mini")
+
+
+def test_nothing_is_executed_before_all_is_checked(repository, executed):
+    repository.yaml("mini/90_leaderboard", "epochs: 3")
+    with pytest.raises(ParameterError):
+        pipeline.reproduce("mini")
+    assert executed == []
+    assert not (repository.root / "outputs").exists()
+
+
+# Resuming, with notebooks that only pretend to run
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Names of the notebooks that were executed, in order. Those in `executed.failing` fail."""
+
+    class Executed(list):
+        failing = ()
+
+        def take(self):
+            names, self[:] = list(self), []
+            return names
+
+    executed = Executed()
+
+    def execute(source, output, parameters, progress):
+        executed.append(source.stem)
+        progress(1, 2)
+        output.write_text("{}")
+        if source.stem in executed.failing:
+            raise pipeline.NotebookError(f"{source.stem}: broken")
+        runs.start(source.stem, parameters).save_metrics({"table": [{"epochs": parameters.get("epochs", 2)}]})
+
+    monkeypatch.setattr(pipeline, "_execute", execute)
+    return executed
+
+
+ALL = ["02_metrics", "01_data", "03_cam", "04_table", "90_leaderboard"]
+
+
+def status(summary):
+    return {entry["notebook"]: entry["status"] for entry in summary["steps"]}
+
+
+def test_what_is_up_to_date_is_not_run_again(repository, executed, capsys):
+    summary = pipeline.reproduce("mini")
+    assert executed.take() == ALL
+    assert summary["complete"]
+    assert summary["tables"]["03_cam"] == [{"epochs": 3}]
+    assert json.loads((repository.root / "outputs/mini/summary.json").read_text()) == summary
+    capsys.readouterr()
+
+    summary = pipeline.reproduce("mini")
+    assert executed.take() == []
+    assert set(status(summary).values()) == {"up to date"}
+    assert all(entry["seconds"] is not None for entry in summary["steps"])
+    out = capsys.readouterr().out
+    assert "[3/5] 03_cam          up to date" in out
+    assert "epochs\n      3" in out
+
+
+def test_what_a_change_reaches_is_run_again(repository, executed):
+    pipeline.reproduce("mini")
+    executed.take()
+    # parameters
+    pipeline.reproduce("mini", ["epochs=4"], only=["01_data"])
+    assert executed.take() == ["01_data"]
+    # the run of a need, also if it happened in an earlier command
+    pipeline.reproduce("mini", ["epochs=4"], only=["03_cam"])
+    assert executed.take() == ["03_cam"]
+    pipeline.reproduce("mini", ["epochs=4"])
+    assert executed.take() == ["02_metrics", "04_table", "90_leaderboard"]
+    # the code of a notebook, but neither its prose nor its outputs
+    path = repository.root / "notebooks" / "04_table.ipynb"
+    content = json.loads(path.read_text())
+    content["cells"][0]["source"] = "# Another title"
+    content["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+    path.write_text(json.dumps(content))
+    pipeline.reproduce("mini", ["epochs=4"])
+    assert executed.take() == []
+    content["cells"][2]["source"] += "\nprint(1)"
+    path.write_text(json.dumps(content))
+    pipeline.reproduce("mini", ["epochs=4"])
+    assert executed.take() == ["04_table", "90_leaderboard"]
+    # results that were deleted
+    (repository.root / "outputs/mini/notebooks/90_leaderboard.ipynb").unlink()
+    (repository.root / "outputs/mini/metrics/02_metrics.json").unlink()
+    pipeline.reproduce("mini", ["epochs=4"])
+    assert executed.take() == ["02_metrics", "90_leaderboard"]
+
+
+def test_a_change_of_the_package_reaches_everything(repository, executed, monkeypatch):
+    pipeline.reproduce("mini")
+    executed.take()
+    monkeypatch.setattr(runs, "source_fingerprint", lambda code: "changed")
+    pipeline.reproduce("mini")
+    assert executed.take() == ALL
+
+
+def test_force_runs_again_what_is_named(repository, executed):
+    pipeline.reproduce("mini")
+    executed.take()
+    pipeline.reproduce("mini", only=["03_cam"], force=True)
+    assert executed.take() == ["03_cam"]
+    pipeline.reproduce("mini", force=True)
+    assert executed.take() == ALL
+
+
+def test_a_failure_stops_only_what_needs_it(repository, executed, capsys):
+    pipeline.reproduce("mini", only=["03_cam"])
+    executed.take()
+    executed.failing = ("03_cam",)
+    summary = pipeline.reproduce("mini", ["seed=1"])
+    assert executed.take() == ["02_metrics", "01_data", "03_cam"]
+    assert not summary["complete"]
+    assert status(summary) == {
+        "02_metrics": "done",
+        "01_data": "done",
+        "03_cam": "failed",
+        "04_table": "not run",
+        "90_leaderboard": "not run",
+    }
+    assert "03_cam" not in summary["tables"], "the numbers of an earlier run are not those of this one"
+    out = capsys.readouterr().out
+    assert "not run: it needs 03_cam, 04_table" in out
+    assert "Failed: 03_cam." in out
+
+    executed.failing = ()
+    assert pipeline.reproduce("mini", ["seed=1"])["complete"]
+    assert executed.take() == ["03_cam", "04_table", "90_leaderboard"]
+
+
+def test_the_table_shows_gaps_and_damage_is_an_error(repository, capsys):
+    run = runs.start("03_cam", {})
+    run.save_metrics({"table": [{"method": "cam", "top1": 0.12345}, {"method": "grabcut", "top1": None}]})
+    runs.start("01_data", {}).save_metrics({"images": 3})
+    pipeline.show_metrics(run.folder)
+    assert capsys.readouterr().out == "\n03_cam\n method  top1\n    cam 0.123\ngrabcut     -\n"
+    (run.folder / "metrics" / "01_data.json").write_text("{")
+    with pytest.raises(runs.RunError, match=r"01_data.json is damaged"):
+        pipeline.show_metrics(run.folder)
+
+
+# Notebooks that do run
+
+
+def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, capsys, monkeypatch):
+    # A kernel `python3` of another Python in the user's folder must not be taken.
+    kernel = repository.root / "jupyter/kernels/python3/kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(repository.root / "jupyter"))
+    typed = 'size: tuple[int, int] = (1, 2)  # a size\nrun_folder: str = "outputs/mini"  # where results go'
+    repository.notebook(
+        "01_data",
+        "import os, sys",
+        'row = {"python": sys.executable, "cwd": os.getcwd(), "folder": str(run.folder), "size": parameters["size"]}',
+        'run.save_metrics({"table": [row]})',
+        parameters=typed,
+    )
+    repository.notebook("02_metrics", "import os", "os._exit(9)")
+    repository.notebook("03_cam", "values = [1, 2]", "# reads one too many\nvalues[seed]")
+    repository.pipeline(step("01_data", size=[3, 4]), step("02_metrics"), step("03_cam", seed=2))
+    summary = pipeline.reproduce("mini", outputs="elsewhere")
+
+    folder = repository.root / "elsewhere" / "mini"
+    [row] = summary["tables"]["01_data"]
+    assert row["python"] == sys.executable
+    assert Path(row["cwd"]) == repository.root / "notebooks"
+    assert Path(row["folder"]) == folder
+    assert row["size"] == [3, 4]
+
+    assert status(summary) == {"01_data": "done", "02_metrics": "failed", "03_cam": "failed"}
+    out = capsys.readouterr().out
+    assert "02_metrics, cell 6 of 6: DeadKernelError" in out
+    assert "03_cam, cell In [5] `# reads one too many`: IndexError: list index out of range" in out
+    partial = json.loads((folder / "notebooks" / "03_cam.ipynb").read_text())
+    assert any("IndexError" in str(cell.get("outputs")) for cell in partial["cells"])
+    assert Path.cwd() == repository.root
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interruption_keeps_what_is_done(repository):
+    waits = "open(os.path.join(run.folder, 'started'), 'w').close(); time.sleep(60)"
+    repository.notebook("03_cam", "import os, time", waits)
+    repository.pipeline(step("01_data"), step("03_cam", "01_data"))
+    folder = repository.root / "outputs" / "mini"
+    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce"]
+    process = subprocess.Popen(command, cwd=repository.root / "params", stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted. What is finished is kept" in out
+    assert "Traceback" not in out
+    assert (folder / "notebooks/01_data.json").exists()
+    assert (folder / "notebooks/03_cam.ipynb").exists()
+    assert not (folder / "notebooks/03_cam.json").exists()
+    assert json.loads((folder / "summary.json").read_text())["interrupted"]
+
+
+def test_refresh_stores_outputs_without_what_changes_by_itself(repository):
+    path = repository.notebook(
+        "01_data",
+        'print("a"); print("b")\nepochs * 2',
+        "from ipywidgets import IntSlider",
+        "IntSlider()",
+    )
+    pipeline.refresh("01_data")
+    first = path.read_text()
+    content = json.loads(first)
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [1, 2, 3, 4, 5]
+    assert [cell["metadata"] for cell in cells] == [{"tags": ["parameters"]}, {}, {}, {}, {}]
+    assert cells[2]["outputs"][0]["text"] == ["a\n", "b\n"]
+    assert list(cells[4]["outputs"][0]["data"]) == ["text/plain"]
+    assert sorted(content["metadata"]) == ["kernelspec", "language_info"]
+    assert first.endswith("}\n")
+    assert not first.endswith("\n\n")
+
+    path.write_text(first.replace("epochs * 2", "epochs / 0"))
+    broken = path.read_text()
+    with pytest.raises(pipeline.NotebookError, match=r"cell In \[3\].*ZeroDivisionError"):
+        pipeline.refresh(path)
+    assert path.read_text() == broken

@@ -1,0 +1,92 @@
+"""The command `wsolnb`: run the notebooks in batch, look at parameters and metrics, refresh stored outputs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wsolnb.errors import WsolnbError
+
+# Everything else is imported by the command that needs it, so that `--help` answers at once.
+
+Profile = Annotated[str, typer.Option(help="a folder of params/: mini, smoke, pets, ...")]
+Outputs = Annotated[str, typer.Option(help="folder of the run folders; a relative path starts at the repository")]
+
+
+class _Group(typer.core.TyperGroup):
+    """Shows the errors of the package as a message, not as a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except WsolnbError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Weakly supervised localization, reproduced in notebooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def reproduce(
+    profile: Profile = "mini",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="goes to every notebook that declares NAME"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NOTEBOOK", help="this notebook and what it needs; can be repeated")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="run also what is up to date; checkpoints are reused")] = False,
+    outputs: Outputs = "outputs",
+) -> None:
+    """Run the notebooks of a profile that are out of date, and print the metrics.
+
+    Relative paths in parameters start at the root of the repository. Ends with 0 when every notebook is done, with 1
+    when one failed, with 2 when a parameter is wrong (then nothing was run), with 130 when interrupted.
+    """
+    from wsolnb import pipeline
+
+    summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs)
+    raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
+
+
+@app.command()
+def parameters(notebook: str) -> None:
+    """List the parameters of a notebook: name, type, default, meaning."""
+    from wsolnb import params
+
+    rows = [(p.name, p.type, repr(p.default), p.help) for p in params.notebook_parameters(notebook).values()]
+    rows.insert(0, ("name", "type", "default", "meaning"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] + [0]
+    for row in rows:
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+
+
+@app.command()
+def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
+    """Print the metrics of a run folder again."""
+    from wsolnb import pipeline
+    from wsolnb.runs import RunError
+
+    folder = pipeline.run_folder(profile, outputs)
+    if not any((folder / "metrics").glob("*.json")):
+        raise RunError(f"{folder} holds no metrics", f"run `wsolnb reproduce --profile {profile}` first")
+    pipeline.show_metrics(folder)
+
+
+@app.command()
+def refresh(notebooks: list[str]) -> None:
+    """Execute notebooks in place with their defaults, and store the outputs."""
+    from wsolnb import pipeline
+
+    for notebook in notebooks:
+        typer.echo(f"{notebook}  ", nl=False)
+        typer.echo(f"{pipeline.refresh(notebook):.1f} s")

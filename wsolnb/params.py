@@ -1,0 +1,311 @@
+"""The typed parameters of a notebook, read from the notebook itself and checked before it runs.
+
+A numbered notebook has one code cell with the tag `parameters`, and in it one annotated and commented name per line:
+
+    epochs: int = 30  # passes over the training images
+
+That cell is all there is to declare: YAML files, the command line and `papermill -p` are checked against it.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import tokenize
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from wsolnb import runs
+from wsolnb.errors import ParameterError, nearest
+
+_SCALARS = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
+_VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
+_EXAMPLE = "write one per line, as `epochs: int = 30  # passes over the training images`"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as its notebook declares it: `type` is the annotation, `help` the comment behind it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+    def check(self, value: Any, source: str = "") -> Any:
+        """Return `value` as the declared type: an int for a float becomes one, a list for a tuple too, nothing else.
+
+        Args:
+            value: what was given.
+            source: where it was given, for the message.
+
+        Raises:
+            ParameterError: the value has another type.
+        """
+        adapter = TypeAdapter(_type(ast.parse(self.type, mode="eval").body), config=ConfigDict(strict=True))
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            problem = f"parameter {self.name!r} must be {self.type}, not {value!r} ({type(value).__name__})"
+            first = error.errors()[0]
+            raise ParameterError(_in(source, problem), _remedy(first, self)) from None
+
+    def parse(self, text: str) -> Any:
+        """Return the value that `text`, as typed on the command line, has for the declared type.
+
+        Raises:
+            ParameterError: the text is no value of that type.
+        """
+        try:
+            value = yaml.load(text, _Numbers)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            value = text  # YAML would drop what looks like a comment
+        try:
+            return self.check(value)
+        except ParameterError as error:
+            try:
+                return self.check(text)  # `name=12` is a fine text
+            except ParameterError:
+                raise ParameterError(error.problem, f"write `-p {self.name}=...` with a value of that type") from None
+
+
+def _type(node: ast.expr) -> Any:
+    """Return the type that an annotation names. Nothing is evaluated: only the words of the vocabulary are known."""
+    match node:
+        case ast.Name(id=name) if name in _SCALARS:
+            return _SCALARS[name]
+        case ast.Constant(value=None):
+            return None
+        case ast.Name(id="list" | "dict" as name):
+            return {"list": list, "dict": dict[str, Any]}[name]
+        case ast.Name(id="tuple"):
+            return Annotated[tuple, Strict(False)]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _type(left) | _type(right) if _type(left) is not None else _type(right) | None
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=choices)):
+            return Literal[tuple(ast.literal_eval(choice) for choice in choices)]
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choice):
+            return Literal[ast.literal_eval(choice)]
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return list[_type(item)]
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[ast.Name(id="str"), item])):
+            return dict[str, _type(item)]
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=items):
+            items = items.elts if isinstance(items, ast.Tuple) else [items]
+            types = tuple(... if isinstance(i, ast.Constant) and i.value is ... else _type(i) for i in items)
+            return Annotated[tuple[types], Strict(False)]  # YAML and papermill know lists only
+    raise ValueError(ast.unparse(node))
+
+
+def _remedy(error: ErrorDetails, parameter: Parameter) -> str:
+    """Return what to do about the first thing that pydantic found wrong."""
+    value = error["input"]
+    number = re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", value.strip()) if isinstance(value, str) else None
+    if number and error["type"] in ("float_type", "literal_error", "int_type"):
+        whole, fraction, sign, exponent = number.groups()
+        fraction = fraction if fraction and fraction != "." else ".0"
+        return f"write {whole}{fraction}e{sign or '+'}{exponent} in YAML, which reads {value} as text"
+    return f"give a value of that type; the default is {parameter.default!r} ({parameter.help})"
+
+
+class _Numbers(yaml.SafeLoader):
+    """YAML that also reads `1e-4` as a number, for the command line."""
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Numbers.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+0123456789"])
+
+
+# Notebooks
+
+
+def notebook_path(notebook: str | os.PathLike[str]) -> Path:
+    """Return the path of a notebook, given as its name (`03_cam_and_tscam`) or as a path.
+
+    Raises:
+        ParameterError: there is no such notebook; the nearest name is given.
+    """
+    path = Path(notebook)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path.resolve()
+    folder = runs.repository_root() / "notebooks"
+    path = folder / f"{path.name.removesuffix('.ipynb')}.ipynb"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.ipynb"))
+        remedy = f"name one of: {', '.join(known)}" if known else "start in the repository, or set WSOLNB_ROOT to it"
+        raise ParameterError(f"there is no notebook {str(notebook)!r} in {folder}{nearest(path.stem, known)}", remedy)
+    return path
+
+
+def notebook_parameters(notebook: str | os.PathLike[str]) -> dict[str, Parameter]:
+    """Return the parameters that a notebook declares, in its order. Nothing of the notebook is executed.
+
+    Args:
+        notebook: its name or path.
+
+    Raises:
+        ParameterError: there is no such notebook, it has no cell or several cells with the tag `parameters`, or a line
+            of that cell is no annotated, commented assignment of a plain value of its type.
+    """
+    path = notebook_path(notebook)
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError):
+        raise ParameterError(f"{path} is no notebook", "restore it, or save it again from JupyterLab") from None
+    tagged = [c for c in cells if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        problem = f"{path.name} has {len(tagged)} code cells with the tag `parameters`"
+        raise ParameterError(problem, "give exactly one cell this tag (JupyterLab: Property Inspector)")
+    return _parse("".join(tagged[0]["source"]), path.name)
+
+
+def _parse(source: str, name: str) -> dict[str, Parameter]:
+    try:
+        statements = ast.parse(source).body
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ParameterError(f"the parameters cell of {name} is no Python: {error}", _EXAMPLE) from None
+    comments = {token.start[0]: token.string.lstrip("# ").strip() for token in tokens if token.type == tokenize.COMMENT}
+    found: dict[str, Parameter] = {}
+    lines = set()
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
+            continue  # Literal has to come from somewhere
+        where = f"the parameters cell of {name}, line {statement.lineno}"
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=parameter), value=ast.expr() as value) if (
+                statement.lineno == statement.end_lineno
+            ):
+                pass
+            case _:
+                raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
+        if not (comment := comments.get(statement.lineno)):
+            raise ParameterError(f"{where}: {parameter!r} has no comment", _EXAMPLE)
+        if parameter in found or statement.lineno in lines:
+            raise ParameterError(f"{where}: {parameter!r} is declared twice, or shares its line", _EXAMPLE)
+        lines.add(statement.lineno)
+        annotation = ast.unparse(statement.annotation)
+        try:
+            _type(statement.annotation)
+        except (ValueError, TypeError):
+            raise ParameterError(f"{where}: the type {annotation} is not known", f"use {_VOCABULARY}") from None
+        try:
+            default = ast.literal_eval(value)
+        except ValueError:
+            problem = f"{where}: the default `{ast.unparse(value)}` is no plain value"
+            raise ParameterError(problem, "write a number, text, list or dictionary, and compute below") from None
+        found[parameter] = Parameter(parameter, annotation, default, comment)
+        found[parameter].check(default, where)
+    return found
+
+
+# Values
+
+
+def check_parameters(notebook: str | os.PathLike[str], values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """Return `values` as the types that the notebook declares.
+
+    papermill itself only warns about a name that the notebook does not know, so this comes before execution.
+
+    Args:
+        notebook: its name or path.
+        values: some of its parameters.
+        source: where they were written, for the message.
+
+    Raises:
+        ParameterError: a name is unknown (the nearest one is given), or a value has another type.
+    """
+    declared = notebook_parameters(notebook)
+    for name in values:
+        if name not in declared:
+            problem = f"{notebook_path(notebook).stem} has no parameter {name!r}{nearest(str(name), declared)}"
+            raise ParameterError(_in(source, problem), f"use one of: {', '.join(declared)}")
+    return {name: declared[name].check(value, source) for name, value in values.items()}
+
+
+def load_parameter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the names and values of a YAML file of parameters; an empty file has none.
+
+    Raises:
+        ParameterError: the file is missing, is no YAML, names a parameter twice or holds no names with values.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Unique)
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be read: {error.strerror}", "check the name of the file") from None
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path} is no YAML: {error}", "write one `name: value` per line") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ParameterError(f"{path} holds no names with values", "write one `name: value` per line")
+    return values
+
+
+class _Unique(yaml.SafeLoader):
+    """YAML in which a name that is written twice is an error, not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the names and texts of `name=value` arguments. `Parameter.parse` converts a text to the declared type.
+
+    Raises:
+        ParameterError: an argument is no `name=value`, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ParameterError(f"`-p {override}` is no name=value", "write it as `-p epochs=3`")
+        if name.strip() in found:
+            raise ParameterError(f"`-p {name.strip()}=...` is given twice", "give it once")
+        found[name.strip()] = text.strip()
+    return found
+
+
+def collect(notebook: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that the declared parameters have in a running notebook.
+
+    To be called right after the parameters cell: `parameters = params.collect("03_cam_and_tscam", globals())`. This
+    gives somebody who runs `papermill` without `wsolnb` the same clear errors.
+
+    Raises:
+        ParameterError: a value has another type than declared, a declared name is missing, or papermill has passed a
+            name that is not declared.
+    """
+    declared = notebook_parameters(notebook)
+    check_parameters(notebook, dict.fromkeys(_injected(namespace.get("In", ())) - set(declared)))
+    for name in declared:
+        if name not in namespace:
+            raise ParameterError(f"{name!r} has no value", "run the cell with the parameters first")
+    return {name: parameter.check(namespace[name]) for name, parameter in declared.items()}
+
+
+def _injected(history: Sequence[str]) -> set[str]:
+    """Return the names that papermill has passed: it puts a cell that starts with this comment into the notebook."""
+    cells = [ast.parse(cell) for cell in history if cell.startswith("# Parameters\n")]
+    targets = (s.targets[0] for cell in cells for s in cell.body if isinstance(s, ast.Assign))
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _in(source: str, problem: str) -> str:
+    return f"{source}: {problem}" if source else problem

@@ -1,0 +1,490 @@
+"""The notebooks as batch jobs: papermill runs them in the order of their needs, and only those that are out of date.
+
+`params/<profile>/pipeline.yaml` lists the steps, `params/<profile>/<notebook>.yaml` holds what differs from the
+defaults of a notebook:
+
+    steps:
+      - notebook: 01_data
+      - notebook: 03_cam_and_tscam
+        needs: [01_data]
+        parameters: {epochs: 3}  # optional, and stronger than the file
+
+Everything is checked before the first notebook starts. Results go to `outputs/<profile>/`, the run folder.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from wsolnb import params, runs
+from wsolnb.errors import ParameterError, WsolnbError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from nbformat import NotebookNode
+
+
+class NotebookError(WsolnbError):
+    """A notebook did not run to its end."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook to run, with every value that differs from its defaults."""
+
+    notebook: str
+    needs: tuple[str, ...]
+    parameters: dict[str, Any]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    notebook: str
+    needs: list[str] = []
+    parameters: dict[str, Any] = {}
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    steps: list[_Entry]
+
+
+# What to run
+
+
+def profiles() -> list[str]:
+    """Return the names of the profiles: the folders of `params/` with a `pipeline.yaml`."""
+    return sorted(path.parent.name for path in (runs.repository_root() / "params").glob("*/pipeline.yaml"))
+
+
+def run_folder(profile: str, outputs: str | os.PathLike[str] = "outputs") -> Path:
+    """Return the run folder of a profile: `<outputs>/<profile>`."""
+    return runs.resolve(outputs) / profile
+
+
+def plan(
+    profile: str,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    outputs: str | os.PathLike[str] = "outputs",
+) -> list[Step]:
+    """Return the steps of a profile in the order to run them, all of them checked. Nothing is executed.
+
+    Args:
+        profile: name of a folder in `params/`.
+        overrides: `name=value` texts. Each goes to every notebook that declares the name.
+        only: notebooks to run, with the steps that they need; all of them where it is empty.
+        outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
+
+    Raises:
+        ParameterError: the profile, a notebook, a need or a parameter is unknown, a value has another type than the
+            notebook declares, needs run in a circle, or an override belongs to no notebook.
+    """
+    if profile not in (known := profiles()):
+        problem = f"there is no profile {profile!r}{nearest(profile, known)}"
+        raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
+    folder = runs.repository_root() / "params" / profile
+    entries = _select(_ordered(_entries(folder / "pipeline.yaml"), folder), only)
+
+    place = run_folder(profile, outputs)
+    root = runs.repository_root()
+    # Relative where it can be, so that a run folder that moves with its repository stays up to date.
+    injected = place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix()
+
+    texts = params.parse_overrides(overrides)
+    if "run_folder" in texts:
+        raise ParameterError("`-p run_folder=...` would part the notebooks from their outputs", "use `--outputs DIR`")
+    declared = {entry.notebook: params.notebook_parameters(entry.notebook) for entry in entries}
+    names = {name for parameters in declared.values() for name in parameters}
+    for name in texts:
+        if name not in names:
+            problem = f"no notebook of this run has a parameter {name!r}{nearest(name, names)}"
+            raise ParameterError(problem, "`wsolnb parameters NOTEBOOK` lists those of a notebook")
+
+    steps = []
+    for entry in entries:
+        name, file = entry.notebook, folder / f"{entry.notebook}.yaml"
+        values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
+        values |= params.check_parameters(name, entry.parameters, str(folder / "pipeline.yaml"))
+        values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}
+        values |= params.check_parameters(name, {"run_folder": injected}, "every notebook of a pipeline needs it")
+        steps.append(Step(name, tuple(entry.needs), values))
+    return steps
+
+
+def _entries(path: Path) -> list[_Entry]:
+    try:
+        return _File.model_validate(params.load_parameter_file(path)).steps
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        remedy = "write a list `steps:` of `{notebook: ..., needs: [...], parameters: {...}}`"
+        raise ParameterError(f"{path}, {where}: {first['msg']}", remedy) from None
+
+
+def _ordered(entries: list[_Entry], folder: Path) -> list[_Entry]:
+    """Return the steps so that each comes after those it needs, and otherwise in the order of the file."""
+    path = folder / "pipeline.yaml"
+    names = [entry.notebook for entry in entries]
+    for entry in entries:
+        if names.count(entry.notebook) > 1:
+            raise ParameterError(f"{path}: {entry.notebook!r} is listed twice", "keep one of them")
+        for need in entry.needs:
+            if need not in names:
+                problem = f"{path}: {entry.notebook} needs {need!r}, which is no step{nearest(need, names)}"
+                raise ParameterError(problem, "list it as a step, or drop the need")
+    try:
+        graphlib.TopologicalSorter({entry.notebook: entry.needs for entry in entries}).prepare()
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise ParameterError(f"{path}: these steps need each other: {circle}", "drop one of these needs") from None
+    notebooks = [file.stem for file in (runs.repository_root() / "notebooks").glob("*.ipynb")]
+    for file in sorted(folder.glob("*.yaml")):
+        if file != path and file.stem not in notebooks:  # it would silently change nothing
+            raise ParameterError(f"{file} belongs to no notebook{nearest(file.stem, notebooks)}", "rename or delete it")
+
+    ordered: list[_Entry] = []
+    while entries:
+        done = {entry.notebook for entry in ordered}
+        following = next(entry for entry in entries if done.issuperset(entry.needs))
+        entries = [entry for entry in entries if entry is not following]
+        ordered.append(following)
+    return ordered
+
+
+def _select(entries: list[_Entry], only: Sequence[str]) -> list[_Entry]:
+    if not only:
+        return entries
+    names = [entry.notebook for entry in entries]
+    wanted = {_stem(name) for name in only}
+    for name in sorted(wanted):
+        if name not in names:
+            problem = f"{name!r} is no step of this profile{nearest(name, names)}"
+            raise ParameterError(problem, f"use one of: {', '.join(names)}")
+    for entry in reversed(entries):  # needs come before the steps that need them
+        if entry.notebook in wanted:
+            wanted.update(entry.needs)
+    return [entry for entry in entries if entry.notebook in wanted]
+
+
+def _stem(notebook: str) -> str:
+    return Path(notebook).name.removesuffix(".ipynb")
+
+
+# Running
+
+
+def reproduce(
+    profile: str,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    force: bool = False,
+    outputs: str | os.PathLike[str] = "outputs",
+) -> dict[str, Any]:
+    """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
+
+    A step is up to date while its code cells, its parameters, the source of `wsolnb`, the versions of the packages and
+    the runs of its needs are those it was made with. A step that fails stops only the steps that need it. After an
+    interruption the same command goes on with what is missing.
+
+    Args:
+        profile: name of a folder in `params/`.
+        overrides: `name=value` texts. Each goes to every notebook that declares the name.
+        only: notebooks to run, with the steps that they need; all of them where it is empty.
+        force: run the notebooks (those of `only`) even if they are up to date. Checkpoints are still reused.
+        outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
+
+    Returns:
+        The summary: `complete`, `interrupted`, `seconds`, `steps` (notebook, status, seconds, error), `tables`.
+
+    Raises:
+        ParameterError: as `plan`, before anything is executed.
+        RunError: the run folder cannot be written.
+    """
+    steps = plan(profile, overrides, only, outputs)
+    named = {_stem(name) for name in only} or {step.notebook for step in steps}
+    folder = run_folder(profile, outputs)
+    runs.start("pipeline", {}, folder)
+    with runs.locked(folder / ".lock", f"running in {folder}"):
+        summary = _run_steps(steps, named if force else set(), folder)
+        summary = {"profile": profile, "overrides": list(overrides), **summary}
+        runs.write_atomically(folder / "summary.json", runs.to_json(summary))
+    show_metrics(folder)
+    _show_steps(summary)
+    return summary
+
+
+def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path) -> dict[str, Any]:
+    """Run the steps, print a line for each, and return the summary."""
+    started, clock = runs.now(), time.perf_counter()
+    print(f"{len(steps)} notebooks, run folder {folder}", flush=True)
+    code = runs.source_fingerprint([Path(__file__).parent])
+
+    results: dict[str, dict[str, Any]] = {
+        step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
+    }
+    interrupted = False
+    width = max((len(name) for name in results), default=0)
+    for number, step in enumerate(steps, 1):
+        result = results[step.notebook]
+        line = _Line(f"[{number}/{len(steps)}] {step.notebook:<{width}}  ")
+        lacking = [need for need in step.needs if results[need]["status"] not in ("done", "up to date")]
+        if lacking:
+            line.end(f"not run: it needs {', '.join(lacking)}")
+            continue
+        try:
+            result |= _run_step(step, folder, code, step.notebook in forced, line)
+        except KeyboardInterrupt:
+            interrupted = True
+            result["status"] = "interrupted"
+            line.end("interrupted")
+            break
+
+    return {
+        "complete": all(result["status"] in ("done", "up to date") for result in results.values()),
+        "interrupted": interrupted,
+        "started": started,
+        "seconds": round(time.perf_counter() - clock, 1),
+        "steps": list(results.values()),
+        "tables": {name: table.to_dict(orient="records") for name, table in tables(folder).items()},
+        "versions": runs.versions(),
+        **runs.commit(),
+        "processor": runs.cpu_model(),
+    }
+
+
+def _run_step(step: Step, folder: Path, code: str, force: bool, line: _Line) -> dict[str, Any]:
+    """Run one step unless it is up to date. Returns its status, seconds and error."""
+    output = folder / "notebooks" / f"{step.notebook}.ipynb"
+    metrics = folder / "metrics" / f"{step.notebook}.json"
+    record_file = output.with_suffix(".json")
+    source = params.notebook_path(step.notebook)
+    key = {
+        "cells": [
+            cell["source"] for cell in json.loads(source.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"
+        ],
+        "parameters": step.parameters,
+        "code": code,
+        "versions": runs.versions(),
+        "needs": {need: _record(folder / "notebooks" / f"{need}.json").get("run") for need in step.needs},
+    }
+    fingerprint = runs.fingerprint(key)
+    record = _record(record_file)
+    complete = output.is_file() and (metrics.is_file() or not record.get("metrics"))
+    if record.get("fingerprint") == fingerprint and complete and not force:
+        line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
+        return {"status": "up to date", "seconds": record["seconds"]}
+
+    # From here on neither the record nor the numbers of the last run hold.
+    record_file.unlink(missing_ok=True)
+    metrics.unlink(missing_ok=True)
+    clock = time.perf_counter()
+    try:
+        _execute(source, output, step.parameters, line.cell)
+    except NotebookError as error:
+        seconds = round(time.perf_counter() - clock, 1)
+        line.end(f"failed after {_duration(seconds)}")
+        print(_indent(f"{error}\nThe notebook up to there: {output}"), flush=True)
+        return {"status": "failed", "seconds": seconds, "error": error.problem}
+    seconds = round(time.perf_counter() - clock, 1)
+    record = {
+        "fingerprint": fingerprint,
+        "run": uuid.uuid4().hex,
+        "parameters": step.parameters,
+        "metrics": metrics.is_file(),
+        "seconds": seconds,
+        "finished": runs.now(),
+    }
+    runs.write_atomically(record_file, runs.to_json(record))
+    line.end(_duration(seconds))
+    return {"status": "done", "seconds": seconds}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _execute(
+    source: Path,
+    output: Path | None,
+    parameters: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> NotebookNode:
+    """Execute a notebook with papermill in its own folder, and return it.
+
+    Raises:
+        NotebookError: a cell raised, or the kernel died. The output notebook holds what ran.
+    """
+    import nbformat
+    import papermill
+
+    # The kernel has to be this interpreter, also where a user has installed a kernel `python3` of another one.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    count = len(nbformat.read(source, as_version=4).cells) + bool(parameters)
+    position = 0
+
+    def on_cell(cell_index: int, **_: Any) -> None:
+        nonlocal position
+        position = cell_index + 1
+        if progress:
+            progress(position, count)
+
+    try:
+        return papermill.execute_notebook(
+            source,
+            output,
+            parameters=_lists(dict(parameters)),
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            cwd=source.parent,
+            on_cell_start=on_cell,
+            extra_arguments=["--IPKernelApp.log_level=50"],  # what a kernel logs about its sockets and its end is noise
+            **options,
+        )
+    except papermill.PapermillExecutionError as error:
+        first = error.source.strip().partition("\n")[0]
+        problem = f"{source.stem}, cell In [{error.exec_count}] `{first}`: {error.ename}: {error.evalue}"
+        raise NotebookError(problem, f"open the notebook, run it up to cell In [{error.exec_count}]") from None
+    except Exception as error:  # a dead kernel, a full disk: whatever it is, the other notebooks can still run
+        problem = f"{source.stem}, cell {position} of {count}: {type(error).__name__}: {error}"
+        raise NotebookError(problem, "a kernel that dies has most often run out of memory") from error
+
+
+def _lists(value: Any) -> Any:
+    """Return `value` with lists for its tuples, which papermill would write into the notebook as text."""
+    if isinstance(value, dict):
+        return {name: _lists(item) for name, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Line:
+    """The line of a step: on a terminal it counts the cells as they run, in a log it is written once."""
+
+    def __init__(self, head: str):
+        self._head = head
+        self._clock = time.perf_counter()
+        self._live = sys.stdout.isatty()
+        print(head, end="", flush=True)
+
+    def cell(self, number: int, count: int) -> None:
+        if self._live:
+            seconds = time.perf_counter() - self._clock
+            text = f"{self._head}cell {number}/{count}, {_duration(seconds)}"
+            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def end(self, text: str) -> None:
+        print(f"\r\x1b[K{self._head}{text}" if self._live else text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+# Results
+
+
+def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
+    """Return the metrics table of each notebook in a run folder, rebuilt from `metrics/*.json`.
+
+    Raises:
+        RunError: a metrics file is damaged.
+    """
+    import pandas as pd
+
+    found = {}
+    for path in sorted((runs.resolve(folder) / "metrics").glob("*.json")):
+        try:
+            rows = json.loads(path.read_text())["table"]
+            found[path.stem] = pd.DataFrame(rows)
+        except KeyError:
+            continue  # a notebook without numbers to compare
+        except (ValueError, TypeError, AttributeError) as error:
+            raise runs.RunError(f"{path} is damaged: {error}", "delete it and run its notebook again") from None
+    return found
+
+
+def show_metrics(folder: str | os.PathLike[str]) -> None:
+    """Print the metrics table of each notebook in a run folder.
+
+    Raises:
+        RunError: a metrics file is damaged.
+    """
+    for name, table in tables(folder).items():
+        print(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}", flush=True)
+
+
+def _show_steps(summary: Mapping[str, Any]) -> None:
+    width = max((len(step["notebook"]) for step in summary["steps"]), default=0)
+    print(f"\n{'notebook':<{width}}  {'seconds':>8}  status")
+    for step in summary["steps"]:
+        seconds = "-" if step["seconds"] is None else f"{step['seconds']:.1f}"
+        print(f"{step['notebook']:<{width}}  {seconds:>8}  {step['status']}")
+    if summary["interrupted"]:
+        print("\nInterrupted. What is finished is kept; the same command goes on from here.")
+    elif not summary["complete"]:
+        failed = [step["notebook"] for step in summary["steps"] if step["status"] == "failed"]
+        print(f"\nFailed: {', '.join(failed)}. The same command runs what is missing.")
+    else:
+        print(f"\nAll {len(summary['steps'])} notebooks are done; this command took {_duration(summary['seconds'])}.")
+    sys.stdout.flush()
+
+
+# Stored outputs
+
+
+def refresh(notebook: str | os.PathLike[str]) -> float:
+    """Execute a notebook with its defaults and store the outputs in it; returns the seconds.
+
+    What differs from run to run without being a result (times, ids of widgets, the patch version of Python) is left
+    out, so that a stored notebook changes only where its content does. A notebook that fails is left as it was.
+
+    Raises:
+        ParameterError: there is no such notebook, or its parameters cell is not in order.
+        NotebookError: a cell raised, or the kernel died.
+    """
+    import nbformat
+
+    path = params.notebook_path(notebook)
+    params.notebook_parameters(path)
+    clock = time.perf_counter()
+    executed = _execute(path, None, {}, record_timing=False, store_widget_state=False, coalesce_streams=True)
+    runs.write_atomically(path, nbformat.writes(_tidy(executed)) + "\n")
+    return time.perf_counter() - clock
+
+
+def _tidy(notebook: NotebookNode) -> NotebookNode:
+    notebook.metadata = type(notebook.metadata)(
+        kernelspec={"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        language_info={"name": "python"},
+    )
+    for cell in notebook.cells:
+        for name in ("papermill", "execution", "collapsed", "scrolled", "ExecuteTime"):
+            cell.metadata.pop(name, None)
+        if not cell.metadata.get("tags"):
+            cell.metadata.pop("tags", None)
+        for output in cell.get("outputs", ()):
+            if "data" in output and len(output.data) > 1:  # a widget without its kernel shows only an error
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    return notebook

@@ -1,0 +1,413 @@
+"""Run folders: where a notebook's numbers, figures and checkpoints go, and what they were made with.
+
+A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A notebook opens its own part of it with
+
+    run = runs.start("03_cam_and_tscam", parameters)
+
+and keeps what is expensive under the hash of everything that it depends on:
+
+    folder = run.cached("tscam", inputs=config, code=[tscam, training], build=train)
+
+Relative paths mean the same wherever a notebook or a command is started: they start at the root of the repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from wsolnb.errors import WsolnbError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that build the same checkpoint at once are not kept apart there
+    fcntl = None
+
+DEFAULT_RUN_FOLDER = "outputs/mini"
+PACKAGES = ("wsolnb", "torch", "torchvision", "timm", "numpy", "opencv-python", "scikit-learn")
+
+
+class RunError(WsolnbError):
+    """A run folder cannot be written, or what should go into it cannot be stored."""
+
+
+# Paths
+
+
+def repository_root() -> Path:
+    """Return the root of the repository, the folder with `pyproject.toml` and `notebooks/`.
+
+    Looked for in this order: the environment variable WSOLNB_ROOT, the working folder and those above it, the checkout
+    that this package is imported from. Where there is none of them it is the working folder.
+
+    Raises:
+        RunError: WSOLNB_ROOT is set and is no folder.
+    """
+    if named := os.environ.get("WSOLNB_ROOT"):
+        if not Path(named).is_dir():
+            raise RunError(f"WSOLNB_ROOT is {named!r}, which is no folder", "set it to the repository, or unset it")
+        return Path(named).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as an absolute path: a relative one starts at the root of the repository, `~` is home."""
+    return Path(os.path.normpath(repository_root() / Path(path).expanduser()))
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it.
+
+    Folders that are missing are made. Text is written as UTF-8.
+
+    Raises:
+        RunError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}", "choose a writable run folder, or free space there"
+        ) from error
+    return path
+
+
+# Values
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """Return `value` as what JSON can hold.
+
+    Scalars and arrays of NumPy and torch become numbers and lists, tables a list of rows, dataclasses and pydantic
+    models dictionaries, paths text. NaN and infinities become None: JSON has no word for them.
+
+    Raises:
+        RunError: the value, or one inside it (which is named), is none of these.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return Path(value).as_posix()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, where)
+    for convert in (
+        lambda: value.to_dict(orient="records"),  # a table of pandas
+        lambda: value.tolist(),  # arrays, series, tensors and their scalars
+        lambda: value.model_dump(),  # pydantic
+    ):
+        with contextlib.suppress(AttributeError, TypeError):
+            return plain(convert(), where)
+    raise RunError(
+        f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold",
+        "store numbers, text, lists, dictionaries, arrays or tables",
+    )
+
+
+def to_json(value: Any) -> str:
+    """Return `value` as readable JSON text, converted by `plain`."""
+    return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 of `value` in canonical JSON: equal values have equal fingerprints, whatever their order."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_fingerprint(code: Sequence[ModuleType | str | os.PathLike[str]]) -> str:
+    """Return the SHA-256 of the source of modules, packages (every `.py` in them), files or folders, in this order.
+
+    Raises:
+        RunError: one of them has no source file.
+    """
+    digest = hashlib.sha256()
+    for item in code:
+        path = resolve(getattr(item, "__file__", None) or "no file") if isinstance(item, ModuleType) else resolve(item)
+        if path.name == "__init__.py":
+            path = path.parent
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
+            raise RunError(f"{item} has no source file", "name modules, packages or .py files in `code`")
+        for file in files:
+            name = file.relative_to(path.parent).as_posix()
+            digest.update(f"{name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+# Provenance
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        for name in (package, f"{package}-headless"):  # OpenCV without windows is the same module
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[package] = metadata.version(name)
+                break
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """Return `{"commit": hash, "dirty": bool}` of the checkout, both None where there is no git or no history."""
+    root = repository_root()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        # A copy without history inside somebody else's checkout must not be given their commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return {"commit": None, "dirty": None}
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def cpu_model() -> str:
+    """Return the name of the processor as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name() -> str:
+    """Return the name of the accelerator that torch sees, else `cpu`. torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "cpu"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def environment_report() -> dict[str, Any]:
+    """Return what a reader needs to compare numbers and times: versions, devices, memory, commit."""
+    import torch
+
+    report: dict[str, Any] = {**versions(), "system": platform.platform(terse=True), "device": device_name()}
+    if torch.cuda.is_available():
+        report["device memory (GiB)"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    report |= {"processor": cpu_model(), "cores": len(_cores()), "torch threads": torch.get_num_threads()}
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+        report["memory (GiB)"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return report | commit()
+
+
+def _cores() -> Sequence[int]:
+    """Return the cores that this process may use, which in a container are often fewer than the machine has."""
+    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# Runs
+
+
+def start(notebook: str, parameters: Mapping[str, Any], folder: str | os.PathLike[str] | None = None) -> Run:
+    """Open the run folder for `notebook`, and start its clock.
+
+    Args:
+        notebook: name of the notebook without suffix, as `03_cam_and_tscam`.
+        parameters: its parameters. `run_folder` says where the run folder is, `seed` goes into the provenance.
+        folder: run folder that is used instead of the parameter.
+
+    Raises:
+        RunError: the folder cannot be made or written.
+    """
+    run = Run(notebook, dict(parameters), resolve(folder or parameters.get("run_folder") or DEFAULT_RUN_FOLDER))
+    for name in ("notebooks", "metrics", "figures", "checkpoints"):
+        try:
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"the run folder {run.folder} cannot be made: {error.strerror or error}"
+            raise RunError(problem, "name a writable folder in the parameter `run_folder`") from error
+        if not os.access(run.folder / name, os.W_OK):
+            raise RunError(f"{run.folder / name} cannot be written", "change its permissions, or the `run_folder`")
+    return run
+
+
+@dataclasses.dataclass
+class Run:
+    """One notebook's part of a run folder. Made by `start`."""
+
+    notebook: str
+    parameters: dict[str, Any]
+    folder: Path
+    started: str = dataclasses.field(default_factory=now)
+    _clock: float = dataclasses.field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def seed(self) -> int | None:
+        """The parameter `seed`."""
+        return self.parameters.get("seed")
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder for checkpoints, shared by the notebooks of the run."""
+        return self.folder / "checkpoints"
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the numbers were made with: parameters, seed, versions, commit, device and time."""
+        return {
+            "notebook": self.notebook,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "versions": versions(),
+            **commit(),
+            "device": device_name(),
+            "processor": cpu_model(),
+            "started": self.started,
+            "finished": now(),
+            "seconds": round(time.perf_counter() - self._clock, 1),
+        }
+
+    def save_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write `metrics/<notebook>.json`: the metrics as they are, and under `provenance` what they were made with.
+
+        `metrics["table"]`, a list of rows or a pandas table, is what `wsolnb reproduce` prints and what the leaderboard
+        is built from. NaN is written as null.
+
+        Raises:
+            RunError: a value cannot be stored as JSON, or the folder cannot be written.
+        """
+        content = {**metrics, "provenance": self.provenance()}
+        write_atomically(self.folder / "metrics" / f"{self.notebook}.json", to_json(content))
+
+    def save_table(self, table: Any, name: str) -> None:
+        """Write a pandas table to `metrics/<notebook>/<name>.csv`, without its index."""
+        write_atomically(self.folder / "metrics" / self.notebook / f"{name}.csv", table.to_csv(index=False))
+
+    def save_figure(self, figure: Any, name: str) -> None:
+        """Write a Matplotlib figure to `figures/<notebook>/<name>.png`; equal figures give equal files."""
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        write_atomically(self.folder / "figures" / self.notebook / f"{name}.png", image.getvalue())
+
+    def cached(
+        self,
+        name: str,
+        inputs: Any,
+        code: Sequence[ModuleType | str | os.PathLike[str]],
+        build: Callable[[Path], Any],
+    ) -> Path:
+        """Return the folder `checkpoints/<name>-<hash>`, filled by `build(folder)` unless it is complete already.
+
+        The hash covers `inputs` and the source of `code`; what these do not name does not count. A build that was
+        interrupted leaves its folder, without the marker `done.json`, so that the next one can go on inside it. Of two
+        processes that want the same folder, one builds and the other waits. Prints one line: built, or reused.
+
+        Args:
+            name: start of the folder's name.
+            inputs: everything that the result depends on, in what `plain` can convert.
+            code: modules, packages or files whose source the result depends on.
+            build: called with the folder; fills it.
+
+        Raises:
+            RunError: the inputs cannot be stored as JSON, `code` has no source, or the folder cannot be written.
+        """
+        key = {"inputs": plain(inputs, "inputs"), "code": source_fingerprint(code)}
+        folder = self.checkpoints / f"{name}-{fingerprint(key)[:12]}"
+        marker = folder / "done.json"
+
+        def reuse() -> bool:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                seconds = json.loads(marker.read_text())["seconds"]
+                print(f"reusing {name} (built in {seconds:.0f} s, parameters and code unchanged)", flush=True)
+                return True
+            return False
+
+        if reuse():  # before the lock, which a run folder that is only read could not give
+            return folder
+        with locked(folder / ".lock", f"building {name}"):
+            if reuse():
+                return folder
+            clock = time.perf_counter()
+            build(folder)
+            seconds = round(time.perf_counter() - clock, 1)
+            done = {"name": name, **key, "seconds": seconds, "finished": now(), "versions": versions(), **commit()}
+            write_atomically(marker, to_json(done))
+        print(f"built {name} in {seconds:.0f} s", flush=True)
+        return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, work: str) -> Iterator[None]:
+    """Hold the lock file `path`, which names the process that holds it; wait while another process does.
+
+    The lock belongs to the open file, so the system frees it when its process ends, in whatever way.
+
+    Args:
+        path: the file, left behind when the lock is free again.
+        work: what the lock is for, as `building tscam`; shown to those who wait.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - closed below, which also frees the lock
+    except OSError as error:
+        problem = f"{path.parent} cannot be written: {error.strerror or error}"
+        raise RunError(problem, "choose a writable run folder, or free space there") from error
+    with file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                print(f"waiting for process {file.read().strip() or '?'}, which is {work}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: go on as if alone
+                pass
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
