@@ -9,12 +9,14 @@ from torch import Tensor
 def normalise(maps: Tensor) -> Tensor:
     """Min-max each map of (B, h, w) to [0, 1], float32. A constant map becomes zero everywhere.
 
-    Not a number stays one, so that the metrics report it instead of a silent empty map.
+    Constant is what varies by no more than float32's rounding (1e-6 of its largest magnitude): stretching that to the
+    full range would show noise. Not a number stays one, so that the metrics report it instead of a silent empty map.
     """
     flat = maps.float().flatten(1)
     low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
     span = high - low
-    scaled = (flat - low) / span.masked_fill(span == 0, 1.0)
+    constant = span <= 1e-6 * flat.abs().amax(dim=1, keepdim=True)
+    scaled = ((flat - low) / span.masked_fill(constant, 1.0)).masked_fill(constant, 0.0)
     # Rounding of the quotient can pass 1 by one unit in the last place.
     return scaled.clamp(max=1.0).view(maps.shape)
 

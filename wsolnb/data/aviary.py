@@ -98,7 +98,7 @@ class AviaryConfig(BaseModel):
     scale: tuple[float, float] | None = None
     off_centre: float = Field(1.0, ge=0, le=1)
     occlusion: float = Field(0.35, ge=0, le=1)
-    distractors: float = Field(2.0, ge=0, le=20)
+    distractors: float = Field(3.0, ge=0, le=20)
     seed: int = Field(0, ge=0)
 
     def __init__(self, **values):
@@ -197,7 +197,6 @@ def _background(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
         return image
     soil, blade = _jitter(rng, (112, 124, 62), 14), _jitter(rng, (70, 122, 44), 16)
     image = np.ascontiguousarray(soil * (1 - 0.35 * ramp) + 14.0 * _value_noise(rng, size, (6, 6), 3)[..., None])
-    image += np.zeros((size, size, 3), np.float32)
     count = int(rng.integers(50, 90))
     x, y = rng.uniform(0, size, count), rng.uniform(0.1 * size, 1.1 * size, count)
     dx, dy = rng.normal(0, 0.05 * size, count), -rng.uniform(0.06, 0.2, count) * size
@@ -299,7 +298,7 @@ def _bird(
     length = rng.uniform(0.14, 0.32)
     add(np.array([root + side * 0.06, root + ahead * length, root - side * 0.06]), horn)
 
-    cap, cheek = (_jitter(rng, HEAD_COLOURS[name], 7) for name in pattern)
+    cap, cheek = (_jitter(rng, HEAD_COLOURS[name], 15) for name in pattern)
     skull = add(_ellipse(*head, radius, radius * rng.uniform(0.92, 1.05)), cheek, _HEAD)
     # The cap is everything of the head above a line, so cap and cheek share the head about equally.
     turn = beak_angle + rng.uniform(-0.25, 0.1)
@@ -313,9 +312,7 @@ def _bird(
     return layers
 
 
-def _place(
-    rng: np.random.Generator, layers: list, size: int, scale: tuple[float, float], off_centre: float
-) -> list:
+def _place(rng: np.random.Generator, layers: list, size: int, scale: tuple[float, float], off_centre: float) -> list:
     """Mirror, turn, scale and shift a bird's layers into an image of `size` pixels; the whole bird stays inside."""
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     angle = rng.uniform(-0.35, 0.35)
@@ -500,12 +497,12 @@ def render(config: AviaryConfig, split: str, index: int) -> Sample:
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Expose, blur and grain the scene, (H, W, 3) float32 -> uint8."""
-    gain = rng.uniform(0.75, 1.15) * (1 + rng.normal(0, 0.03, 3)).astype(np.float32)
+    gain = rng.uniform(0.5, 1.15) * (1 + rng.normal(0, 0.07, 3))
     image = np.clip(image * gain.astype(np.float32), 0, 255)
-    sigma = rng.uniform(0, 0.8)
+    sigma = rng.uniform(0, 1.1)
     if sigma > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), sigma)
-    image = image + rng.uniform(1, 8) * rng.standard_normal(image.shape, dtype=np.float32)
+    image = image + rng.uniform(1, 14) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from wsolnb.backbones import create_backbone
+from wsolnb.errors import ParameterError
+from wsolnb.methods.base import pick
+from wsolnb.methods.cam import CAMClassifier, cam, layer_cam
+
+
+def test_cam_equals_loops():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    classes = torch.tensor([6, 2])
+    got = cam(features, weight, classes)
+    for image in range(2):
+        for y in range(3):
+            for x in range(4):
+                value = sum(float(weight[classes[image], k] * features[image, k, y, x]) for k in range(5))
+                assert got[image, y, x] == pytest.approx(max(0.0, value), abs=1e-12)
+
+
+def test_layer_cam_equals_loops():
+    generator = torch.Generator().manual_seed(1)
+    activations, gradients = torch.randn(2, 2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    got = layer_cam(activations, gradients)
+    for image in range(2):
+        for y in range(3):
+            for x in range(4):
+                value = 0.0
+                for k in range(5):
+                    value += max(0.0, float(gradients[image, k, y, x])) * float(activations[image, k, y, x])
+                assert got[image, y, x] == pytest.approx(max(0.0, value), abs=1e-12)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ParameterError, match=r"\(7, 6\)"):
+        cam(torch.zeros(1, 5, 3, 3), torch.zeros(7, 6), torch.tensor([0]))
+    with pytest.raises(ParameterError, match="differ"):
+        layer_cam(torch.zeros(1, 5, 3, 3), torch.zeros(1, 5, 3, 4))
+    with pytest.raises(ParameterError, match="class 9"):
+        pick(torch.zeros(2, 3, 4, 4), torch.tensor([0, 9]))
+    with pytest.raises(ParameterError, match="2 images"):
+        pick(torch.zeros(2, 3, 4, 4), torch.tensor([0]))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return CAMClassifier(create_backbone("resnet_mini", output_stride=8), num_classes=4).eval()
+
+
+def test_logits_are_the_mean_of_the_signed_class_map(classifier):
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        output = classifier(images)
+    assert output.features.shape == (2, 256, 14, 14)
+    signed = torch.einsum("bkhw,ck->bchw", output.features, classifier.classifier.weight)
+    torch.testing.assert_close(signed.mean(dim=(2, 3)), output.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_closed_form_layercam_of_the_last_layer_equals_autograd(classifier):
+    images, classes = torch.randn(2, 3, 112, 112), torch.tensor([1, 3])
+    with torch.no_grad():
+        closed = classifier.localize(classifier(images), classes)["layercam"]
+    by_hook = classifier.layer_cam(images, classes, classifier.backbone.resnet.layer4)
+    torch.testing.assert_close(closed, by_hook, atol=1e-7, rtol=1e-4)
+
+
+def test_layercam_of_an_inner_layer_has_its_resolution(classifier):
+    found = classifier.layer_cam(torch.randn(1, 3, 112, 112), torch.tensor([0]), classifier.backbone.resnet.layer1)
+    assert found.shape == (1, 28, 28)
+    assert found.min() >= 0
