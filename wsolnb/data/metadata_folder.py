@@ -74,6 +74,7 @@ class MetadataFolder(FolderDataset):
 
         self._ids_path = self._folder / ("image_ids_proxy.txt" if proxy else "image_ids.txt")
         self.image_ids = tuple(read_records(self._ids_path, {"image_id": str}, REMEDY))
+        require(self.image_path(0), REMEDY)  # tells a wrong root at once
         labels = self._records("class_labels.txt", {"image_id": str, "label": int})
         if class_names is None:
             # A split may lack the last classes, so all of them are looked at for the number of classes.

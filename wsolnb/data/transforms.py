@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from wsolnb.data.sample import CONTEXT, IGNORE, Sample
-from wsolnb.errors import ParameterError
+from wsolnb.errors import ParameterError, nearest
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -56,7 +56,7 @@ def _move(
 def _take(values: np.ndarray | None, rows: np.ndarray, columns: np.ndarray, outside: int) -> np.ndarray | None:
     if values is None:
         return None
-    taken = values[rows[:, None], columns]
+    taken = values[rows][:, columns]
     taken[rows < 0] = outside
     taken[:, columns < 0] = outside
     return taken
@@ -70,7 +70,7 @@ def _nearest(old: int, new: int) -> np.ndarray:
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a map of classes (H, W) at `size` (height, width), by nearest pixel centre (no class is made up)."""
     rows, columns = _nearest(values.shape[0], size[0]), _nearest(values.shape[1], size[1])
-    return values[rows[:, None], columns]
+    return values[rows][:, columns]
 
 
 def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Sample:
@@ -78,12 +78,17 @@ def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation =
 
     The image is interpolated with Pillow, which averages over all of the pixels that a smaller image merges; mask and
     parts take the nearest pixel centre; boxes are scaled exactly and not clipped.
+    Raises ParameterError for an unknown interpolation.
     """
+    if interpolation not in get_args(Interpolation):
+        problem = f"no interpolation {interpolation!r}{nearest(interpolation, get_args(Interpolation))}"
+        raise ParameterError(problem, f"choose one of {', '.join(get_args(Interpolation))}")
     (height, width), (old_height, old_width) = size, sample.size
     if size == sample.size:
         return sample
     image = Image.fromarray(sample.image).resize((width, height), Image.Resampling[interpolation.upper()])
-    boxes = sample.boxes * np.array([width / old_width, height / old_height] * 2)
+    # Multiplied before divided: corners that fall on whole pixels do so exactly, and protocols may truncate them.
+    boxes = sample.boxes * ((width, height) * 2) / ((old_width, old_height) * 2)
     return _move(sample, np.array(image), _nearest(old_height, height), _nearest(old_width, width), boxes, clip=False)
 
 
@@ -100,7 +105,7 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
         )
         raise ParameterError(problem, "crop less, or resize to more before")
     image = sample.image[top : top + height, left : left + width]
-    boxes = sample.boxes - np.array([left, top] * 2)
+    boxes = sample.boxes - np.array([left, top, left, top])
     return _move(sample, image, np.arange(top, top + height), np.arange(left, left + width), boxes, clip=True)
 
 
@@ -119,10 +124,12 @@ def shift(sample: Sample, down: int, right: int) -> Sample:
     """
     height, width = sample.size
     rows, columns = np.arange(height) - down, np.arange(width) - right
-    image = sample.image[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)]
+    above, left = max(down, 0), max(right, 0)
+    image = cv2.copyMakeBorder(sample.image, above, above - down, left, left - right, cv2.BORDER_REPLICATE)
+    image = image[above - down :, left - right :][:height, :width]
     rows[(rows < 0) | (rows >= height)] = -1
     columns[(columns < 0) | (columns >= width)] = -1
-    boxes = sample.boxes + np.array([right, down] * 2)
+    boxes = sample.boxes + np.array([right, down, right, down])
     return _move(sample, image, rows, columns, boxes, clip=True)
 
 
