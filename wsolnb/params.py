@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from wsolnb import runs
 from wsolnb.errors import ParameterError, nearest
@@ -108,7 +107,7 @@ def _type(node: ast.expr) -> Any:
     raise ValueError(ast.unparse(node))
 
 
-def _remedy(error: ErrorDetails, parameter: Parameter) -> str:
+def _remedy(error: Mapping[str, Any], parameter: Parameter) -> str:
     """Return what to do about the first thing that pydantic found wrong."""
     value = error["input"]
     number = re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", value.strip()) if isinstance(value, str) else None

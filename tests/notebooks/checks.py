@@ -1,0 +1,108 @@
+"""What every numbered notebook keeps to, so that all of them read alike and nbval has something to compare."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from wsolnb import params
+from wsolnb.errors import ParameterError
+
+MAX_BYTES = 900_000
+MAX_LINES = 30
+OPENING = {
+    "the question it answers": r"\?",
+    "what to read first": r"(?i)\bread\b.*\bfirst\b|\bfirst read\b|\bbefore this\b",
+    "measured minutes": r"(?i)\b(minutes?|min|seconds?)\b",
+    "what it downloads": r"(?i)\bdownload",
+}
+MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/mnt/|\b[A-Z]:\\\\?Users\\)[\w.-]+")
+
+
+def problems(path: Path) -> list[str]:
+    """Return what is wrong with a stored notebook, in words; nothing if it is in order."""
+    try:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+    except (ValueError, KeyError):
+        return ["it is no notebook"]
+    return [*_whole(path, cells), *_text(cells), *_code(cells), *_figures(cells)]
+
+
+def _whole(path: Path, cells: list[dict]) -> Iterator[str]:
+    if path.stat().st_size >= MAX_BYTES:
+        yield f"it has {path.stat().st_size} bytes; keep stored outputs below {MAX_BYTES}"
+    kernel = json.loads(path.read_text("utf-8"))["metadata"].get("kernelspec", {}).get("name")
+    if kernel != "python3":
+        yield f"its kernel is {kernel!r} instead of 'python3': run `wsolnb refresh {path.stem}`"
+    try:
+        if "run_folder" not in params.notebook_parameters(path):
+            yield "it has no parameter `run_folder`"
+    except ParameterError as error:
+        yield str(error)
+    for name in re.findall(r"\b(?:collect|start)\(\s*['\"](\w+)['\"]", "\n".join(map(_source, cells))):
+        if name != path.stem:
+            yield f"it calls itself {name!r} in `params.collect` or `runs.start`"
+
+
+def _text(cells: list[dict]) -> Iterator[str]:
+    first = _source(cells[0]) if cells and cells[0]["cell_type"] == "markdown" else ""
+    for what, pattern in OPENING.items():
+        if not re.search(pattern, first):
+            yield f"its first cell does not say {what}"
+    prose = [_source(cell) for cell in cells if cell["cell_type"] == "markdown"]
+    if not prose or not re.search(r"(?im)^#+ .*exercises", prose[-1]) or cells[-1]["cell_type"] != "markdown":
+        yield "it does not end with a section of exercises"
+    for cell in cells:
+        texts = [_source(cell), *(text for output in cell.get("outputs", ()) for text in _shown(output))]
+        for found in MACHINE_PATH.findall("\n".join(texts)):
+            yield f"it shows a path of one machine: {found}"
+
+
+def _code(cells: list[dict]) -> Iterator[str]:
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in codes]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"its cells were not run once each from top to bottom: {counts}"
+    for number, cell in enumerate(codes, 1):
+        where = f"code cell {number}"
+        if (lines := len(_source(cell).splitlines())) > MAX_LINES:
+            yield f"{where} has {lines} lines; move code into the package"
+        if not _source(cell).strip():
+            yield f"{where} is empty"
+        kinds = {output["output_type"] for output in cell["outputs"]}
+        if "error" in kinds:
+            yield f"{where} stores an error"
+        if "nbval-ignore-output" in cell["metadata"].get("tags", ()):
+            continue
+        if any(output.get("name") == "stderr" for output in cell["outputs"]):
+            yield f"{where} stores stderr, which nbval compares: a warning, or a progress bar"
+        if any("image/svg+xml" in output.get("data", {}) for output in cell["outputs"]):
+            yield f"{where} stores an SVG, which nbval compares and which differs in every run; use PNG"
+
+
+def _figures(cells: list[dict]) -> Iterator[str]:
+    number = 0
+    for cell, following in zip(cells, [*cells[1:], None], strict=True):
+        if cell["cell_type"] == "markdown":
+            if re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=['\"][^'\"])", _source(cell)):
+                yield "an image in its text has no alternative text"
+            continue
+        number += cell["cell_type"] == "code"
+        outputs = cell.get("outputs", ())
+        if not any("image/png" in output.get("data", {}) for output in outputs):
+            continue
+        near = [text for output in outputs for text in _shown(output)]
+        near += [_source(following)] if following and following["cell_type"] == "markdown" else []
+        # `<Figure size ...>` is what Matplotlib prints, not a caption.
+        if not re.search(r"(?i)(?<!<)\bfigure\b", "\n".join(near)):
+            yield f"the figure of code cell {number} has no caption: start the next text with `*Figure: ...*`"
+
+
+def _source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def _shown(output: dict) -> list[str]:
+    """Return the texts of an output; images are left out, whose letters mean nothing."""
+    texts = {kind: text for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
+    return ["".join(text) for text in [output.get("text", ""), *texts.values()]]

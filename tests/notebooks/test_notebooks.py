@@ -1,0 +1,58 @@
+"""nbval over every numbered notebook: each is executed with its defaults, and its new outputs equal the stored ones."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from sample import Repository
+
+from wsolnb import pipeline
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
+    """Run nbval in a process of its own, so that its options and its kernel are not those of this test run."""
+    sanitize = Path(__file__).with_name("sanitize.cfg")
+    options = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", sanitize, "--nbval-cell-timeout", "7200"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", "--color=no", *paths]
+    environment = {**os.environ, "WSOLNB_ROOT": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_gives_its_stored_outputs(path):
+    done = nbval(path, root=ROOT)
+    tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
+    assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
+
+
+@pytest.mark.slow
+def test_nbval_takes_what_may_differ_and_finds_what_may_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
+    cells = [
+        "import time, os, sys\nfrom tqdm import tqdm",
+        'folder = run.cached("model", {}, [params], lambda folder: None); folder',
+        'print(f"{time.perf_counter():.3f} s, {time.time():.0f} images/s, {object()}, {run.started}")',
+        'for i in tqdm(range(3), file=sys.stdout, desc=f"{os.getpid()}"): pass',
+        "epochs",
+    ]
+    repository = Repository(tmp_path)
+    good = repository.notebook("01_data", *cells)
+    pipeline.refresh(good)  # builds the checkpoint, which nbval then reuses
+    stored = nbformat.read(good, as_version=4)
+    assert stored.cells[-1].outputs[0].data["text/plain"] == "2"
+    stored.cells[-1].outputs[0].data["text/plain"] = "3"
+    bad = repository.write("02_metrics", stored.cells)
+    bad.write_text(bad.read_text().replace("01_data", "02_metrics"))
+
+    done = nbval(good, bad, root=tmp_path)
+    assert done.returncode == 1
+    assert "1 failed, 13 passed" in done.stdout, done.stdout
+    assert re.search(r"FAILED .*02_metrics.ipynb::Cell 6|Cell 6: Cell outputs differ", done.stdout), done.stdout

@@ -1,0 +1,128 @@
+"""The form of the stored notebooks, and the parameters that the profiles give them. Nothing is executed."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from checks import problems
+from sample import Repository
+
+from wsolnb import params, pipeline
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+PROFILES = sorted(path.parent.name for path in (ROOT / "params").glob("*/pipeline.yaml"))
+FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if (ROOT / f"notebooks/{path.stem}.ipynb").exists())
+
+
+@pytest.fixture
+def root(monkeypatch):
+    monkeypatch.setenv("WSOLNB_ROOT", str(ROOT))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_form_of_a_notebook(path, root):
+    found = problems(path)
+    assert not found, "\n".join([f"{path.name}:", *found])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_is_in_order(profile, root):
+    assert pipeline.plan(profile)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_parameter_file_fits_its_notebook(path, root):
+    params.check_parameters(path.stem, params.load_parameter_file(path), str(path))
+
+
+def test_every_notebook_is_a_step_of_the_default_profile(root):
+    if NOTEBOOKS:
+        assert {step.notebook for step in pipeline.plan("mini")} == {path.stem for path in NOTEBOOKS}
+
+
+# The checks themselves
+
+OPENING = "# Title\nWhich map is best? Read 02_metrics first. 3 minutes on a CPU. Downloads nothing."
+START = 'from wsolnb import params, runs\nparameters = params.collect("03_cam", globals())'
+
+
+def code(source, count, *outputs, tags=()):
+    metadata = {"tags": [*tags]} if tags else {}
+    return nbformat.v4.new_code_cell(source, execution_count=count, outputs=[*outputs], metadata=metadata)
+
+
+def text(source):
+    return nbformat.v4.new_markdown_cell(source)
+
+
+def stream(text, name="stdout"):
+    return nbformat.v4.new_output("stream", name=name, text=text)
+
+
+def shown(**data):
+    data = {kind.replace("_", "/").replace("svg", "svg+xml"): content for kind, content in data.items()}
+    return nbformat.v4.new_output("display_data", data=data)
+
+
+IMAGE = shown(image_png="aGVsbG8=", text_plain="<Figure size 640x480 with 1 Axes>")
+
+
+@pytest.fixture
+def good():
+    parameters = 'run_folder: str = "outputs/mini"  # where results go'
+    return [
+        text(OPENING),
+        code(parameters, 1, tags=["parameters"]),
+        code(START, 2),
+        code("print(1)", 3, stream("1\n")),
+        code("plot()", 4, IMAGE),
+        text("*Figure: what is seen.*\n\n![a bird](bird.png)"),
+        text("## Three exercises\n1. ..."),
+    ]
+
+
+def check(tmp_path, cells, name="03_cam"):
+    return problems(Repository(tmp_path).write(name, cells))
+
+
+def test_a_good_notebook_has_no_problem(tmp_path, good):
+    assert check(tmp_path, good) == []
+
+
+@pytest.mark.parametrize(
+    ("position", "cell", "problem"),
+    [
+        (0, text(OPENING.replace("?", ".")), "the question it answers"),
+        (0, text(OPENING.replace("Read 02_metrics first.", "")), "what to read first"),
+        (0, text(OPENING.replace("3 minutes on a CPU.", "")), "measured minutes"),
+        (0, text(OPENING.replace("Downloads nothing.", "")), "what it downloads"),
+        (0, code("1", 0), "does not say the question"),
+        (1, code("a: int = 1  # a", 1), "0 code cells with the tag `parameters`"),
+        (1, code("a: int = 1  # a", 1, tags=["parameters"]), "no parameter `run_folder`"),
+        (2, code(START.replace("03_cam", "02_cam"), 2), "calls itself '02_cam'"),
+        (3, code("print(1)", 5), "not run once each from top to bottom"),
+        (3, code("print(1)", None), "not run once each from top to bottom"),
+        (3, code("a\n" * 31, 3), "code cell 3 has 31 lines"),
+        (3, code(" ", 3), "code cell 3 is empty"),
+        (3, code("x", 3, nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])), "stores an error"),
+        (3, code("x", 3, stream("warning", "stderr")), "stores stderr"),
+        (3, code("x", 3, shown(image_svg="<svg/>")), "stores an SVG"),
+        (3, code("x", 3, shown(text_plain="PosixPath('/home/me/x.json')")), "path of one machine: /home/me"),
+        (3, code("open('/tmp/x')", 3), "path of one machine: /tmp/x"),
+        (3, code("x", 3, stream("x" * 900_000)), "keep stored outputs below"),
+        (5, text("What is seen."), "figure of code cell 4 has no caption"),
+        (5, text("*Figure: a bird.* ![](bird.png)"), "no alternative text"),
+        (5, text('*Figure: a bird.* <img src="bird.png">'), "no alternative text"),
+        (6, text("## Summary"), "does not end with a section of exercises"),
+        (6, code("x", 5), "does not end with a section of exercises"),
+    ],
+)
+def test_each_problem_is_found(tmp_path, good, position, cell, problem):
+    good[position] = cell
+    assert any(problem in found for found in check(tmp_path, good)), check(tmp_path / "again", good)
+
+
+def test_outputs_that_nbval_ignores_may_differ(tmp_path, good):
+    good[3] = code("train()", 3, stream("10%|", "stderr"), tags=["nbval-ignore-output"])
+    assert check(tmp_path, good) == []
