@@ -7,7 +7,8 @@
             loss = criterion(model(batch["image"]), batch["label"])
 
 Order and augmentation of an epoch depend on the seed, the epoch and the image only: neither on the number of workers
-nor on what was drawn before. `accelerator.prepare(loader)` keeps this (and counts the epochs itself).
+nor on what was drawn before. `accelerator.prepare(loader)` keeps this; set the epoch of what it returns, which
+otherwise counts epochs by itself, from 0.
 """
 
 from __future__ import annotations
