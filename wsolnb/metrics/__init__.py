@@ -1,0 +1,29 @@
+"""Metrics with the published protocols, in NumPy, OpenCV and numba: no model code, and the whole threshold curve.
+
+Accumulators take one image per `update` and return from `compute` a result that has its `curve` over thresholds, the
+best threshold (an oracle, unless the images are a validation split) and `at(threshold)` for one chosen elsewhere.
+"""
+
+from wsolnb.metrics.boxes import PROTOCOLS, TSCAM, WSOLEVALUATION, BoxProtocol, box_iou, boxes_from_score_map
+from wsolnb.metrics.curves import ThresholdCurve
+from wsolnb.metrics.localization import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc
+from wsolnb.metrics.parts import PartCoverage
+from wsolnb.metrics.segmentation import SeedScores, SegmentationScores
+
+__all__ = [
+    "ERRORS",
+    "PROTOCOLS",
+    "TSCAM",
+    "WSOLEVALUATION",
+    "BoxProtocol",
+    "LocalizationAccuracy",
+    "MaxBoxAcc",
+    "PartCoverage",
+    "PxAP",
+    "SeedScores",
+    "SegmentationScores",
+    "ThresholdCurve",
+    "box_iou",
+    "boxes_from_score_map",
+    "pixel_auc",
+]

@@ -1,0 +1,55 @@
+"""Scores as functions of the threshold: what all accumulators hand back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wsolnb.errors import ParameterError, nearest
+
+
+@dataclass(frozen=True)
+class ThresholdCurve:
+    """Named scores at every threshold.
+
+    thresholds: (T,) ascending; scores: name -> (T,).
+
+    A threshold that maximizes a score on the images it is reported for is an oracle: take it from `best` on a
+    validation split, and report `at(threshold)` of the test split.
+    """
+
+    thresholds: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the curve (T,) of the score `name`; ParameterError when there is none of that name."""
+        if name not in self.scores:
+            raise ParameterError(
+                f"no score is called {name!r}{nearest(name, self.scores)}", f"choose one of {', '.join(self.scores)}"
+            )
+        return self.scores[name]
+
+    def best(self, name: str) -> tuple[float, float]:
+        """Return (threshold, score) at the maximum of score `name`; the lowest threshold of equally good ones."""
+        values = self[name]
+        index = int(np.argmax(values))
+        return float(self.thresholds[index]), float(values[index])
+
+    def at(self, threshold: float) -> dict[str, float]:
+        """Return all scores at a threshold chosen elsewhere, which must be one of `thresholds`.
+
+        Raises ParameterError for another one: there is no interpolation.
+        """
+        index = self.index(threshold)
+        return {name: float(values[index]) for name, values in self.scores.items()}
+
+    def index(self, threshold: float) -> int:
+        """Return the position of `threshold` in `thresholds`; ParameterError when it is not there."""
+        index = int(np.argmin(np.abs(self.thresholds - threshold)))
+        if not np.isclose(self.thresholds[index], threshold, rtol=0, atol=1e-9):
+            raise ParameterError(
+                f"the curve has no threshold {threshold:g}; the nearest one is {self.thresholds[index]:g}",
+                "use the same thresholds for validation and test",
+            )
+        return index
