@@ -298,7 +298,7 @@ def _bird(
     length = rng.uniform(0.14, 0.32)
     add(np.array([root + side * 0.06, root + ahead * length, root - side * 0.06]), horn)
 
-    cap, cheek = (_jitter(rng, HEAD_COLOURS[name], 15) for name in pattern)
+    cap, cheek = (_jitter(rng, HEAD_COLOURS[name], 12) for name in pattern)
     skull = add(_ellipse(*head, radius, radius * rng.uniform(0.92, 1.05)), cheek, _HEAD)
     # The cap is everything of the head above a line, so cap and cheek share the head about equally.
     turn = beak_angle + rng.uniform(-0.25, 0.1)
@@ -497,12 +497,12 @@ def render(config: AviaryConfig, split: str, index: int) -> Sample:
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Expose, blur and grain the scene, (H, W, 3) float32 -> uint8."""
-    gain = rng.uniform(0.5, 1.15) * (1 + rng.normal(0, 0.07, 3))
+    gain = rng.uniform(0.6, 1.15) * (1 + rng.normal(0, 0.05, 3))
     image = np.clip(image * gain.astype(np.float32), 0, 255)
-    sigma = rng.uniform(0, 1.1)
+    sigma = rng.uniform(0, 1.0)
     if sigma > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), sigma)
-    image = image + rng.uniform(1, 14) * rng.standard_normal(image.shape, dtype=np.float32)
+    image = image + rng.uniform(1, 10) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 

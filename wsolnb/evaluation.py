@@ -1,0 +1,184 @@
+"""One pass of a model over a data set, and every metric of its maps on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsolnb import maps as score_maps
+from wsolnb.data import LocalizationDataset, Sample
+from wsolnb.data.loading import make_loader
+from wsolnb.data.transforms import Transform
+from wsolnb.methods.base import LocalizationModel
+from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP, box_iou
+from wsolnb.metrics.boxes import ground_truth
+from wsolnb.metrics.localization import BoxAccuracy, Localization, PixelPrecision
+from wsolnb.metrics.parts import Coverage
+
+THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
+"""Thresholds of the curves: a validation threshold needs no finer grid than 0.01."""
+
+
+class Prediction(NamedTuple):
+    """One image with what the model made of it.
+
+    sample: transformed as the model saw it. logits: (C,). ranking: (C,) classes from most to least likely.
+    maps: by name, (H, W) float32 in [0, 1], of the true class.
+    predicted: of the method's own map, for the five most likely classes, (5, H, W); None unless asked for.
+    """
+
+    sample: Sample
+    logits: np.ndarray
+    ranking: np.ndarray
+    maps: dict[str, np.ndarray]
+    predicted: np.ndarray | None
+
+
+def predict(
+    model: LocalizationModel,
+    dataset: LocalizationDataset,
+    transform: Transform | None,
+    batch_size: int = 50,
+    top5: bool = False,
+) -> Iterator[Prediction]:
+    """Run a single-label model over a data set; yields a `Prediction` per image, in order.
+
+    Maps are upsampled bilinearly to the image and min-max normalised. The model runs on the device it is on.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    for batch in make_loader(dataset, transform, batch_size, truth=True):
+        with torch.inference_mode():
+            output = model(batch["image"].to(device))
+            size = batch["image"].shape[2:]
+            ranking = output.logits.float().argsort(dim=1, descending=True, stable=True)
+            named = _maps(model, output, batch["label"].to(device), size)
+            ranked = None
+            if top5:
+                # The method's own map of each of the five most likely classes, (5, B, H, W).
+                ranked = np.stack(
+                    [_maps(model, output, column, size)[model.maps[0]] for column in ranking[:, :5].unbind(1)]
+                )
+        logits, ranking = output.logits.float().cpu().numpy(), ranking.cpu().numpy()
+        for i, sample in enumerate(batch["samples"]):
+            own = {name: values[i] for name, values in named.items()}
+            yield Prediction(sample, logits[i], ranking[i], own, None if ranked is None else ranked[:, i])
+
+
+def _maps(model: LocalizationModel, output: Any, classes: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    found = model.localize(output, classes)
+    return {name: score_maps.upsample(values, size).cpu().numpy() for name, values in found.items()}
+
+
+class Evaluation(NamedTuple):
+    """What a model's maps scored on one set of images; every dictionary is by the name of the map.
+
+    localization: GT-known, top-k and errors. v1, v2: box accuracies of one and of all contours.
+    pixels: against masks. parts: coverage of the parts. What was not measured (`quick`, no masks, no parts) is empty.
+    """
+
+    localization: dict[str, Localization]
+    v1: dict[str, BoxAccuracy]
+    v2: dict[str, BoxAccuracy]
+    pixels: dict[str, PixelPrecision]
+    parts: dict[str, Coverage]
+
+    def summary(self) -> dict[str, float]:
+        """Return top-1 and, of each map, GT-known and top-1 localization at the best threshold of *these* images.
+
+        For validation images, where thresholds are chosen. Unprefixed names are the method's own map.
+        """
+        own = next(iter(self.localization.values()))
+        threshold, gt_known = own.best("gt_known")
+        row = {"top1": own.top1_cls, "gt_known": gt_known, "top1_loc": own.best("top1_loc")[1], "threshold": threshold}
+        return row | {f"gt_known_{name}": found.best("gt_known")[1] for name, found in self.localization.items()}
+
+    def table(self, validation: Evaluation) -> list[dict[str, Any]]:
+        """Return one row per map: scores of these images at thresholds chosen on `validation`.
+
+        `oracle` is GT-known at the best threshold of these images themselves: how much the choice costs.
+        """
+        rows = []
+        for name, found in self.localization.items():
+            threshold, _ = validation.localization[name].best("gt_known")
+            scores = found.at(threshold)
+            row = {"map": name, "threshold": threshold, "top1": scores["top1_cls"], "gt_known": scores["gt_known"]}
+            row |= {"oracle": found.best("gt_known")[1], "top1_loc": scores["top1_loc"], "top5_loc": scores["top5_loc"]}
+            if name in self.v1:
+                box_thresholds = [
+                    validation.v1[name].best["iou_0.5"][0],
+                    [t for t, _ in validation.v2[name].best.values()],
+                ]
+                row["maxboxacc_v1"] = self.v1[name].at(box_thresholds[0])["iou_0.5"]
+                row["maxboxacc_v2"] = self.v2[name].at(box_thresholds[1])["mean"]
+            if name in self.pixels:
+                row["pxap"] = self.pixels[name].average_precision
+                row["mask_iou"] = self.pixels[name].at(validation.pixels[name].best("iou")[0])["iou"]
+            if name in self.parts:
+                covered = self.parts[name].at(threshold)
+                row |= {f"covers_{part}": covered[part] for part in ("discriminative", "rest", "context")}
+            rows.append(row)
+        return rows
+
+
+def evaluate(
+    model: LocalizationModel,
+    dataset: LocalizationDataset,
+    transform: Transform | None,
+    batch_size: int = 50,
+    quick: bool = False,
+) -> Evaluation:
+    """Score every map of a single-label model on a data set, in one pass.
+
+    quick: only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of box
+    metrics, images without mask or parts out of those.
+
+    Raises MapError when the maps hold NaN, or no image has a box.
+    """
+    localization = {name: LocalizationAccuracy(THRESHOLDS) for name in model.maps}
+    v1 = {} if quick else {name: MaxBoxAcc(THRESHOLDS) for name in model.maps}
+    v2 = {} if quick else {name: MaxBoxAcc(THRESHOLDS, multi_contour=True) for name in model.maps}
+    pixels: dict[str, PxAP] = {}
+    parts: dict[str, PartCoverage] = {}
+    for found in predict(model, dataset, transform, batch_size):
+        sample = found.sample
+        for name, score_map in found.maps.items():
+            if len(sample.boxes):
+                localization[name].update(score_map, sample.boxes, sample.label, found.logits)
+                for accumulator in (v1, v2):
+                    if accumulator:
+                        accumulator[name].update(score_map, sample.boxes)
+            if not quick and sample.mask is not None:
+                pixels.setdefault(name, PxAP()).update(score_map, sample.mask)
+            if not quick and sample.parts is not None:
+                parts.setdefault(name, PartCoverage(THRESHOLDS)).update(score_map, sample.parts)
+    return Evaluation(
+        *({name: metric.compute() for name, metric in group.items()} for group in (localization, v1, v2, pixels, parts))
+    )
+
+
+def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
+    """Find the box in the middle of the image that is right most often: what a localizer must beat.
+
+    samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`).
+    """
+    height, width = samples[0].size
+    shares = np.linspace(0, 1, steps + 1)[1:]
+    middle = np.array([width, height, width, height]) / 2
+    candidates = [middle * [1 - w, 1 - h, 1 + w, 1 + h] for w in shares for h in shares]
+    scores = [box_accuracy(box, samples) for box in candidates]
+    best = int(np.argmax(scores))
+    return candidates[best], scores[best]
+
+
+def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:
+    """GT-known of one fixed box (4,) for all samples: the share with IoU >= 0.5, compared as TS-CAM does."""
+    height, width = samples[0].size
+    # One past the last pixel, as the protocol leaves predicted boxes.
+    predicted = np.trunc(box)
+    hits = [box_iou(predicted, ground_truth(s.boxes, (height, width), TSCAM)).max() >= 0.5 for s in samples]
+    return float(np.mean(hits))

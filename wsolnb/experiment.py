@@ -1,0 +1,157 @@
+"""The recipe that the notebooks share: splits of a data set, a method on a backbone, its training, cached in the run.
+
+Notebooks that name the same recipe share one trained artefact; `Run.cached` says when it reuses it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
+
+from wsolnb import backbones, data, errors, evaluation, maps, metrics, training
+from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
+from wsolnb.data.loading import make_loader
+from wsolnb.errors import ParameterError, nearest
+from wsolnb.methods import base, cam, tscam
+from wsolnb.methods.base import LocalizationModel
+from wsolnb.runs import Run, resolve
+from wsolnb.training import TrainingConfig
+
+CODE = (backbones, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
+"""What every trained artefact depends on, next to the module of its method."""
+
+METHODS: dict[str, tuple[Callable[..., LocalizationModel], Any]] = {
+    "cam": (cam.CAMClassifier, cam),
+    "tscam": (tscam.TSCAM, tscam),
+}
+
+
+class Splits(NamedTuple):
+    """Train, validation and test images of one data set."""
+
+    train: LocalizationDataset
+    val: LocalizationDataset
+    test: LocalizationDataset
+
+
+class Recipe(BaseModel):
+    """How one model is built and trained, apart from its data.
+
+    method: `cam` or `tscam`. backbone: a name of `wsolnb.backbones`. pretrained, checkpoint: as in `create_backbone`.
+    image_size: side of the input in pixels. protocol: `resize` (the whole image, SCM and TS-CAM) or `crop` (random crop
+    of 8/7 of the side in training; at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
+    shift: largest random shift in pixels, brightness: half-width of the random factor on the light; both in training.
+    options: of the method's model.
+    training: the loop's hyperparameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    backbone: str
+    pretrained: bool = False
+    checkpoint: str | None = None
+    image_size: int = Field(112, ge=32)
+    output_stride: int = 16
+    protocol: Literal["resize", "crop"] = "resize"
+    batch_size: int = Field(48, ge=1)
+    shift: int = Field(8, ge=0)
+    brightness: float = Field(0.2, ge=0, lt=1)
+    num_workers: int = Field(0, ge=0)
+    options: dict[str, Any] = {}
+    training: TrainingConfig
+
+    def test_transform(self) -> transforms.Transform:
+        """The deterministic transform of the protocol."""
+        if self.protocol == "resize":
+            return transforms.Resize(self.image_size)
+        return transforms.ResizeCenterCrop(self._uncropped(), self.image_size, keep_aspect=True)
+
+    def train_transform(self) -> transforms.Transform:
+        """The random transform of the protocol: crop or shift, flip, light."""
+        if self.protocol == "crop":
+            first = [transforms.ResizeRandomCrop(self._uncropped(), self.image_size)]
+        else:
+            first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
+        light = transforms.RandomBrightnessContrast(self.brightness, 0.0)
+        return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
+
+    def _uncropped(self) -> int:
+        return round(self.image_size * 8 / 7)  # 256 for 224
+
+    def build(self, num_classes: int) -> LocalizationModel:
+        """Return the model with fresh (seeded) or pretrained weights.
+
+        Raises ParameterError for an unknown method or backbone, WeightsError for missing weights.
+        """
+        if self.method not in METHODS:
+            hint = nearest(self.method, METHODS)
+            raise ParameterError(f"unknown method {self.method!r}{hint}", f"one of {', '.join(METHODS)}")
+        training.set_seed(self.training.seed)
+        backbone = backbones.create_backbone(
+            self.backbone,
+            pretrained=self.pretrained,
+            checkpoint=self.checkpoint,
+            image_size=self.image_size,
+            output_stride=self.output_stride,
+        )
+        return METHODS[self.method][0](backbone, num_classes, **self.options)
+
+
+def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) -> Splits:
+    """Open train, validation and test images of a data set.
+
+    dataset: `aviary` (rendered into the cache when it is not there; `dials` are its parameters) or a reader's name.
+    data_root: folder of a data set on disk, relative to the repository. seed: of the rendering or of the held-out
+    validation images.
+
+    Raises DataError and ParameterError as the readers do.
+    """
+    names = ("train", "val", "test")
+    if dataset == "aviary":
+        config = aviary.AviaryConfig(seed=seed, **dials)
+        return Splits(*(aviary.load(config, name, resolve("outputs/cache")) for name in names))
+    root = resolve(data_root) if data_root else None
+    return Splits(*(open_dataset(dataset, root, name, seed=seed) for name in names))
+
+
+def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = True) -> tuple[LocalizationModel, Path]:
+    """Return the model trained by `recipe` on `splits.train`, at its last epoch, and the folder of its checkpoints.
+
+    Trains once per run folder: the artefact is found again by the hash of the recipe, the data and the code.
+    name: how the artefact is called in the run folder. Selection (`best`) uses validation images only.
+    """
+    model = recipe.build(len(splits.train.class_names))
+    inputs = {
+        "recipe": recipe.model_dump(),
+        "data": [splits.train.name, splits.train.root.name, *map(len, splits)],
+    }
+
+    def build(folder: Path) -> None:
+        loader = make_loader(
+            splits.train,
+            recipe.train_transform(),
+            recipe.batch_size,
+            shuffle=True,
+            seed=recipe.training.seed,
+            num_workers=recipe.num_workers,
+            drop_last=True,
+        )
+
+        def validate(trained: LocalizationModel) -> dict[str, float]:
+            return evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True).summary()
+
+        training.train(model, loader, recipe.training, folder, validate, progress)
+
+    folder = run.cached(name, inputs, [*CODE, METHODS[recipe.method][1]], build)
+    return training.load_checkpoint(model.cpu(), folder, "last"), folder
+
+
+def history(folder: Path) -> pd.DataFrame:
+    """Return the training history kept in a checkpoint folder, one row per epoch."""
+    return pd.read_csv(folder / "history.csv")
