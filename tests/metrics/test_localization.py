@@ -219,6 +219,8 @@ def test_only_the_first_five_classes_count():
     metric = LocalizationAccuracy([0.5])
     metric.update(square(2, 2, 10, 10), [[2, 2, 10, 10]], 5, np.arange(10, 0, -1.0))
     metric.update(square(2, 2, 10, 10), [[2, 2, 10, 10]], 4, np.arange(10, 0, -1.0))
+    metric.update(square(2, 2, 10, 10), [[2, 2, 10, 10]], 5, ranked=range(10))
+    metric.update(square(2, 2, 10, 10), [[2, 2, 10, 10]], 4, ranked=range(10))
     scores = metric.compute().at(0.5)
     assert (scores["top1_cls"], scores["top5_cls"], scores["top1_loc"], scores["top5_loc"]) == (0, 0.5, 0, 0.5)
 

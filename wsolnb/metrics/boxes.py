@@ -144,7 +144,8 @@ def boxes_from_score_map(
     With grey = trunc(255 * map), the foreground at threshold t is grey > int(t * max(grey)). Its contours are those of
     `cv2.findContours(RETR_TREE, CHAIN_APPROX_SIMPLE)`, borders of holes included; the box of a contour is its bounding
     rectangle. One box per threshold is that of the first contour with the largest `cv2.contourArea`;
-    `multi_contour=True` gives those of all contours, in OpenCV's order. All thresholds cost about as much as one.
+    `multi_contour=True` gives those of all contours, in OpenCV's order. The time hardly depends on the number of
+    thresholds.
 
     score_map: (H, W) float32 in [0, 1]. thresholds: (T,) in [0, 1], in any order.
     protocol: `wsolevaluation` or `tscam`, or a `BoxProtocol`; they differ in clipping and in the empty box.
