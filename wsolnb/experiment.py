@@ -5,6 +5,7 @@ Notebooks that name the same recipe share one trained artefact; `Run.cached` say
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
 from wsolnb.methods import base, cam, tscam
 from wsolnb.methods.base import LocalizationModel
+from wsolnb.params import notebook_parameters
 from wsolnb.runs import Run, resolve
 from wsolnb.training import TrainingConfig
 
@@ -155,3 +157,42 @@ def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = Tr
 def history(folder: Path) -> pd.DataFrame:
     """Return the training history kept in a checkpoint folder, one row per epoch."""
     return pd.read_csv(folder / "history.csv")
+
+
+def baseline_settings(run: Run, **overrides: Any) -> dict[str, Any]:
+    """Return the parameters of notebook 03 that its run in this run folder used, or else its defaults.
+
+    So that a notebook which shows the trained baselines names the same recipe, and finds the same artefacts. The
+    overrides (data set, folder, seed) must agree with what was run; if they do not, the defaults with them are used.
+    """
+    notebook = "03_cam_and_tscam"
+    defaults = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()} | overrides
+    try:
+        used = json.loads((run.folder / "metrics" / f"{notebook}.json").read_text())["provenance"]["parameters"]
+    except (OSError, ValueError, KeyError):
+        return defaults
+    return used if all(used.get(name) == value for name, value in overrides.items()) else defaults
+
+
+def baselines(settings: dict[str, Any], seed: int | None = None) -> tuple[Splits, dict[str, Recipe]]:
+    """Return the splits and the recipes (`cam`, `tscam`) that the parameters of notebook 03 describe.
+
+    seed: of the training; default the first of `settings["seeds"]`.
+    """
+    p = settings
+    dials = {}
+    if p["dataset"] == "aviary":
+        dials = {name: p[name] for name in ("classes", "body_cue", "context_correlation")}
+        dials |= {split: p[f"{split}_images"] for split in aviary.SPLITS}
+    splits = load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
+    names = ("pretrained", "image_size", "output_stride", "protocol", "batch_size", "shift", "num_workers")
+    shared = {name: p[name] for name in names}
+    loop = {name: p[name] for name in ("weight_decay", "precision", "device")}
+    loop |= {"seed": p["seeds"][0] if seed is None else seed, "select": "top1_loc"}
+    cam_loop = TrainingConfig(epochs=p["cam_epochs"], lr=p["cam_lr"], **loop)
+    tscam_loop = TrainingConfig(epochs=p["tscam_epochs"], lr=p["tscam_lr"], head_lr=p["tscam_head_lr"], **loop)
+    options = {"padding": p["padding"]}
+    return splits, {
+        "cam": Recipe(method="cam", backbone=p["cnn"], training=cam_loop, **shared),
+        "tscam": Recipe(method="tscam", backbone=p["transformer"], training=tscam_loop, options=options, **shared),
+    }

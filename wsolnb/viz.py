@@ -20,6 +20,8 @@ from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 TRUTH, PREDICTION = "#E69F00", "#56B4E9"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
+METHODS = ("#0072B2", "#56B4E9", "#000000", "#D55E00", "#CC79A7", "#009E73")
+"""Colours of up to six maps and scores in one figure."""
 MAP_COLOURS = "viridis"
 PART_COLOURS = {CONTEXT: "#DDDDDD", DISCRIMINATIVE: "#D55E00", REST: "#0072B2", IGNORE: "#FFFFFF"}
 PART_NAMES = {DISCRIMINATIVE: "discriminative part", REST: "rest of the object", CONTEXT: "context"}
