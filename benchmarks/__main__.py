@@ -19,7 +19,7 @@ def run() -> None:
         if module.name != "__main__":
             print(f"\n== {module.name}", flush=True)
             results[module.name] = importlib.import_module(f"benchmarks.{module.name}").main()
-    target = Path("outputs/benchmarks.json")
+    target = Path("outputs/reference/benchmarks.json")
     target.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {target}")
 

@@ -106,11 +106,15 @@ def grid(rows: int, columns: int, side: float = 1.7) -> tuple[Figure, np.ndarray
 
 
 def png(figure: Figure) -> bytes:
-    """Draw a figure into the bytes of a PNG file of 256 colours: a third of the size, so notebooks stay small."""
+    """Draw a figure into the bytes of a PNG file of 256 colours: a quarter of the size, so notebooks stay small."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=figure.dpi)
-    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    picture.save(small, format="png", optimize=True)
+    picture = Image.open(drawn).convert("RGB")
+    # Maximum coverage keeps rare colours, such as a bird's head; k-means then fits the palette to the rest. Both are
+    # slow, so they see every third pixel of every third row.
+    sparse = picture.resize((-(-picture.width // 3), -(-picture.height // 3)), Image.Resampling.NEAREST)
+    palette = sparse.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
 

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+import torch
+
+from wsolnb import experiment, runs
+from wsolnb.data import transforms
+from wsolnb.errors import DataError, ParameterError
+from wsolnb.experiment import Recipe
+from wsolnb.training import TrainingConfig, load_checkpoint
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def small(method="cam", **changes):
+    training = TrainingConfig(epochs=1, lr=1e-3, device="cpu", precision="fp32", select="top1_loc")
+    backbone = "resnet_mini" if method == "cam" else "vit_mini"
+    return Recipe(**{"method": method, "backbone": backbone, "batch_size": 8, "training": training, **changes})
+
+
+def test_fit_trains_once_and_finds_its_artefact_again(root, capsys):
+    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+    run = runs.start("x", {"seed": 0})
+    model, folder = experiment.fit(run, "cam-0", small(), splits, progress=False)
+    assert "built cam-0" in capsys.readouterr().out
+    again, same = experiment.fit(run, "cam-0", small(), splits, progress=False)
+    assert "reusing cam-0" in capsys.readouterr().out
+    assert folder == same
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert {"top1", "gt_known", "top1_loc", "gt_known_layercam"} <= set(experiment.history(folder).columns)
+    load_checkpoint(small().build(4), folder, "best")
+
+    _, other = experiment.fit(run, "cam-0", small(batch_size=4), splits, progress=False)
+    assert other != folder
+
+
+def test_training_is_the_same_bit_for_bit(root):
+    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+    models = []
+    for folder in ("a", "b"):
+        run = runs.start("x", {"seed": 0, "run_folder": folder})
+        models.append(experiment.fit(run, "tscam", small("tscam"), splits, progress=False)[0])
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_protocols():
+    resize, crop = small(image_size=224), small(image_size=224, protocol="crop")
+    assert resize.test_transform() == transforms.Resize(224)
+    assert crop.test_transform() == transforms.ResizeCenterCrop(256, 224, keep_aspect=True)
+    assert crop.train_transform().transforms[0] == transforms.ResizeRandomCrop(256, 224)
+
+
+def test_unknown_method_and_missing_data_are_named():
+    with pytest.raises(ParameterError, match="did you mean 'tscam'"):
+        small(method="tscan").build(4)
+    with pytest.raises(DataError, match="pets"):
+        experiment.load_splits("pets")
+    with pytest.raises(ParameterError, match="did you mean 'body_cue'"):
+        experiment.load_splits("aviary", body_que=1.0)
+
+
+def test_baseline_settings_are_those_of_the_run_if_it_agrees(tmp_path):
+    run = runs.Run("00_overview", {}, tmp_path)
+    defaults = experiment.baseline_settings(run, dataset="aviary", seed=0)
+    used = {**defaults, "cam_epochs": 99}
+    (tmp_path / "metrics").mkdir()
+    path = tmp_path / "metrics" / "03_cam_and_tscam.json"
+    path.write_text(json.dumps({"provenance": {"parameters": used}}))
+    assert experiment.baseline_settings(run, dataset="aviary", seed=0)["cam_epochs"] == 99
+    assert experiment.baseline_settings(run, dataset="aviary", seed=1)["cam_epochs"] == defaults["cam_epochs"]

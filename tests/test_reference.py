@@ -1,0 +1,37 @@
+"""The numbers of the default run, compared with the recorded ones. Needs the notebooks to have been run."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+REFERENCES = [path for path in sorted((ROOT / "outputs" / "reference").glob("*.csv")) if path.stem in NOTEBOOKS]
+# Rendered images and hand-made maps give the same numbers everywhere, up to JPEG decoders and the last float digit.
+# Trained networks differ between processors; the room is about what three seeds differ by.
+ROOM = {"01_data": 0.01, "02_metrics": 0.02, "03_cam_and_tscam": 0.15}
+NOT_COMPARED = {"threshold", "seed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_the_default_run_gives_the_recorded_numbers(path):
+    recorded = pd.read_csv(path)
+    run = ROOT / "outputs" / "mini" / "metrics" / f"{path.stem}.json"
+    assert run.exists(), f"{run.name} is missing: the notebook did not run, see the tests of the notebooks"
+    table = pd.DataFrame(json.loads(run.read_text())["table"])
+    assert list(table.columns) == list(recorded.columns)
+    assert len(table) == len(recorded)
+    for column in recorded.columns:
+        if pd.api.types.is_numeric_dtype(recorded[column]) and column not in NOT_COMPARED:
+            worst = (table[column].astype(float) - recorded[column]).abs().max()
+            assert not worst > ROOM[path.stem], f"{column} differs by {worst:.3f}"
+            assert (table[column].isna() == recorded[column].isna()).all(), column
+        elif column not in NOT_COMPARED:
+            assert table[column].tolist() == recorded[column].tolist(), column
+
+
+def test_every_table_of_the_default_run_is_recorded():
+    assert {path.stem for path in REFERENCES} == set(ROOM)

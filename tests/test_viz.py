@@ -1,0 +1,53 @@
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsolnb import viz
+from wsolnb.data import aviary
+from wsolnb.data.aviary import AviaryConfig
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    viz.set_style()
+    return [aviary.render(AviaryConfig(), "val", index) for index in range(3)]
+
+
+def test_maps_keep_the_fixed_scale(samples):
+    figure = viz.map_rows(samples, [{"half": np.full((112, 112), 0.5, np.float32)}] * 3)
+    drawn = [axis.images[-1] for axis in figure.axes if len(axis.images) == 2]  # a map over its image
+    assert all(image.get_cmap().name == viz.MAP_COLOURS for image in drawn)
+    assert len(drawn) == 3
+    assert all(image.get_clim() == (0, 1) for image in drawn)
+
+
+def test_boxes_are_drawn_at_pixel_edges(samples):
+    _, axes = viz.grid(1, 1)
+    viz.draw_boxes(axes[0, 0], np.array([[2, 3, 10, 8]]))
+    outline = axes[0, 0].patches[-1]
+    assert (outline.get_x(), outline.get_y(), outline.get_width(), outline.get_height()) == (1.5, 2.5, 8, 5)
+
+
+def test_truth_and_prediction_differ_in_colour_and_line(samples):
+    _, axes = viz.grid(1, 1)
+    viz.draw_boxes(axes[0, 0], np.array([[2, 3, 10, 8]]))
+    viz.draw_boxes(axes[0, 0], np.array([[2, 3, 10, 8]]), predicted=True)
+    truth, predicted = axes[0, 0].patches[1], axes[0, 0].patches[3]
+    assert truth.get_linestyle() != predicted.get_linestyle()
+    assert truth.get_edgecolor() != predicted.get_edgecolor()
+
+
+def test_small_png_shows_the_same_picture(samples):
+    figure = viz.gallery(samples, ["a", "b", "c"], parts=True)
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png", dpi=figure.dpi)
+    small = viz.png(figure)
+    assert len(small) < 0.6 * len(plain.getvalue())
+    expected, got = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in (plain, io.BytesIO(small)))
+    difference = np.abs(got - expected)
+    assert difference.mean() < 3

@@ -1,0 +1,11 @@
+"""Record the tables of the default run in outputs/reference: `python tests/update_reference.py` after `make reproduce`."""
+
+from pathlib import Path
+
+from wsolnb import pipeline
+
+if __name__ == "__main__":
+    root = Path(__file__).parents[1] / "outputs"
+    for name, table in pipeline.tables(root / "mini").items():
+        table.round(4).to_csv(root / "reference" / f"{name}.csv", index=False)
+        print(root / "reference" / f"{name}.csv")
