@@ -87,6 +87,31 @@ def test_learns_and_writes_what_it_promises(tmp_path):
     assert torch.equal(again(images).logits, model(images).logits)
 
 
+def test_evaluation_is_in_full_precision_after_and_during_bf16_training(tmp_path):
+    kinds = []
+
+    def evaluate(model):
+        kinds.append(model(Batches().images).logits.dtype)
+        return accuracy(model)
+
+    model, _ = fit(tmp_path, evaluate=evaluate, precision="bf16")
+    images = Batches().images
+    trained = model(images).logits
+    read_back = training.load_checkpoint(Small(), tmp_path, "last")(images).logits
+    assert set(kinds) == {torch.float32}
+    assert torch.equal(trained, read_back)
+    # Another precision in the same process is no contradiction.
+    fit(tmp_path / "again", precision="fp32")
+
+
+def test_bf16_is_what_the_forward_pass_runs_in(tmp_path):
+    seen = []
+    model = Small()
+    model.out.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    training.train(model, Batches(), config(epochs=1, precision="bf16"), tmp_path, None, progress=False)
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_same_seed_same_numbers_bit_for_bit(tmp_path):
     (first, one), (second, two) = (fit(tmp_path / name) for name in "ab")
     assert list(one["loss"]) == list(two["loss"])

@@ -1,4 +1,4 @@
-"""Record the tables of the default run in outputs/reference: `python tests/update_reference.py` after `make reproduce`."""
+"""Record the tables of the default run in outputs/reference; to be run after `make reproduce`."""
 
 from pathlib import Path
 

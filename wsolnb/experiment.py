@@ -21,7 +21,7 @@ from wsolnb.errors import ParameterError, nearest
 from wsolnb.methods import base, cam, tscam
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.params import notebook_parameters
-from wsolnb.runs import Run, resolve
+from wsolnb.runs import Run, fingerprint, resolve
 from wsolnb.training import TrainingConfig
 
 CODE = (backbones, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
@@ -128,10 +128,10 @@ def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = Tr
     Trains once per run folder: the artefact is found again by the hash of the recipe, the data and the code.
     name: how the artefact is called in the run folder. Selection (`best`) uses validation images only.
     """
-    model = recipe.build(len(splits.train.class_names))
+    classes = len(splits.train.class_names)
     inputs = {
         "recipe": recipe.model_dump(),
-        "data": [splits.train.name, splits.train.root.name, *map(len, splits)],
+        "data": [splits.train.name, splits.train.root.name, *(fingerprint(part.image_ids) for part in splits)],
     }
 
     def build(folder: Path) -> None:
@@ -148,10 +148,13 @@ def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = Tr
         def validate(trained: LocalizationModel) -> dict[str, float]:
             return evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True).summary()
 
-        training.train(model, loader, recipe.training, folder, validate, progress)
+        training.train(recipe.build(classes), loader, recipe.training, folder, validate, progress)
 
     folder = run.cached(name, inputs, [*CODE, METHODS[recipe.method][1]], build)
-    return training.load_checkpoint(model.cpu(), folder, "last"), folder
+    # The trained model is always read back, so that a first run and a reuse give the same numbers.
+    empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
+    model = training.load_checkpoint(empty, folder, "last")
+    return model.to(training.pick_device(recipe.training.device)), folder
 
 
 def history(folder: Path) -> pd.DataFrame:

@@ -225,16 +225,17 @@ def device_name() -> str:
 
 
 def environment_report() -> dict[str, Any]:
-    """Return what a reader needs to compare numbers and times: versions, devices, memory, commit."""
+    """Return what a reader needs to compare numbers and times: versions, devices, memory."""
     import torch
 
-    report: dict[str, Any] = {**versions(), "system": platform.platform(terse=True), "device": device_name()}
+    system = f"{platform.system()} {platform.machine()}"
+    report: dict[str, Any] = {**versions(), "system": system, "device": device_name()}
     if torch.cuda.is_available():
         report["device memory (GiB)"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     report |= {"processor": cpu_model(), "cores": len(_cores()), "torch threads": torch.get_num_threads()}
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         report["memory (GiB)"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return report | commit()
+    return report
 
 
 def _cores() -> Sequence[int]:

@@ -144,8 +144,9 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu")
+    # Autocast is ours, not Accelerate's: that would stay on the model's forward and lower the precision of evaluation.
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    bf16 = pick_precision(config.precision, device) == "bf16"
     set_seed(config.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps)
     steps = config.epochs * len(loader)
@@ -168,7 +169,7 @@ def train(
         total = torch.zeros((), device=device)
         seen = 0
         for step, batch in enumerate(batches):
-            loss = _step(accelerator, model, optimizer, schedule, batch, config)
+            loss = _step(accelerator, model, optimizer, schedule, batch, config, bf16)
             total += loss.detach() * len(batch["image"])
             seen += len(batch["image"])
             # Reading the loss waits for the device, so it is read rarely; a NaN is still found within a few steps.
@@ -215,9 +216,9 @@ def load_checkpoint(model: nn.Module, folder: str | Path, which: Literal["best",
     return model.eval()
 
 
-def _step(accelerator, model, optimizer, schedule, batch: dict, config: TrainingConfig) -> Tensor:
+def _step(accelerator, model, optimizer, schedule, batch: dict, config: TrainingConfig, bf16: bool) -> Tensor:
     try:
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             output = model(batch["image"])
         loss = classification_loss(output.logits.float(), batch["label"], config.label_smoothing)
         optimizer.zero_grad()

@@ -150,13 +150,15 @@ def map_rows(
     samples: Sequence[Sample],
     maps: Sequence[Mapping[str, np.ndarray]],
     boxes: Sequence[Mapping[str, np.ndarray]] | None = None,
+    side: float = 1.7,
 ) -> Figure:
     """One row per sample: the image with its true box, then each named map with the box predicted from it.
 
     maps: per sample {name: (H, W) in [0, 1]}. boxes: per sample {name: (n, 4)}, as the metrics return them.
+    side: of each picture, inches.
     """
     names = list(maps[0])
-    figure, axes = grid(len(samples), 1 + len(names))
+    figure, axes = grid(len(samples), 1 + len(names), side)
     drawn = None
     for row, (sample, named) in enumerate(zip(samples, maps, strict=True)):
         axes[row, 0].imshow(sample.image)
