@@ -7,7 +7,7 @@ PROFILE ?= mini
 .PHONY: help setup reproduce test unit notebooks lab bench lint clean
 
 help:
-	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets) and print the table of metrics"
+	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets|seeds) and print the table of metrics"
 	@echo "make test        unit tests, then nbval over every notebook, then the regression of the numbers"
 	@echo "make unit        the fast part of the tests"
 	@echo "make lab         open JupyterLab on the notebooks"
@@ -18,7 +18,7 @@ setup:
 	@tools/setup.sh "$(PYTHON)" "$(VENV)"
 
 reproduce: setup
-	$(RUN)/wsolnb reproduce --profile $(PROFILE)
+	$(RUN)/wsolnb reproduce --profile $(PROFILE) $(ARGS)
 
 test: setup lint
 	$(RUN)/python -m pytest tests
