@@ -16,7 +16,7 @@ OPENING = {
     "measured minutes": r"(?i)\b(minutes?|min|seconds?)\b",
     "what it downloads": r"(?i)\bdownload",
 }
-MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/mnt/|\b[A-Z]:\\\\?Users\\)[\w.-]+")
+MACHINE_PATH = re.compile(r"(?:/(?:home|Users|root|tmp|mnt)/|\b[A-Z]:\\\\?Users\\)[\w.-]+")
 
 
 def problems(path: Path) -> list[str]:
