@@ -310,7 +310,13 @@ def test_an_interruption_keeps_what_is_done(repository):
     repository.pipeline(step("01_data"), step("03_cam", "01_data"))
     folder = repository.root / "outputs" / "mini"
     command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce"]
-    process = subprocess.Popen(command, cwd=repository.root / "params", stdout=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        # A shell starts background jobs with SIGINT ignored, and children inherit that: these tests may run in one.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": listen}
+    process = subprocess.Popen(command, cwd=repository.root / "params", **options)
     deadline = time.monotonic() + 60
     while not (folder / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
