@@ -4,17 +4,32 @@ import torch
 from safetensors.torch import save_file
 
 from wsolnb import backbones
+from wsolnb.backbones import Mixing
 from wsolnb.errors import ParameterError, WeightsError
 
 
-def dense_rows(vit, images):
+def may_attend(layer, i, j, mixing, columns):
+    """The rule of local tokens, for tokens i and j (0 = class token), as its docstring says it."""
+    if mixing is None or i == 0:
+        return True
+    if j == 0:
+        return mixing.sees_class
+    if layer >= mixing.local_layers:
+        return True
+    (r, c), (s, t) = divmod(i - 1, columns), divmod(j - 1, columns)
+    return abs(r - s) <= mixing.radius and abs(c - t) <= mixing.radius
+
+
+def dense_rows(vit, images, mixing=None):
     """Class-token rows from full attention matrices in float64, written without the package's code."""
     vit = vit.double().eval()
     x = vit._pos_embed(vit.patch_embed(images.double()))
     rows = []
-    for block in vit.blocks:
+    for layer, block in enumerate(vit.blocks):
         y = block.norm1(x)
         batch, tokens, width = y.shape
+        columns = int((tokens - 1) ** 0.5)
+        allowed = [[may_attend(layer, i, j, mixing, columns) for j in range(tokens)] for i in range(tokens)]
         heads = block.attn.num_heads
         size = width // heads
         qkv = block.attn.qkv(y)
@@ -22,7 +37,10 @@ def dense_rows(vit, images):
         row = torch.zeros(batch, heads, tokens, dtype=torch.float64)
         for head in range(heads):
             q, k, v = (qkv[..., part * width + head * size : part * width + (head + 1) * size] for part in range(3))
-            weights = torch.softmax(q @ k.transpose(1, 2) / size**0.5, dim=-1)
+            if mixing is not None and mixing.bound is not None:
+                q, k = (x / x.norm(dim=-1, keepdim=True) * (mixing.bound * size**0.5) ** 0.5 for x in (q, k))
+            scores = q @ k.transpose(1, 2) / size**0.5
+            weights = torch.softmax(scores.masked_fill(~torch.tensor(allowed), -torch.inf), dim=-1)
             row[:, head] = weights[:, 0]
             mixed[..., head * size : (head + 1) * size] = weights @ v
         rows.append(row)
@@ -31,10 +49,10 @@ def dense_rows(vit, images):
     return vit.norm(x), torch.stack(rows, 1)[..., 1:]
 
 
-@pytest.mark.parametrize("name", ["vit_mini", "deit_tiny"])
+@pytest.mark.parametrize("name", ["vit_mini_plain", "deit_tiny"])
 def test_tap_equals_full_attention(name):
     torch.manual_seed(0)
-    backbone = backbones.create_backbone(name, image_size=112 if name == "vit_mini" else 64).eval()
+    backbone = backbones.create_backbone(name, image_size=64).eval()
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
     with torch.no_grad():
         tokens = backbone(images)
@@ -44,6 +62,40 @@ def test_tap_equals_full_attention(name):
     torch.testing.assert_close(tokens.attention.double(), expected_rows, atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.patches, plain[:, 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokens.class_token.double(), expected_tokens[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [Mixing(), Mixing(0, 1, True, None), Mixing(3, 1, False, 1.5), Mixing(1, 20, True, 6.0)],
+    ids=["default", "global", "narrow", "wide"],
+)
+def test_local_tokens_equal_masked_full_attention(mixing):
+    torch.manual_seed(0)
+    backbone = backbones.create_backbone("vit_mini", image_size=48, mixing=mixing).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        tokens = backbone(images)
+        expected_tokens, expected_rows = dense_rows(backbone.vit, images, mixing)
+    torch.testing.assert_close(tokens.attention.double(), expected_rows, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.patches.double(), expected_tokens[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_patches_of_the_default_do_not_know_the_class_token():
+    backbone = backbones.create_backbone("vit_mini").eval()
+    images = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        before = backbone(images)
+        backbone.vit.cls_token.add_(torch.randn(1, 1, 96))
+        after = backbone(images)
+    torch.testing.assert_close(before.patches, after.patches)
+    assert (before.class_token - after.class_token).abs().max() > 0.01
+
+
+def test_a_bounded_score_keeps_attention_spread():
+    norm = backbones.BoundedNorm(2.0, 32)
+    q, k = norm(100 * torch.randn(50, 32)), norm(torch.randn(70, 32))
+    assert ((q @ k.T) / 32**0.5).abs().max() <= 2.0 + 1e-5
+    assert torch.isfinite(norm(torch.zeros(1, 32))).all()
 
 
 def test_gradients_flow_through_the_rows():
@@ -98,8 +150,6 @@ def test_pretrained_without_network_says_what_to_download(monkeypatch):
         backbones.create_backbone("dino_small", pretrained=True)
     assert "vit_small_patch16_224.dino" in str(caught.value)
     assert "HF_HOME" in str(caught.value)
-    with pytest.raises(WeightsError, match="no pretrained weights of 'vit_mini'"):
-        backbones.create_backbone("vit_mini", pretrained=True)
 
 
 def test_checkpoints_load_and_damaged_ones_are_refused(tmp_path):

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wsolnb import experiment, runs
+from wsolnb.backbones import create_backbone
 from wsolnb.data import transforms
 from wsolnb.errors import DataError, ParameterError
 from wsolnb.experiment import Recipe
@@ -36,6 +38,19 @@ def test_fit_trains_once_and_finds_its_artefact_again(root, capsys):
 
     _, other = experiment.fit(run, "cam-0", small(batch_size=4), splits, progress=False)
     assert other != folder
+
+
+def test_other_weights_to_start_from_make_another_artefact(root):
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet_mini", output_stride=16).resnet
+    save_file(backbone.state_dict(), root / "start.safetensors")
+    first = small(checkpoint="start.safetensors")
+    model = first.build(4)
+    assert torch.equal(model.backbone.resnet.conv1.weight, backbone.conv1.weight)
+    hash_before = first.weights_hash()
+    save_file({**backbone.state_dict(), "bn1.weight": torch.zeros(32)}, root / "start.safetensors")
+    assert first.weights_hash() not in (hash_before, "")
+    assert small().weights_hash() == ""
 
 
 def test_training_is_the_same_bit_for_bit(root):

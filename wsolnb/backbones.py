@@ -7,6 +7,8 @@ against all keys, next to the fused attention that the forward pass runs anyway.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +16,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import Attention
+from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from wsolnb import weights
 from wsolnb.errors import ParameterError, WeightsError, nearest
 
 TRANSFORMERS = {
@@ -29,8 +32,10 @@ TRANSFORMERS = {
     "dino_small": "vit_small_patch16_224.dino",
 }
 RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k"}
-MINI = ("vit_mini", "resnet_mini")
-"""Backbones small enough to train from scratch on two CPU cores."""
+MINI = ("vit_mini", "vit_mini_dino", "vit_mini_plain", "resnet_mini")
+"""Backbones small enough for two CPU cores. All but `vit_mini_plain` have embedded pretrained weights
+(`wsolnb.weights`). `vit_mini_dino` is `vit_mini` with self-distilled weights; `vit_mini_plain` is an ordinary small
+vision transformer, in which every token attends to every other, to be trained from scratch."""
 
 BACKBONES = (*TRANSFORMERS, *RESNETS, *MINI)
 
@@ -47,6 +52,51 @@ class Tokens(NamedTuple):
     patches: Tensor
     class_token: Tensor
     attention: Tensor
+
+
+class Mixing(NamedTuple):
+    """Which tokens of `vit_mini` exchange what: it keeps patch tokens local, so that they tell what is *there*.
+
+    local_layers: in that many first layers a patch attends only to patches at most `radius` rows and columns away.
+    sees_class: whether patches attend to the class token, which would hand the whole image's content to each of them.
+    bound: largest magnitude of an attention score; None = unbounded. A bound keeps a softmax from choosing one token.
+    """
+
+    local_layers: int = 2
+    radius: int = 2
+    sees_class: bool = False
+    bound: float | None = 3.0
+
+    def masks(self, rows: int, columns: int, depth: int) -> list[Tensor | None]:
+        """Return per layer which token (row) may attend to which (column): (1 + N, 1 + N) booleans, None = all."""
+        tokens = 1 + rows * columns
+        row, column = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+        far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > self.radius
+        masks: list[Tensor | None] = []
+        for layer in range(depth):
+            allowed = torch.ones(tokens, tokens, dtype=torch.bool)
+            allowed[1:, 0] = self.sees_class
+            if layer < self.local_layers:
+                allowed[1:, 1:] = ~far
+            masks.append(None if allowed.all() else allowed)
+        return masks
+
+
+PLAIN = Mixing(local_layers=0, sees_class=True, bound=None)
+"""Every token attends to every other, with unbounded scores: an ordinary transformer."""
+
+
+class BoundedNorm(nn.Module):
+    """Scale queries or keys (..., d) to one length, so that |q . k| / sqrt(d) <= bound."""
+
+    def __init__(self, bound: float, dim: int):
+        super().__init__()
+        self.length = (bound * dim**0.5) ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with vectors of length `self.length`."""
+        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-6)
+        return x * (self.length / lengths).to(x.dtype)
 
 
 class ConvStem(nn.Module):
@@ -81,14 +131,30 @@ class TransformerBackbone(nn.Module):
     image_size: side of the input in pixels.
     """
 
-    def __init__(self, vit: VisionTransformer, name: str, image_size: int, patch_size: int):
+    def __init__(
+        self, vit: VisionTransformer, name: str, image_size: int, patch_size: int, mixing: Mixing | None = None
+    ):
         super().__init__()
         _check_tappable(vit, name)
-        self.vit = vit
+        self.vit, self.mixing = vit, mixing
         self.name, self.image_size, self.patch_size = name, image_size, patch_size
         self.dim, self.depth = vit.embed_dim, len(vit.blocks)
         self.heads = vit.blocks[0].attn.num_heads
         self.grid = (image_size // patch_size, image_size // patch_size)
+        masks = mixing.masks(*self.grid, self.depth) if mixing else []
+        # Buffers, so that they follow the model to its device; equal ones are kept once.
+        self._mask_names: list[str | None] = []
+        for layer, mask in enumerate(masks):
+            same = next((name for name in self._mask_names if name and torch.equal(getattr(self, name), mask)), None)
+            if mask is not None and same is None:
+                same = f"mask_{layer}"
+                self.register_buffer(same, mask, persistent=False)
+            self._mask_names.append(same if mask is not None else None)
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """Which token may attend to which in each layer (see `Mixing.masks`); empty = everywhere."""
+        return [name and getattr(self, name) for name in self._mask_names]
 
     def forward(self, images: Tensor) -> Tokens:
         """Run the transformer on (B, 3, H, W) normalised images.
@@ -101,19 +167,21 @@ class TransformerBackbone(nn.Module):
                 f"{tuple(images.shape)}",
                 f"resize the images or build the backbone with image_size={images.shape[-1]}",
             )
-        return forward_tapped(self.vit, images)
+        return forward_tapped(self.vit, images, self.masks)
 
 
-def forward_tapped(vit: VisionTransformer, images: Tensor) -> Tokens:
+def forward_tapped(vit: VisionTransformer, images: Tensor, masks: Sequence[Tensor | None] = ()) -> Tokens:
     """Run a timm vision transformer and return its tokens with the class token's attention rows.
 
     The same computation as `vit.forward_features`, block by block. The tokens are equal to timm's.
+    masks: one per layer, (T, T) booleans, true where the token of the row may attend to the token of the column; the
+    class token's row must be all true. None, or no masks: everything may.
     """
     x = vit._pos_embed(vit.patch_embed(images))
     x = vit.norm_pre(vit.patch_drop(x))
     rows = []
-    for block in vit.blocks:
-        mixed, row = _attend(block.attn, block.norm1(x))
+    for block, mask in zip(vit.blocks, masks or [None] * len(vit.blocks), strict=True):
+        mixed, row = _attend(block.attn, block.norm1(x), mask)
         rows.append(row)
         x = x + block.drop_path1(block.ls1(mixed))
         x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -123,7 +191,7 @@ def forward_tapped(vit: VisionTransformer, images: Tensor) -> Tokens:
     return Tokens(x[:, first_patch:], x[:, 0], attention)
 
 
-def _attend(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Fused self-attention of (B, T, D) tokens, and the class token's row (B, heads, T) in float32."""
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -133,10 +201,11 @@ def _attend(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         # The one exception to fused attention: its backward pass on the CPU in bfloat16 takes 2.7 times as long as the
         # plain products (197 tokens, 3 heads of 32), which would be a third of a training step.
-        weights = ((q * attention.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        scores = (q * attention.scale) @ k.transpose(-2, -1)
+        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
         mixed = F.dropout(weights, dropout) @ v
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     # Outside of autocast: a softmax over hundreds of nearly equal scores loses its differences in bfloat16.
     with torch.autocast(x.device.type, enabled=False):
         scores = (q[:, :, :1].float() * attention.scale) @ k.float().transpose(-2, -1)
@@ -185,13 +254,17 @@ def create_backbone(
     image_size: int | None = None,
     output_stride: int = 16,
     drop_path: float = 0.0,
+    mixing: Mixing | None = None,
 ) -> TransformerBackbone | ConvBackbone:
     """Build a backbone by its short name (`BACKBONES`).
 
-    pretrained: load the published weights through timm (from its cache, else from the network).
+    pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones, the
+        embedded weights, after checking their hash.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input; default 224, for the mini ones 112. Position embeddings are resized to it.
     output_stride: stride of a ResNet's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
+    mixing: of the mini transformers; default `PLAIN` for `vit_mini_plain`, else what the embedded weights were made
+        with.
 
     Raises ParameterError for unknown names, WeightsError when weights are missing or do not fit.
     """
@@ -200,7 +273,7 @@ def create_backbone(
     if pretrained and checkpoint:
         raise ParameterError("both pretrained=True and a checkpoint were given", "choose one")
     if pretrained and name in MINI:
-        raise WeightsError(f"there are no pretrained weights of {name!r}", "train it from scratch: pretrained=False")
+        checkpoint = weights.verified(name)
     if name in RESNETS or name == "resnet_mini":
         if name == "resnet_mini":
             widths = (32, 64, 128, 256)
@@ -208,13 +281,17 @@ def create_backbone(
         else:
             model = _timm_model(RESNETS[name], pretrained, output_stride=output_stride)
         backbone = ConvBackbone(model, name, output_stride)
-    elif name == "vit_mini":
+    elif name in MINI:
         size = image_size or 112
+        mixing = mixing or (PLAIN if name == "vit_mini_plain" else Mixing())
         model = VisionTransformer(
             img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=0, global_pool="token",
             embed_layer=ConvStem, drop_path_rate=drop_path,
         )  # fmt: skip
-        backbone = TransformerBackbone(model, name, size, 8)
+        if mixing.bound is not None:
+            for block in model.blocks:
+                block.attn.q_norm = block.attn.k_norm = BoundedNorm(mixing.bound, block.attn.head_dim)
+        backbone = TransformerBackbone(model, name, size, 8, mixing)
     else:
         size = image_size or 224
         model = _timm_model(TRANSFORMERS[name], pretrained, num_classes=0, img_size=size, drop_path_rate=drop_path)
@@ -239,8 +316,19 @@ def _timm_model(timm_name: str, pretrained: bool, **options) -> nn.Module:
         ) from error
 
 
+def _resized(pos_embed: Tensor, vit: VisionTransformer) -> Tensor:
+    """Resample a position embedding (1, prefix + n * n, D) to the grid of `vit`, if it is of a square grid."""
+    cells = pos_embed.shape[1] - vit.num_prefix_tokens
+    if pos_embed.ndim != 3 or math.isqrt(cells) ** 2 != cells or pos_embed.shape[2] != vit.embed_dim:
+        return pos_embed  # reported as a tensor of another shape
+    side = math.isqrt(vit.patch_embed.num_patches)
+    return resample_abs_pos_embed(pos_embed.float(), (side, side), num_prefix_tokens=vit.num_prefix_tokens)
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a local state dict into `model`; classifier heads that it does not have are left out.
+
+    A position embedding of another square grid is resampled to the model's.
 
     Raises WeightsError when the file is missing, damaged, or misses or changes the shape of a tensor.
     """
@@ -261,6 +349,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     own = model.state_dict()
+    if "pos_embed" in own and "pos_embed" in state and own["pos_embed"].shape != state["pos_embed"].shape:
+        state["pos_embed"] = _resized(state["pos_embed"], model)
     missing = [name for name in own if name not in state]
     reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or reshaped:

@@ -5,6 +5,7 @@ Notebooks that name the same recipe share one trained artefact; `Run.cached` say
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsolnb import backbones, data, errors, evaluation, maps, metrics, training
+from wsolnb import backbones, data, errors, evaluation, maps, metrics, training, weights
 from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
 from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
@@ -44,7 +45,8 @@ class Splits(NamedTuple):
 class Recipe(BaseModel):
     """How one model is built and trained, apart from its data.
 
-    method: `cam` or `tscam`. backbone: a name of `wsolnb.backbones`. pretrained, checkpoint: as in `create_backbone`.
+    method: `cam` or `tscam`. backbone: a name of `wsolnb.backbones`. pretrained, checkpoint: as in `create_backbone`; a
+    relative checkpoint starts at the root of the repository.
     image_size: side of the input in pixels. protocol: `resize` (the whole image, SCM and TS-CAM) or `crop` (random crop
     of 8/7 of the side in training; at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
     shift: largest random shift in pixels, brightness: half-width of the random factor on the light; both in training.
@@ -83,6 +85,14 @@ class Recipe(BaseModel):
         light = transforms.RandomBrightnessContrast(self.brightness, 0.0)
         return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
 
+    def weights_hash(self) -> str:
+        """Hash of the file that the weights start from; empty for random and for published weights."""
+        if self.checkpoint:
+            path = resolve(self.checkpoint)
+            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        embedded = self.pretrained and self.backbone in weights.embedded()
+        return weights.read_card(self.backbone)["sha256"] if embedded else ""
+
     def _uncropped(self) -> int:
         return round(self.image_size * 8 / 7)  # 256 for 224
 
@@ -98,7 +108,7 @@ class Recipe(BaseModel):
         backbone = backbones.create_backbone(
             self.backbone,
             pretrained=self.pretrained,
-            checkpoint=self.checkpoint,
+            checkpoint=resolve(self.checkpoint) if self.checkpoint else None,
             image_size=self.image_size,
             output_stride=self.output_stride,
         )

@@ -123,6 +123,12 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float =
     return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
+def classify(model: nn.Module, batch: dict, config: TrainingConfig) -> Tensor:
+    """Return the classification loss of a batch: the objective of every classifier."""
+    logits = model(batch["image"]).logits
+    return classification_loss(logits.float(), batch["label"], config.label_smoothing)
+
+
 def train(
     model: LocalizationModel,
     loader: Iterable[dict],
@@ -130,6 +136,7 @@ def train(
     folder: str | Path,
     evaluate: Callable[[LocalizationModel], dict[str, float]] | None = None,
     progress: bool = True,
+    objective: Callable[[nn.Module, dict, TrainingConfig], Tensor] = classify,
 ) -> pd.DataFrame:
     """Train `model` in place and return the history, one row per epoch.
 
@@ -137,6 +144,7 @@ def train(
     folder: gets `last.safetensors` and, with `evaluate`, `best.safetensors` (weights), `history.csv`, and while the
         training runs `state.pt`, from which a second call with the same arguments goes on after an interruption.
     evaluate: called after every epoch with the model in evaluation mode; its numbers become columns of the history.
+    objective: the loss of a batch; it calls `model` once, under autocast.
 
     Raises TrainingError when the loss is not finite (the last good epoch stays on disk) or memory runs out,
     ParameterError when the evaluation lacks the column `config.select`.
@@ -169,7 +177,7 @@ def train(
         total = torch.zeros((), device=device)
         seen = 0
         for step, batch in enumerate(batches):
-            loss = _step(accelerator, model, optimizer, schedule, batch, config, bf16)
+            loss = _step(accelerator, model, optimizer, schedule, batch, config, bf16, objective)
             total += loss.detach() * len(batch["image"])
             seen += len(batch["image"])
             # Reading the loss waits for the device, so it is read rarely; a NaN is still found within a few steps.
@@ -216,11 +224,10 @@ def load_checkpoint(model: nn.Module, folder: str | Path, which: Literal["best",
     return model.eval()
 
 
-def _step(accelerator, model, optimizer, schedule, batch: dict, config: TrainingConfig, bf16: bool) -> Tensor:
+def _step(accelerator, model, optimizer, schedule, batch, config, bf16: bool, objective) -> Tensor:
     try:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-            output = model(batch["image"])
-        loss = classification_loss(output.logits.float(), batch["label"], config.label_smoothing)
+            loss = objective(model, batch, config)
         optimizer.zero_grad()
         accelerator.backward(loss)
         if config.clip:

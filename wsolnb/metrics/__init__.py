@@ -9,6 +9,7 @@ from wsolnb.metrics.curves import ThresholdCurve
 from wsolnb.metrics.localization import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc
 from wsolnb.metrics.parts import PartCoverage
 from wsolnb.metrics.segmentation import SeedScores, SegmentationScores
+from wsolnb.metrics.spill import Spill, spill
 
 __all__ = [
     "ERRORS",
@@ -22,8 +23,10 @@ __all__ = [
     "PxAP",
     "SeedScores",
     "SegmentationScores",
+    "Spill",
     "ThresholdCurve",
     "box_iou",
     "boxes_from_score_map",
     "pixel_auc",
+    "spill",
 ]

@@ -1,0 +1,291 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wsolnb import backbones, pretraining, runs, weights
+from wsolnb.backbones import Mixing, create_backbone
+from wsolnb.data import creatures
+from wsolnb.data.creatures import CreatureConfig
+from wsolnb.errors import ParameterError, WeightsError
+from wsolnb.pretraining import RECIPES, SceneLoader, SelfDistillation, SelfDistilled, SupervisedPretext
+from wsolnb.training import TrainingConfig
+
+TINY = CreatureConfig(scenes=8, frames=2)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return creatures.load(TINY, tmp_path_factory.mktemp("cache"), workers=1)
+
+
+def nearest_colour(lab):
+    distances = [sum((a - b) ** 2 for a, b in zip(lab, anchor, strict=True)) for anchor in pretraining.PALETTE.tolist()]
+    return distances.index(min(distances))
+
+
+def test_token_targets_equal_counts_of_pixels(scenes):
+    batch = next(iter(SceneLoader(scenes, 4, seed=1, truth=True)))
+    target = pretraining.token_targets(batch, (14, 14))
+    names = pretraining.colour_names(batch["colours"])
+    for image in range(4):
+        for token in range(196):
+            row, column = divmod(token, 14)
+            window = slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8)
+            owner, parts = batch["owner"][image][window].flatten(), batch["parts"][image][window].flatten()
+            textures, part_share = [0.0] * 9, [0.0] * 4
+            for pixel in range(64):
+                who = int(owner[pixel])
+                textures[0 if who == 0 else 1 + int(batch["textures"][image, who - 1])] += 1 / 64
+                part_share[int(parts[pixel])] += 1 / 64
+            np.testing.assert_allclose(target["textures"][image, token], textures, atol=1e-6)
+            np.testing.assert_allclose(target["parts"][image, token], part_share, atol=1e-6)
+            assert target["object"][image, token] == pytest.approx(float((owner > 0).float().mean()), abs=1e-6)
+            if (owner > 0).any():
+                most = max(range(1, 4), key=lambda who: int((owner == who).sum())) - 1
+                worn = {nearest_colour(c.tolist()) for c in batch["colours"][image, most] if not c.isnan().any()}
+                assert set(target["worn"][image, token].nonzero().flatten().tolist()) == worn
+                assert target["sash"][image, token].tolist() == names[image, most, 2:].tolist()
+
+
+def test_scene_labels_are_the_union_of_its_creatures(scenes):
+    batch = next(iter(SceneLoader(scenes, 8, seed=1, truth=True)))
+    labels = pretraining.scene_target(batch)
+    for image in range(8):
+        expected = {int(t) for t in batch["textures"][image] if t >= 0}
+        expected |= {
+            8 + nearest_colour(c.tolist()) for c in batch["colours"][image].flatten(0, 1) if not c.isnan().any()
+        }
+        assert set(labels[image].nonzero().flatten().tolist()) == expected
+
+
+def test_composition_counts_area(scenes):
+    images = torch.full((1, 3, 16, 16), -2.0)
+    images[:, 0, :8, 8:] = 2.0  # the second of four tokens is red
+    shares = pretraining.composition(images, torch.tensor([[0.5, 1.0, 0.0, 0.0]]), (2, 2))
+    assert shares.sum() == pytest.approx(1)
+    assert shares[0, 0] == pytest.approx(1 / 3)
+    assert shares[0, 18] == pytest.approx(2 / 3)
+    assert pretraining.composition(images, torch.zeros(1, 4), (2, 2)).sum() == 0
+
+
+def test_batches_repeat_by_seed_and_epoch_and_mirror_truth_with_the_image(scenes):
+    loader = SceneLoader(scenes, 4, seed=3, truth=True)
+    first, second = list(loader), list(loader)
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(a[name].nan_to_num(), b[name].nan_to_num()) for name in a)
+    loader.set_epoch(1)
+    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, loader, strict=True))
+    plain = {backbones_sum(scenes["owner"][i, 0]): i for i in range(8)}
+    mirrored = set()
+    for seed in range(6):
+        for batch in SceneLoader(scenes, 4, seed, truth=True):
+            for owner in batch["owner"].numpy():
+                original = scenes["owner"][plain[backbones_sum(owner)], 0]
+                same, turned = np.array_equal(owner, original), np.array_equal(owner, original[:, ::-1])
+                assert same or turned
+                mirrored.add(turned and not same)
+    assert mirrored == {True, False}
+
+
+def backbones_sum(owner):
+    """A fingerprint that mirroring does not change."""
+    return tuple(np.asarray(owner).sum(axis=1).tolist())
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "resnet_mini"])
+def test_supervised_recipe_learns_a_batch(scenes, name):
+    torch.manual_seed(0)
+    options = {"output_stride": 8} if name == "resnet_mini" else {}
+    model = SupervisedPretext(create_backbone(name, **options), RECIPES["vit_mini"].weights)
+    batch = next(iter(SceneLoader(scenes, 8, seed=0, truth=True)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    before = {term: value.item() for term, value in model.losses(batch).items()}
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.step()
+    after = {term: value.item() for term, value in model.losses(batch).items()}
+    assert all(after[term] < before[term] for term in before), (before, after)
+    total = sum(RECIPES["vit_mini"].weights[term] * value for term, value in after.items())
+    assert model(batch).item() == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["contrast", "prototypes"])
+def test_self_distillation_sees_neither_labels_nor_masks(scenes, loss):
+    torch.manual_seed(0)
+    model = SelfDistilled(create_backbone("vit_mini"), SelfDistillation(loss=loss, prototypes=16), steps=10, seed=0)
+    batch = next(iter(SceneLoader(scenes, 8, seed=0, truth=False)))
+    assert set(batch) == {"image"}
+    value = model(batch)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert model.backbone.vit.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    assert model.backbone.vit.pos_embed.grad.abs().sum() > 0
+
+
+def seen(backbone, image):
+    """What the class token looks at, token by token: (1, D)."""
+    patches, _, attention = pretraining.forward_view(backbone, image[None])
+    total, weight = torch.zeros(patches.shape[2]), 0.0
+    for n in range(patches.shape[1]):
+        share = float(attention[0, :, :, n].mean())
+        total, weight = total + share * patches[0, n], weight + share
+    return (total / weight)[None]
+
+
+def test_the_contrast_equals_loops_over_pairs(scenes):
+    torch.manual_seed(0)
+    config = SelfDistillation(local_crops=1, momentum=1.0)
+    model = SelfDistilled(create_backbone("vit_mini"), config, steps=10, seed=0).eval()
+    images = next(iter(SceneLoader(scenes, 3, seed=0, truth=False)))["image"]
+    wide, narrow = model.views(images)
+    with torch.no_grad():
+        student = [[model.projection(seen(model.backbone, v[i]))[0] for i in range(3)] for v in wide + narrow]
+        teacher = [[model.teacher[1](seen(model.teacher[0], v[i]))[0] for i in range(3)] for v in wide]
+        terms = []
+        for i in range(2):
+            for j in range(3):
+                if i == j:
+                    continue
+                for scene in range(3):
+                    scores = [float(student[j][scene] @ teacher[i][other]) / config.temperature for other in range(3)]
+                    terms.append(math.log(sum(math.exp(s) for s in scores)) - scores[scene])
+        assert float(model({"image": images})) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
+def test_the_teacher_is_the_moving_average_of_the_student(scenes):
+    model = SelfDistilled(create_backbone("vit_mini"), SelfDistillation(momentum=0.9), steps=10, seed=0)
+    with torch.no_grad():
+        model.backbone.vit.cls_token.add_(1.0)
+    before = model.teacher[0].vit.cls_token.clone()
+    model._move_teacher()
+    torch.testing.assert_close(model.teacher[0].vit.cls_token, 0.9 * before + 0.1 * model.backbone.vit.cls_token)
+    model.step += 10  # at the end of the training the teacher stands still
+    before = model.teacher[0].vit.cls_token.clone()
+    model._move_teacher()
+    torch.testing.assert_close(model.teacher[0].vit.cls_token, before)
+
+
+def test_sinkhorn_balances_prototypes():
+    logits = torch.randn(40, 8) + torch.arange(8.0)
+    plan = pretraining.sinkhorn(logits, rounds=60)
+    torch.testing.assert_close(plan.sum(dim=1), torch.ones(40), atol=1e-4, rtol=0)
+    torch.testing.assert_close(plan.sum(dim=0), torch.full((8,), 5.0), atol=1e-2, rtol=0)
+
+
+def test_crops_show_what_they_say():
+    ramp = torch.linspace(-1, 1, 64)[None, None, None, :].expand(50, 3, 64, 64).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    crops = pretraining.random_crops(ramp, 32, (0.25, 0.25), generator)
+    assert crops.shape == (50, 3, 32, 32)
+    width = crops[:, 0, 0].amax(dim=1) - crops[:, 0, 0].amin(dim=1)
+    torch.testing.assert_close(width, torch.full((50,), 62 / 63), atol=0.05, rtol=0)  # half of the ramp
+    rising = crops[:, 0, 0, -1] > crops[:, 0, 0, 0]
+    assert 10 < rising.sum() < 40
+    whole = pretraining.random_crops(ramp, 64, (1.0, 1.0), generator)
+    assert all(torch.allclose(c[0], ramp[0, 0]) or torch.allclose(c[0], ramp[0, 0].flip(1)) for c in whole)
+
+
+def test_views_of_another_size_use_the_resized_position_embedding():
+    backbone = create_backbone("vit_mini").eval()
+    same = create_backbone("vit_mini", image_size=56).eval()
+    state = backbone.vit.state_dict()
+    state["pos_embed"] = backbones.resample_abs_pos_embed(state["pos_embed"], (7, 7), num_prefix_tokens=1)
+    same.vit.load_state_dict(state)
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(pretraining.forward_view(backbone, images).patches, same(images).patches)
+    assert backbone.vit.pos_embed.shape == (1, 197, 96)
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino"])
+def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
+    run = runs.start("04_pretraining", {"run_folder": str(tmp_path / "run"), "seed": 0})
+    config = RECIPES[name].model_copy(
+        update={"scenes": TINY, "batch_size": 4, "training": TrainingConfig(epochs=1, lr=1e-3)}
+    )
+    backbone, folder = pretraining.pretrain(run, name, config, progress=False)
+    again, same_folder = pretraining.pretrain(run, name, config, progress=False)
+    assert folder == same_folder
+    torch.testing.assert_close(again.vit.pos_embed, backbone.vit.pos_embed)
+
+    card = pretraining.export(backbone, name, {"recipe": "a test"}, tmp_path)
+    facts = weights.read_card(name, tmp_path)
+    assert facts["recipe"] == "a test"
+    assert weights.verified(name, tmp_path).stat().st_size == facts["bytes"]
+    card.write_text(card.read_text() + "\nLimits: kept.\n")
+    pretraining.export(backbone, name, {"recipe": "again"}, tmp_path)
+    assert card.read_text().endswith("Limits: kept.\n")
+
+    monkeypatch.setattr(weights, "verified", lambda name: tmp_path / f"{name}.safetensors")
+    loaded = create_backbone(name, pretrained=True)
+    for key, value in backbone.vit.state_dict().items():
+        torch.testing.assert_close(loaded.vit.state_dict()[key], value, atol=1e-3, rtol=1e-3)
+
+
+def test_ablations_change_one_thing_and_unknown_ones_are_named():
+    for name, (base, changes) in pretraining.ABLATIONS.items():
+        recipe, whole = pretraining.ablation(name, 2, 5), RECIPES[base]
+        assert (recipe.training.epochs, recipe.training.seed) == (2, 5)
+        differing = {f for f in type(recipe).model_fields if getattr(recipe, f) != getattr(whole, f)} - {"training"}
+        assert differing == set(changes)
+    assert pretraining.ablation("shares of colours", 1, 0).weights["texture"] == RECIPES["vit_mini"].weights["texture"]
+    with pytest.raises(ParameterError, match="did you mean 'local crops'"):
+        pretraining.ablation("local crop", 1, 0)
+
+
+# ------------------------------------------------------------------------------------------------- shipped files
+
+EMBEDDED = ("resnet_mini", "vit_mini", "vit_mini_dino")
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_file_card_and_code_agree(name):
+    card = weights.read_card(name)
+    path = weights.verified(name)
+    state = load_file(path)
+    recipe = pretraining.PretrainingConfig.model_validate(card["recipe"])
+    assert recipe == RECIPES[name], "the card tells of another recipe than the code"
+    assert card["scenes_format"] == creatures.FORMAT, "the renderer has changed since the pretraining"
+    assert recipe.mixing == Mixing(), "embedded weights are loaded with the default mixing"
+    assert card["bytes"] == path.stat().st_size
+    model = create_backbone(name, pretrained=True)
+    own = (model.vit if name.startswith("vit") else model.resnet).state_dict()
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    for key, value in state.items():
+        assert value.dtype == torch.float16 or not value.is_floating_point()
+        torch.testing.assert_close(own[key], value.to(own[key].dtype), atol=0, rtol=0)
+
+
+def test_all_embedded_files_are_small_and_have_cards():
+    assert weights.embedded() == list(EMBEDDED)
+    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= 12e6
+
+
+def test_the_plain_transformer_has_no_embedded_weights():
+    with pytest.raises(WeightsError, match="vit_mini_plain"):
+        create_backbone("vit_mini_plain", pretrained=True)
+
+
+def test_a_changed_or_missing_file_is_named(tmp_path):
+    for suffix in ("md", "safetensors"):
+        content = (weights.FOLDER / f"vit_mini.{suffix}").read_bytes()
+        (tmp_path / f"vit_mini.{suffix}").write_bytes(content)
+    path = tmp_path / "vit_mini.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(WeightsError, match=r"vit_mini\.safetensors has SHA-256"):
+        weights.verified("vit_mini", tmp_path)
+    path.unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights.verified("vit_mini", tmp_path)
+    (tmp_path / "vit_mini.md").write_text("no front matter")
+    with pytest.raises(WeightsError, match=r"model card vit_mini\.md cannot be read"):
+        weights.verified("vit_mini", tmp_path)
+    with pytest.raises(WeightsError, match="did you mean 'vit_mini'"):
+        weights.read_card("vit_min")

@@ -1,0 +1,397 @@
+"""Scenes of procedural creatures: what the embedded backbones are pretrained on.
+
+A creature is a random blob with limbs, a texture and, on its body, a sash of two bands in different colours. None of it
+is shared with the rendered benchmark (`wsolnb.data.aviary`): creatures have no head, beak, wing or class; no texture is
+a plumage pattern; and every colour drawn (before light and shade) keeps a distance of at least `COLOUR_DISTANCE`
+(CIE Lab) from every head and plumage colour of the birds. Backgrounds are patchworks of noise, not landscapes.
+
+A scene has several *frames*: the same creatures in another pose and place, before another part of the background, as a
+camera that follows them would film. Frame `f` of scene `i` depends on (seed, i, f) only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.lib.format import open_memmap
+from pydantic import BaseModel, ConfigDict, Field
+
+from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, _value_noise
+from wsolnb.errors import DataError
+
+FORMAT = 1
+"""Raised whenever the renderer's output changes, so that caches of older versions are not taken for new ones."""
+
+TEXTURES = ("checks", "zigzag", "rings", "marble", "waves", "diamonds", "maze", "gradient")
+BACKGROUND, BODY, LIMB, SASH = 0, 1, 2, 3
+PARTS = ("background", "body", "limb", "sash")
+MAX_CREATURES = 3
+COLOUR_DISTANCE = 18.0
+"""Smallest CIE Lab distance (CIE76) between a colour drawn here and a colour of a bird."""
+
+_FIXED = 4  # fractional bits of polygon coordinates given to OpenCV
+
+
+class CreatureConfig(BaseModel):
+    """Everything that decides the scenes.
+
+    scenes: number of scenes. frames: frames of each. size: image side in pixels.
+    sash: whether creatures wear the two-coloured sash (an ablation turns it off).
+    seed: of everything that is drawn.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scenes: int = Field(8000, ge=1)
+    frames: int = Field(1, ge=1, le=8)
+    size: int = Field(112, ge=32, le=512)
+    sash: bool = True
+    seed: int = Field(0, ge=0)
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration and the renderer's format: the name of the cached scenes."""
+        text = json.dumps({"format": FORMAT, **self.model_dump()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Scene(NamedTuple):
+    """One rendered frame with its truth.
+
+    image: (H, W, 3) uint8. owner: (H, W) uint8, 0 background, else position of the creature + 1.
+    parts: (H, W) uint8, index into `PARTS`. textures: (MAX_CREATURES,) int8, index into `TEXTURES`, -1 = no creature.
+    colours: (MAX_CREATURES, 4, 3) float32, CIE Lab of the two colours of the texture, of the sash's wide and of its
+    narrow band; NaN where there is no such thing.
+    """
+
+    image: np.ndarray
+    owner: np.ndarray
+    parts: np.ndarray
+    textures: np.ndarray
+    colours: np.ndarray
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """Convert (..., 3) RGB in [0, 255] to CIE Lab, float32."""
+    flat = np.asarray(rgb, np.float32).reshape(1, -1, 3) / 255
+    return cv2.cvtColor(flat, cv2.COLOR_RGB2Lab).reshape(np.shape(rgb))
+
+
+_BIRDS = to_lab(np.array([*HEAD_COLOURS.values(), *PLUMAGES]))
+
+
+def draw_colour(
+    rng: np.random.Generator, apart_from: tuple[np.ndarray, ...] = (), distance: float = 25.0
+) -> np.ndarray:
+    """Draw an RGB colour (3,) that is far from every colour of a bird, and `distance` from the colours given."""
+    others = [to_lab(other) for other in apart_from]
+    while True:
+        colour = rng.uniform(8, 247, 3).astype(np.float32)
+        if rng.random() < 0.4:  # muted, as most of what is photographed is
+            colour = colour.mean() + rng.uniform(0.1, 0.5) * (colour - colour.mean())
+        lab = to_lab(colour)
+        if np.linalg.norm(_BIRDS - lab, axis=1).min() < COLOUR_DISTANCE:
+            continue
+        if all(np.linalg.norm(lab - other) >= distance for other in others):
+            return colour
+
+
+# ------------------------------------------------------------------------------------------------------ background
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Render a patchwork of 1 to 3 noise textures of related colours, littered, with strokes and pebbles on it.
+
+    Returns (size, size, 3) float32.
+    """
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
+    choice = np.stack([_value_noise(rng, size, (2, 2), 2) for _ in range(count)]).argmax(axis=0)
+    image = np.zeros((size, size, 3), np.float32)
+    tint = draw_colour(rng)
+    for patch in range(count):
+        first = 0.4 * draw_colour(rng) + 0.6 * tint
+        second = first + rng.normal(0, 22, 3).astype(np.float32)
+        cells = int(rng.integers(2, 30)), int(rng.integers(2, 30))
+        noise = np.clip(0.5 + 0.5 * _value_noise(rng, size, cells, int(rng.integers(1, 4))), 0, 1)[..., None]
+        image = np.where((choice == patch)[..., None], first * (1 - noise) + second * noise, image)
+    soft = rng.uniform(0, 3)
+    if soft > 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), soft)
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)[:, None, None]
+    image = np.ascontiguousarray(image * (1 + rng.uniform(-0.2, 0.2) * ramp), np.float32)
+    if rng.random() < 0.5:
+        _scatter(rng, image)
+    for _ in range(int(rng.poisson(3))):
+        colour = (image[tuple(rng.integers(0, size, 2))] + rng.normal(0, 35, 3)).clip(0, 255)
+        start = rng.uniform(0, size, 2)
+        _line(image, start, start + rng.normal(0, 0.25 * size, 2), colour, int(rng.integers(1, 3)))
+    for _ in range(int(rng.poisson(3))):
+        # Heaps of vivid pebbles: small things of one colour that are no creature.
+        middle, spread, tone = rng.uniform(0, size, 2), rng.uniform(0, 0.045) * size, draw_colour(rng)
+        for _ in range(int(rng.integers(1, 6))):
+            centre = np.rint(middle + rng.normal(0, 1, 2) * spread).astype(int).tolist()
+            axes = np.maximum(1, np.rint(rng.uniform(0.012, 0.05, 2) * size)).astype(int).tolist()
+            shade = (tone * rng.uniform(0.85, 1.15)).clip(0, 255).tolist()
+            cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, shade, -1, cv2.LINE_AA)
+    return image
+
+
+def _scatter(rng: np.random.Generator, image: np.ndarray) -> None:
+    """Litter the ground, in place, with many small shapes of one kind and of colours related to what is there."""
+    size = len(image)
+    kind, extent = rng.integers(3), rng.uniform(0.02, 0.1) * size
+    contrast, slant = rng.uniform(10, 45), rng.uniform(0, 180)
+    for _ in range(int(rng.uniform(1, 5) * (0.1 * size) ** 2 / max(2.0, extent))):
+        y, x = rng.integers(0, size, 2)
+        colour = (image[y, x] * rng.uniform(0.6, 1.4) + rng.normal(0, contrast / 3, 3)).clip(0, 255).tolist()
+        angle = slant + rng.normal(0, 30)
+        long = max(1, round(extent * rng.uniform(0.5, 1.2)))
+        if kind == 0:
+            axes = (long, max(1, round(long * rng.uniform(0.25, 0.6))))
+            cv2.ellipse(image, (int(x), int(y)), axes, angle, 0, 360, colour, -1, cv2.LINE_AA)
+        elif kind == 1:
+            step = 2 * long * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+            _line(image, np.array([x, y]), np.array([x, y]) + step, np.array(colour), int(rng.integers(1, 3)))
+        else:
+            corners = np.array([x, y]) + rng.normal(0, 0.6 * long, (int(rng.integers(3, 6)), 2))
+            cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], colour, cv2.LINE_AA)
+
+
+def _line(image: np.ndarray, start: np.ndarray, end: np.ndarray, colour: np.ndarray, width: int) -> None:
+    ends = [np.rint(p).astype(int).tolist() for p in (start, end)]
+    cv2.line(image, *ends, colour.tolist(), width, cv2.LINE_AA)
+
+
+# ------------------------------------------------------------------------------------------------------- creatures
+
+
+class _Creature(NamedTuple):
+    """What stays the same from frame to frame."""
+
+    outline: np.ndarray  # (n, 2), of the body, about one unit long
+    limbs: list[tuple[np.ndarray, np.ndarray]]  # polyline (m, 2) and its width (m,)
+    texture: int
+    first: np.ndarray
+    second: np.ndarray
+    limb_colour: np.ndarray
+    scale: float  # cells of the texture per unit
+    turn: float  # of the texture, radians
+    sash: tuple[np.ndarray, np.ndarray]  # colours of the wide and the narrow band
+    band: tuple[float, float, float]  # position along the body, width of the wide band, direction
+    noise_seed: int
+
+
+def _creature(rng: np.random.Generator) -> _Creature:
+    """Draw what a creature looks like in all of its frames."""
+    angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    radius = np.ones_like(angle)
+    for k in range(2, 6):
+        radius += rng.normal(0, 0.24 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+    radius = np.clip(radius, 0.45, 1.6)
+    stretch = rng.uniform(1.0, 2.2)
+    outline = np.stack([radius * np.cos(angle) * stretch, radius * np.sin(angle)], axis=1)
+    outline *= 0.5 / np.abs(outline).max()
+    limbs = []
+    for _ in range(int(rng.integers(0, 5))):
+        root = outline[rng.integers(len(outline))] * 0.75
+        direction = np.arctan2(root[1], root[0]) + rng.normal(0, 0.4)
+        bend = rng.normal(0, 0.25)
+        points = [root]
+        for _ in range(6):
+            direction += bend
+            points.append(points[-1] + rng.uniform(0.05, 0.11) * np.array([np.cos(direction), np.sin(direction)]))
+        width = np.linspace(rng.uniform(0.05, 0.16), rng.uniform(0.02, 0.08), len(points))
+        limbs.append((np.array(points), width))
+    first = draw_colour(rng)
+    second = draw_colour(rng, (first,), 15.0)
+    wide = draw_colour(rng, (first, second))
+    narrow = draw_colour(rng, (first, second, wide))
+    limb_colour = first * rng.uniform(0.7, 1.1) if rng.random() < 0.7 else second
+    if rng.random() < 0.2:  # nearly plain: the texture is faint
+        second = first + 0.3 * (second - first)
+    return _Creature(
+        outline, limbs, int(rng.integers(len(TEXTURES))), first, second, limb_colour, rng.uniform(5, 11),
+        rng.uniform(0, np.pi), (wide, narrow), (rng.uniform(-0.25, 0.25), rng.uniform(0.2, 0.36), rng.normal(0, 0.5)),
+        int(rng.integers(2**31)),
+    )  # fmt: skip
+
+
+def _pattern(creature: _Creature, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Mixing share in [0, 1] of the second colour at the creature's own coordinates (u, v)."""
+    c, s = np.cos(creature.turn), np.sin(creature.turn)
+    x, y = creature.scale * (c * u + s * v), creature.scale * (c * v - s * u)
+    name = TEXTURES[creature.texture]
+    if name == "checks":
+        return ((np.floor(x) + np.floor(y)) % 2).astype(np.float32)
+    if name == "zigzag":
+        return (((x + np.abs((y % 2) - 1) * 1.5) % 2) > 1).astype(np.float32)
+    if name == "rings":
+        return ((np.hypot(x, y) % 1.6) > 0.8).astype(np.float32)
+    if name == "waves":
+        return 0.5 + 0.5 * np.sin(2.2 * x + 1.5 * np.sin(1.3 * y))
+    if name == "diamonds":
+        return ((np.abs((x % 2) - 1) + np.abs((y % 2) - 1)) > 1).astype(np.float32)
+    if name == "gradient":
+        return np.clip(0.5 + x / creature.scale, 0, 1)
+    rng = np.random.default_rng(creature.noise_seed)
+    grid = _value_noise(rng, 64, (12, 12), 2)
+    near = np.clip((np.stack([x, y]) / creature.scale * 40 + 32), 0, 63).astype(np.float32)
+    noise = cv2.remap(grid, near[0], near[1], cv2.INTER_LINEAR)
+    return np.clip(0.5 + noise, 0, 1) if name == "marble" else (np.abs(noise) < 0.18).astype(np.float32)
+
+
+def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple[float, float], sash: bool):
+    """Pose a creature. Returns colour (H, W, 3) and the part map (H, W), both at the image's size."""
+    angle, mirror = rng.uniform(0, 2 * np.pi), rng.choice([-1.0, 1.0])
+    c, s = np.cos(angle), np.sin(angle)
+    turn = np.array([[mirror * c, mirror * s], [-s, c]])
+    squeeze = rng.uniform(0.85, 1.15)
+    pieces = [creature.outline, *(points for points, _ in creature.limbs)]
+    extent = np.concatenate(pieces) * [squeeze, 1 / squeeze] @ turn
+    low, high = extent.min(axis=0), extent.max(axis=0)
+    factor = rng.uniform(*scale) * size / float((high - low).max())
+    free = size - (high - low) * factor
+    origin = free * rng.uniform(-0.03, 1.03, 2) - low * factor
+
+    def place(points):
+        return (points * [squeeze, 1 / squeeze]) @ turn * factor + origin
+
+    def fill(canvas, points, value):
+        cv2.fillPoly(canvas, [np.rint((points - 0.5) * (1 << _FIXED)).astype(np.int32)], value, cv2.LINE_8, _FIXED)
+
+    parts = np.zeros((size, size), np.uint8)
+    for points, width in creature.limbs:
+        spine, thick = place(points), width * factor
+        for start, end, wide in zip(spine[:-1], spine[1:], thick[:-1], strict=True):
+            ends = [np.rint(p - 0.5).astype(int).tolist() for p in (start, end)]
+            cv2.line(parts, *ends, LIMB, max(1, round(wide)))
+    fill(parts, place(creature.outline), BODY)
+    # Back to the creature's own coordinates, so that texture and sash move with it.
+    rows, columns = np.mgrid[:size, :size].astype(np.float32) + 0.5
+    own = (np.stack([columns, rows], axis=-1) - origin) / factor @ turn.T / [squeeze, 1 / squeeze]
+    u, v = own[..., 0], own[..., 1]
+    share = _pattern(creature, u, v)[..., None]
+    colour = creature.first * (1 - share) + creature.second * share
+    colour[parts == LIMB] = creature.limb_colour
+    if sash:
+        at, width, lean = creature.band
+        along = u * np.cos(lean) + v * np.sin(lean) - at
+        for low_edge, high_edge, tint in (
+            (-width / 2, width / 2, creature.sash[0]),
+            (width / 2, width, creature.sash[1]),
+        ):
+            band = (parts > 0) & (parts != LIMB) & (along >= low_edge) & (along < high_edge)
+            colour[band] = tint
+            parts[band] = SASH
+    light = rng.uniform(0.85, 1.2) + rng.uniform(-0.35, 0.35) * (rows - size / 2) / size
+    rough = 1 + 0.06 * _value_noise(rng, size, (size // 6, size // 6))
+    return colour * (light * rough)[..., None], parts
+
+
+def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
+    """Render frame `frame` of scene `index`.
+
+    Raises DataError for a scene or frame that the configuration does not have.
+    """
+    if not (0 <= index < config.scenes and 0 <= frame < config.frames):
+        raise DataError(
+            f"no frame {frame} of scene {index} among {config.scenes} scenes of {config.frames} frames",
+            "ask for less, or raise CreatureConfig.scenes or frames",
+        )
+    kept = np.random.default_rng([config.seed, index])
+    rng = np.random.default_rng([config.seed, index, frame + 1])
+    size = config.size
+    count = int(kept.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
+    creatures = [_creature(kept) for _ in range(count)]
+    scale = {1: (0.4, 1.0), 2: (0.35, 0.65), 3: (0.3, 0.5)}[count]
+    image = _background(rng, size)
+    owner, parts = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    for position, creature in enumerate(creatures):
+        colour, own = _draw(rng, creature, size, scale, config.sash)
+        seen = own > 0
+        soft = cv2.GaussianBlur(seen.astype(np.float32), (0, 0), 0.6)[..., None]
+        image = image * (1 - soft) + colour * soft
+        owner[seen], parts[seen] = position + 1, own[seen]
+    if rng.random() < 0.2:
+        colour = draw_colour(rng)
+        for _ in range(int(rng.integers(1, 3))):
+            hidden = np.zeros((size, size), np.uint8)
+            start = rng.uniform(0, size, 2)
+            ends = [np.rint(p).astype(int).tolist() for p in (start, start + rng.normal(0, 0.6 * size, 2))]
+            cv2.line(hidden, *ends, 1, int(rng.integers(2, max(3, size // 18))))
+            image[hidden > 0] = colour
+            owner[hidden > 0] = parts[hidden > 0] = 0
+    textures = np.full(MAX_CREATURES, -1, np.int8)
+    colours = np.full((MAX_CREATURES, 4, 3), np.nan, np.float32)
+    for position, creature in enumerate(creatures):
+        textures[position] = creature.texture
+        worn = (creature.first, creature.second, *(creature.sash if config.sash else ()))
+        colours[position, : len(worn)] = to_lab(np.stack(worn))
+    return Scene(_photograph(rng, image), owner, parts, textures, colours)
+
+
+def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Expose, blur and grain the scene, (H, W, 3) -> uint8."""
+    image = image.astype(np.float32) * (rng.uniform(0.75, 1.1) * (1 + rng.normal(0, 0.03, 3))).astype(np.float32)
+    sigma = rng.uniform(0, 0.9)
+    if sigma > 0.25:
+        image = cv2.GaussianBlur(image, (0, 0), sigma)
+    image = image + rng.uniform(1, 8) * rng.standard_normal(image.shape, dtype=np.float32)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- disk
+
+ARRAYS = ("image", "owner", "parts", "textures", "colours")
+
+
+def load(config: CreatureConfig, cache: str | Path, workers: int | None = None) -> dict[str, np.ndarray]:
+    """Return all scenes as memory-mapped arrays by the names of `Scene`, each (scenes, frames, ...).
+
+    Rendered into `cache` when they are not there; the folder appears only when it is complete.
+    workers: processes; default all cores. Raises DataError when the cache cannot be written.
+    """
+    target = Path(cache) / f"creatures-{config.key}"
+    if not (target / "config.json").exists():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                _write(config, temporary, workers or os.cpu_count() or 1)
+                os.replace(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            if not (target / "config.json").exists():  # else: another process has finished the same ones first
+                raise DataError(f"cannot write the scenes to {target}: {error}", "free space there") from error
+    return {name: np.load(target / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+
+
+def _write(config: CreatureConfig, root: Path, workers: int) -> None:
+    first = render(config, 0)
+    for name, value in first._asdict().items():
+        shape = (config.scenes, config.frames, *value.shape)
+        open_memmap(root / f"{name}.npy", "w+", value.dtype, shape).flush()
+    chunks = [(config, root, start, min(start + 200, config.scenes)) for start in range(0, config.scenes, 200)]
+    # Fresh processes: a forked one would inherit OpenCV's threads in whatever state they are, and hang.
+    Parallel(n_jobs=workers)(delayed(_write_chunk)(chunk) for chunk in chunks)
+    (root / "config.json").write_text(json.dumps({"format": FORMAT, **config.model_dump()}, indent=1))
+
+
+def _write_chunk(job: tuple[CreatureConfig, Path, int, int]) -> None:
+    config, root, start, stop = job
+    cv2.setNumThreads(1)
+    arrays = {name: open_memmap(root / f"{name}.npy", "r+") for name in ARRAYS}
+    for index in range(start, stop):
+        for frame in range(config.frames):
+            for name, value in render(config, index, frame)._asdict().items():
+                arrays[name][index, frame] = value

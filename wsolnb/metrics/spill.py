@@ -1,0 +1,43 @@
+"""How much of a score map lies beside the object, and whether the border of the image draws a frame into it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from wsolnb.errors import MapError
+from wsolnb.metrics.checks import check_mask, check_score_map
+
+
+class Spill(NamedTuple):
+    """Means of a map in [0, 1].
+
+    object, background: over the pixels of the object and of the rest. frame: mean over the background of the outermost
+    ring minus that over the inner background; NaN when either is empty. Positive: the border lights up.
+    """
+
+    object: float
+    background: float
+    frame: float
+
+
+def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8) -> Spill:
+    """Return where a map (H, W) in [0, 1] lies, given a mask (H, W): 0 background, 255 not counted, else object.
+
+    ring: width of the outermost ring in pixels, the side of a patch for a transformer's map.
+    Raises MapError for a map or mask that is none, or when the mask lacks object or background.
+    """
+    check_score_map(score_map)
+    check_mask(mask, score_map.shape)
+    background, thing = mask == 0, (mask != 0) & (mask != 255)
+    if not (background.any() and thing.any()):
+        raise MapError(
+            f"the mask has {int(thing.sum())} object and {int(background.sum())} background pixels",
+            "leave images out that lack one of them",
+        )
+    inner = np.zeros(mask.shape, bool)
+    inner[ring:-ring, ring:-ring] = True
+    edge, middle = background & ~inner, background & inner
+    frame = float(score_map[edge].mean() - score_map[middle].mean()) if edge.any() and middle.any() else float("nan")
+    return Spill(float(score_map[thing].mean()), float(score_map[background].mean()), frame)

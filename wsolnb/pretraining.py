@@ -1,0 +1,497 @@
+"""The embedded backbones' pretraining: a supervised recipe and a self-distilled one, on procedural scenes.
+
+The supervised recipe plays the role of DeiT's: it sees labels. The self-distilled recipe plays that of DINO's (Caron
+et al., ICCV 2021): a student learns from one view what a slowly moving average of itself says of another; it sees
+neither labels nor masks. Both read the scenes of `wsolnb.data.creatures`, which share no class, part or colour with the
+rendered benchmark.
+
+    backbone, folder = pretrain(run, "vit_mini", RECIPES["vit_mini"])
+    export(backbone, "vit_mini", RECIPES["vit_mini"], facts, "wsolnb/weights")
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from wsolnb import backbones, training
+from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbone, forward_tapped
+from wsolnb.data import creatures
+from wsolnb.data.creatures import PARTS, TEXTURES, CreatureConfig
+from wsolnb.data.loading import to_tensor
+from wsolnb.errors import ParameterError, nearest
+from wsolnb.runs import Run, resolve, write_atomically
+from wsolnb.training import TrainingConfig, set_seed
+
+
+class SceneLoader:
+    """Batches of scenes, half of them mirrored; the order of an epoch depends on (seed, epoch) only.
+
+    Yields `image` (B, frames, 3, H, W) normalised. With `truth` of one frame only, another one in each epoch, and next
+    to it `owner` and `parts` (B, H, W), `textures` (B, creatures) and `colours` (B, creatures, 4, 3).
+    """
+
+    def __init__(self, scenes: dict[str, np.ndarray], batch_size: int, seed: int, truth: bool):
+        self.scenes, self.batch_size, self.seed = scenes, batch_size, seed
+        self.truth, self.epoch = truth, 0
+
+    def __len__(self) -> int:
+        return len(self.scenes["image"]) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.scenes["image"]))
+        frame = self.epoch % self.scenes["image"].shape[1]
+        shown = slice(frame, frame + 1) if self.truth else slice(None)
+        for step in range(len(self)):
+            chosen = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
+            step_x = -1 if rng.random() < 0.5 else 1
+            images = self.scenes["image"][chosen, shown]
+            batch = {"image": to_tensor(images[..., ::step_x, :])}
+            if self.truth:
+                for name in ("owner", "parts"):
+                    values = self.scenes[name][chosen, frame]
+                    batch[name] = torch.from_numpy(np.ascontiguousarray(values[..., ::step_x]))
+                for name in ("textures", "colours"):
+                    batch[name] = torch.from_numpy(self.scenes[name][chosen, frame])
+            yield batch
+
+
+PALETTE = np.array(
+    [[light, 45 * math.cos(turn), 45 * math.sin(turn)] for light in (38, 72) for turn in np.arange(6) * math.pi / 3]
+    + [[light, 0.0, 0.0] for light in (15, 55, 90)],
+    np.float32,
+)
+"""Fifteen colours (CIE Lab) to whose nearest a creature's colours are rounded where they are labels."""
+
+
+def colour_names(lab: Tensor) -> Tensor:
+    """Index of the nearest colour of `PALETTE` for (..., 3) Lab values; -1 where they are NaN."""
+    distance = (lab[..., None, :] - torch.from_numpy(PALETTE).to(lab.device)).square().sum(dim=-1)
+    return distance.nan_to_num(0).argmin(dim=-1).masked_fill(lab[..., 0].isnan(), -1)
+
+
+def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Reduce the pixels' truth to the tokens of a `grid`.
+
+    Returns shares of a token's pixels, `textures` (B, N, 1 + T; index 0 = background) and `parts` (B, N, P); of its
+    most frequent creature, `worn` (B, N, 15), the palette's colours that it wears anywhere, and `sash` (B, N, 2), its
+    wide and narrow band's colour, -1 = none; and `object` (B, N), the creatures' share.
+    """
+    owner = batch["owner"].long()
+    rows, columns = grid
+    size = owner.shape[1] // rows, owner.shape[2] // columns
+
+    def shares(values: Tensor, classes: int) -> Tensor:
+        onehot = F.one_hot(values, classes).permute(0, 3, 1, 2).float()
+        return F.avg_pool2d(onehot, size).flatten(2).transpose(1, 2)
+
+    owners = shares(owner, 1 + batch["textures"].shape[1])  # (B, N, 1 + creatures)
+    creature_texture = F.one_hot(batch["textures"].long().clamp(min=0), len(TEXTURES)).float()
+    textures = torch.cat([owners[..., :1], owners[..., 1:] @ creature_texture], dim=-1)
+    most = owners[..., 1:].argmax(dim=-1)[..., None]
+    names = colour_names(batch["colours"])  # (B, creatures, 4)
+    worn = (F.one_hot(names.clamp(min=0), len(PALETTE)) * (names >= 0)[..., None]).amax(dim=2)
+    return {
+        "textures": textures,
+        "parts": shares(batch["parts"].long(), len(PARTS)),
+        "worn": worn.gather(1, most.expand(-1, -1, len(PALETTE))).float(),
+        "sash": names[..., 2:].gather(1, most.expand(-1, -1, 2)),
+        "object": 1 - owners[..., 0],
+    }
+
+
+def composition(images: Tensor, object_share: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the shares of 27 colours in the area of a scene's creatures, (B, 27), summing to one.
+
+    A token's colour is its mean over the pixels of normalised `images` (B, 3, H, W), each channel in three levels; it
+    counts by its `object_share` (B, N). Predicting shares of area takes a look at *all* of each creature.
+    """
+    size = images.shape[2] // grid[0], images.shape[3] // grid[1]
+    mean = F.avg_pool2d(images, size).flatten(2)  # (B, 3, N)
+    level = (mean > -0.6).long() + (mean > 0.5).long()
+    bins = F.one_hot(9 * level[:, 0] + 3 * level[:, 1] + level[:, 2], 27).float()
+    total = (bins * object_share[..., None]).sum(dim=1)
+    return total / total.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def scene_target(batch: dict[str, Tensor]) -> Tensor:
+    """Return the labels of a scene, (B, T + 15) of 0 and 1: the textures and the colours that its creatures wear."""
+    textures = torch.stack([(batch["textures"] == t).any(dim=1) for t in range(len(TEXTURES))], dim=1)
+    names = colour_names(batch["colours"]).flatten(1)
+    colours = torch.stack([(names == c).any(dim=1) for c in range(len(PALETTE))], dim=1)
+    return torch.cat([textures, colours], dim=1).float()
+
+
+class SupervisedPretext(nn.Module):
+    """A backbone that learns to name the texture, the part and the colours at every token.
+
+    Called with a batch, returns its loss:
+    texture of each token (or background), part of each token; the two colours of the creature's sash on *all* of its
+    tokens, so that what is seen in one place must travel through the creature and no further; and, from the class
+    token, the set of textures in the scene. `weights` of these four terms: an ablation sets one to 0.
+    """
+
+    def __init__(self, backbone: nn.Module, weights: dict[str, float]):
+        super().__init__()
+        self.backbone, self.weights = backbone, weights
+        dim = backbone.dim
+        self.texture, self.part = nn.Linear(dim, 1 + len(TEXTURES)), nn.Linear(dim, len(PARTS))
+        self.worn, self.sash = nn.Linear(dim, len(PALETTE)), nn.Linear(dim, 2 * len(PALETTE))
+        self.scene, self.composition = nn.Linear(dim, len(TEXTURES) + len(PALETTE)), nn.Linear(dim, 27)
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear layers that are thrown away after pretraining."""
+        return nn.ModuleList([self.texture, self.part, self.worn, self.sash, self.scene, self.composition])
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch of `SceneLoader`."""
+        return sum(self.weights[name] * value for name, value in self.losses(batch).items())
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the loss by name."""
+        images = batch["image"][:, 0]
+        if isinstance(self.backbone, TransformerBackbone):
+            tokens = forward_view(self.backbone, images)
+            patches, whole = tokens.patches, looked_at(tokens)
+            grid = tuple(side // self.backbone.patch_size for side in images.shape[2:])
+        else:
+            features = self.backbone(images)
+            patches, whole, grid = features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), features.shape[2:]
+        target = token_targets(batch, tuple(grid))
+        seen = target["object"] > 0.5
+        made_of = composition(images, target["object"], tuple(grid))
+        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float()[seen], target["worn"][seen])
+        sash = self.sash(patches).float().unflatten(-1, (2, len(PALETTE)))[seen].flatten(0, 1)
+        named = target["sash"][seen].flatten()
+        bands = F.cross_entropy(sash, named, ignore_index=-1, reduction="sum") / (named >= 0).sum().clamp(min=1)
+        return {
+            "texture": F.cross_entropy(self.texture(patches).float().flatten(0, 1), target["textures"].flatten(0, 1)),
+            "part": F.cross_entropy(self.part(patches).float().flatten(0, 1), target["parts"].flatten(0, 1)),
+            "colour": worn + bands,
+            "scene": F.binary_cross_entropy_with_logits(self.scene(whole).float(), scene_target(batch)),
+            "composition": F.cross_entropy(self.composition(whole).float(), made_of),
+        }
+
+
+def looked_at(tokens: Tokens) -> Tensor:
+    """Return (B, D): the mean of the patch tokens, weighted by what the class token attends to in all layers and heads.
+
+    Classifying this, instead of the class token, makes attention answer for the classification: what it misses is not
+    seen, and what it wrongly takes in dilutes the rest.
+    """
+    weights = tokens.attention.mean(dim=(1, 2))
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return (weights[:, None] @ tokens.patches.float()).squeeze(1)
+
+
+def forward_view(backbone: TransformerBackbone, images: Tensor) -> Tokens:
+    """Run a transformer on (B, 3, H, H) views of any size that its patches divide: resamples the position embedding."""
+    vit, grid = backbone.vit, images.shape[-1] // backbone.patch_size
+    if images.shape[-1] == backbone.image_size:
+        return backbone(images)
+    whole = vit._parameters["pos_embed"]
+    try:
+        vit._parameters["pos_embed"] = resample_abs_pos_embed(whole, (grid, grid), num_prefix_tokens=1)
+        return forward_tapped(vit, images, _masks(backbone.mixing, grid, backbone.depth, images.device))
+    finally:
+        vit._parameters["pos_embed"] = whole
+
+
+@lru_cache(maxsize=16)
+def _masks(mixing: Mixing, grid: int, depth: int, device: torch.device) -> list[Tensor | None]:
+    return [mask if mask is None else mask.to(device) for mask in mixing.masks(grid, grid, depth)]
+
+
+class DistillationHead(nn.Module):
+    """DINO's projection: an MLP to a unit vector and, if there are prototypes, its cosine to each of them."""
+
+    def __init__(self, dim: int, prototypes: int = 0, hidden: int = 256, bottleneck: int = 64):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, bottleneck) unit vectors or (B, prototypes) cosines of (B, dim) class tokens."""
+        z = F.normalize(self.mlp(x).float(), dim=-1)
+        return z if self.prototypes is None else z @ F.normalize(self.prototypes, dim=-1).T
+
+
+def random_crops(images: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Cut a square out of each image (B, 3, H, W), `scale` of its area, resized to `size`, half of them mirrored."""
+    batch = len(images)
+    side = torch.empty(batch).uniform_(*scale, generator=generator).sqrt()
+    shift = (1 - side)[:, None] * torch.empty(batch, 2).uniform_(-1, 1, generator=generator)
+    flip = torch.randint(0, 2, (batch,), generator=generator) * 2.0 - 1
+    matrix = torch.zeros(batch, 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, :, 2] = side * flip, side, shift
+    grid = F.affine_grid(matrix, (batch, 3, size, size), align_corners=False).to(images.device)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change contrast, light and white balance of normalised images (B, 3, H, W), each at random, and add grain."""
+    batch = len(images)
+
+    def draw(*shape):
+        return (torch.empty(batch, *shape, 1, 1).uniform_(-1, 1, generator=generator) * strength).to(images.device)
+
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    changed = (images - mean) * (1 + draw(1)) + mean + 1.5 * draw(1) + 0.75 * draw(3)
+    grain = torch.empty(images.shape).normal_(generator=generator).to(images.device)
+    return changed + 0.2 * draw(1).abs() * grain
+
+
+class SelfDistillation(BaseModel):
+    """Settings of `SelfDistilled`.
+
+    loss: `contrast` compares a view with the teacher's views of the batch's scenes (MoCo v3), `prototypes` with learned
+    prototypes, balanced by Sinkhorn-Knopp (DINO, SwAV). prototypes: their number.
+    global_size, local_size: sides of the views in pixels; global_scale, local_scale: shares of the image's area that
+    they show. local_crops: number of local views. jitter: strength of the changes of light.
+    momentum: of the teacher at the start; rises to 1. temperature: divides the student's cosines;
+    teacher_temperature: the teacher's (`prototypes` only).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: Literal["contrast", "prototypes"] = "contrast"
+    prototypes: int = Field(256, ge=2)
+    global_size: int = 80
+    global_scale: tuple[float, float] = (0.7, 1.0)
+    local_size: int = 48
+    local_scale: tuple[float, float] = (0.35, 0.6)
+    local_crops: int = Field(2, ge=0)
+    jitter: float = Field(0.2, ge=0)
+    momentum: float = Field(0.99, ge=0, le=1)
+    temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.05, gt=0)
+
+
+class SelfDistilled(nn.Module):
+    """Student and teacher, multi-crop, no labels and no masks.
+
+    Called with a batch, returns its loss: the mean cross-entropy between what the teacher says of one global view and
+    what the student says of every other view of the scene, global or local. The teacher is the moving average of the
+    student. With several frames per scene the views come from different frames.
+    """
+
+    def __init__(self, backbone: TransformerBackbone, config: SelfDistillation, steps: int, seed: int):
+        super().__init__()
+        self.config, self.steps, self.seed = config, steps, seed
+        prototypes = config.prototypes if config.loss == "prototypes" else 0
+        self.backbone, self.projection = backbone, DistillationHead(backbone.dim, prototypes)
+        self.teacher = nn.ModuleList([copy.deepcopy(backbone), copy.deepcopy(self.projection)]).requires_grad_(False)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    @property
+    def head(self) -> nn.Module:
+        """The projection that is thrown away after pretraining."""
+        return self.projection
+
+    def views(self, frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Cut the global and local views out of (B, frames, 3, H, W) images."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+        c = self.config
+
+        def view(position: int, size: int, scale: tuple[float, float]) -> Tensor:
+            crop = random_crops(frames[:, position % frames.shape[1]], size, scale, generator)
+            return jitter(crop, c.jitter, generator)
+
+        return (
+            [view(i, c.global_size, c.global_scale) for i in range(2)],
+            [view(i, c.local_size, c.local_scale) for i in range(c.local_crops)],
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch of `SceneLoader`, after moving the teacher towards the student."""
+        c = self.config
+        self._move_teacher()
+        wide, narrow = self.views(batch["image"])
+        with torch.no_grad():
+            self.teacher.eval()
+            said = self.teacher[1](looked_at(forward_view(self.teacher[0], torch.cat(wide)))).float().chunk(2)
+            if c.loss == "prototypes":
+                targets = [sinkhorn(view / c.teacher_temperature) for view in said]
+        answers = []
+        for group in (wide, narrow):
+            if group:
+                tokens = looked_at(forward_view(self.backbone, torch.cat(group)))
+                answers += self.projection(tokens).float().chunk(len(group))
+        self.step += 1
+        terms = []
+        for i, j in ((i, j) for i in range(2) for j in range(len(answers)) if i != j):
+            if c.loss == "contrast":
+                own = torch.arange(len(said[i]), device=said[i].device)
+                terms.append(F.cross_entropy(answers[j] @ said[i].T / c.temperature, own))
+            else:
+                terms.append(F.cross_entropy(answers[j] / c.temperature, targets[i]))
+        return sum(terms) / len(terms)
+
+    @torch.no_grad()
+    def _move_teacher(self) -> None:
+        momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * int(self.step) / self.steps) + 1) / 2
+        student = nn.ModuleList([self.backbone, self.projection]).state_dict()
+        for name, slow in self.teacher.state_dict().items():
+            slow.lerp_(student[name], 1 - momentum) if slow.is_floating_point() else slow.copy_(student[name])
+
+
+def sinkhorn(logits: Tensor, rounds: int = 3) -> Tensor:
+    """Turn (B, K) logits into distributions over K whose sum over the batch is the same for every prototype."""
+    plan = (logits - logits.amax(dim=1, keepdim=True)).double().exp().T
+    for _ in range(rounds):
+        plan = plan / plan.sum(dim=1, keepdim=True).clamp(min=1e-12) / plan.shape[0]
+        plan = plan / plan.sum(dim=0, keepdim=True) / plan.shape[1]
+    return (plan * plan.shape[1]).T.float()
+
+
+class PretrainingConfig(BaseModel):
+    """One recipe, with everything that decides its weights.
+
+    recipe: `supervised` or `distilled`. backbone: a name of `wsolnb.backbones`. mixing: of a mini transformer.
+    scenes: what is rendered. weights: of the supervised losses. distillation: of the self-distilled recipe.
+    batch_size: scenes per step. training: the loop's hyperparameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Literal["supervised", "distilled"]
+    backbone: str
+    mixing: Mixing = Mixing()
+    scenes: CreatureConfig
+    weights: dict[str, float] = {"texture": 1.0, "part": 1.0, "colour": 1.0, "scene": 1.0, "composition": 1.0}
+    distillation: SelfDistillation = SelfDistillation()
+    batch_size: int = Field(16, ge=2)
+    training: TrainingConfig
+
+    def build(self, steps: int) -> SupervisedPretext | SelfDistilled:
+        """Return the backbone with random weights inside of what trains it for `steps` steps."""
+        set_seed(self.training.seed)
+        transformer = self.backbone not in ("resnet_mini",)
+        options = {"mixing": self.mixing} if transformer else {"output_stride": 8}
+        backbone = create_backbone(self.backbone, **options)
+        if self.recipe == "supervised":
+            return SupervisedPretext(backbone, self.weights)
+        return SelfDistilled(backbone, self.distillation, steps, self.training.seed)
+
+
+SCENES = CreatureConfig(scenes=8000, frames=2)
+
+RECIPES: dict[str, PretrainingConfig] = {
+    "vit_mini": PretrainingConfig(
+        recipe="supervised",
+        backbone="vit_mini",
+        scenes=SCENES,
+        training=TrainingConfig(epochs=13, lr=1.5e-3),
+    ),
+    "vit_mini_dino": PretrainingConfig(
+        recipe="distilled",
+        backbone="vit_mini_dino",
+        scenes=SCENES,
+        batch_size=32,
+        training=TrainingConfig(epochs=8, lr=1.5e-3),
+    ),
+    "resnet_mini": PretrainingConfig(
+        recipe="supervised",
+        backbone="resnet_mini",
+        scenes=SCENES,
+        training=TrainingConfig(epochs=8, lr=1.5e-3),
+    ),
+}
+"""How each embedded backbone was made."""
+
+
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nothing (supervised)": ("vit_mini", {}),
+    "local layers": ("vit_mini", {"mixing": Mixing(local_layers=0)}),
+    "patches blind to the class token": ("vit_mini", {"mixing": Mixing(sees_class=True)}),
+    "bounded scores": ("vit_mini", {"mixing": Mixing(bound=None)}),
+    "colours on all tokens": ("vit_mini", {"weights": {"colour": 0.0}}),
+    "shares of colours": ("vit_mini", {"weights": {"composition": 0.0}}),
+    "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
+    "nothing (self-distilled)": ("vit_mini_dino", {}),
+    "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}}),
+    "local crops": ("vit_mini_dino", {"distillation": {"local_crops": 0}}),
+    "scenes as prototypes": ("vit_mini_dino", {"distillation": {"loss": "prototypes"}}),
+}
+"""What notebook 04 leaves out, one ingredient at a time: the recipe, and what is changed in it."""
+
+
+def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
+    """Return the recipe without one ingredient, a name of `ABLATIONS`, for so many epochs.
+
+    Raises ParameterError for an unknown name.
+    """
+    if name not in ABLATIONS:
+        raise ParameterError(f"unknown ablation {name!r}{nearest(name, ABLATIONS)}", f"one of {', '.join(ABLATIONS)}")
+    base, changes = ABLATIONS[name]
+    recipe = RECIPES[base]
+    values = recipe.model_dump() | {"training": recipe.training.model_copy(update={"epochs": epochs, "seed": seed})}
+    for field, change in changes.items():
+        values[field] = {**values[field], **change} if isinstance(change, dict) else change
+    return PretrainingConfig.model_validate(values)
+
+
+def pretrain(run: Run, name: str, config: PretrainingConfig, progress: bool = True) -> tuple[nn.Module, Path]:
+    """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
+
+    Trains once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. Of a
+    self-distilled one the teacher is returned. Raises TrainingError and DataError as the loop and the renderer do.
+    """
+    scenes = creatures.load(config.scenes, resolve("outputs/cache"))
+    truth = config.recipe == "supervised"
+    loader = SceneLoader(scenes, config.batch_size, config.training.seed, truth)
+    steps = config.training.epochs * len(loader)
+
+    def build(folder: Path) -> None:
+        training.train(
+            config.build(steps), loader, config.training, folder, progress=progress,
+            objective=lambda model, batch, _config: model(batch),
+        )  # fmt: skip
+
+    code = [backbones, creatures, training, sys.modules[__name__]]
+    folder = run.cached(name, config.model_dump(), code, build)
+    model = training.load_checkpoint(config.build(steps), folder, "last")
+    return (model.backbone if truth else model.teacher[0]), folder
+
+
+def export(backbone: nn.Module, name: str, facts: dict[str, Any], folder: str | Path) -> Path:
+    """Write a backbone in half precision to `<name>.safetensors`, and its hash and `facts` into its model card.
+
+    facts: what the card says, next to the file's size and hash. The card's text below the front matter is kept.
+    Returns the path of the card.
+    """
+    folder = Path(folder)
+    model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.resnet
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    half = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
+    content = safetensors.torch.save(half)
+    write_atomically(folder / f"{name}.safetensors", content)
+    card = folder / f"{name}.md"
+    text = card.read_text("utf-8").split("---\n", 2)[2] if card.exists() else f"\n# {name}\n"
+    parameters = sum(p.numel() for p in model.parameters())
+    front = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    front |= {"parameters": parameters} | facts
+    return write_atomically(card, f"---\n{yaml.safe_dump(front, sort_keys=False, width=110)}---\n{text}")
