@@ -214,12 +214,14 @@ def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, na
     assert folder == same_folder
     torch.testing.assert_close(again.vit.pos_embed, backbone.vit.pos_embed)
 
-    card = pretraining.export(backbone, name, {"recipe": "a test"}, tmp_path)
+    card = pretraining.export(backbone, name, config, tmp_path, minutes=0.1, scores={"auc": 0.51234})
     facts = weights.read_card(name, tmp_path)
-    assert facts["recipe"] == "a test"
+    assert facts["scores"] == {"auc": 0.512}
+    assert pretraining.PretrainingConfig.model_validate(facts["recipe"]) == config
     assert weights.verified(name, tmp_path).stat().st_size == facts["bytes"]
     card.write_text(card.read_text() + "\nLimits: kept.\n")
-    pretraining.export(backbone, name, {"recipe": "again"}, tmp_path)
+    pretraining.export(backbone, name, config, tmp_path, minutes=0.2)
+    assert weights.read_card(name, tmp_path)["minutes"] == 0.2
     assert card.read_text().endswith("Limits: kept.\n")
 
     monkeypatch.setattr(weights, "verified", lambda name: tmp_path / f"{name}.safetensors")

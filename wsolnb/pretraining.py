@@ -6,7 +6,7 @@ neither labels nor masks. Both read the scenes of `wsolnb.data.creatures`, which
 rendered benchmark.
 
     backbone, folder = pretrain(run, "vit_mini", RECIPES["vit_mini"])
-    export(backbone, "vit_mini", RECIPES["vit_mini"], facts, "wsolnb/weights")
+    export(backbone, "vit_mini", RECIPES["vit_mini"], "wsolnb/weights", minutes=25)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from wsolnb.data import creatures
 from wsolnb.data.creatures import PARTS, TEXTURES, CreatureConfig
 from wsolnb.data.loading import to_tensor
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.runs import Run, resolve, write_atomically
+from wsolnb.runs import Run, cpu_model, device_name, now, resolve, write_atomically
 from wsolnb.training import TrainingConfig, set_seed
 
 
@@ -417,7 +417,7 @@ RECIPES: dict[str, PretrainingConfig] = {
         recipe="supervised",
         backbone="resnet_mini",
         scenes=SCENES,
-        training=TrainingConfig(epochs=8, lr=1.5e-3),
+        training=TrainingConfig(epochs=5, lr=1.5e-3),
     ),
 }
 """How each embedded backbone was made."""
@@ -477,10 +477,17 @@ def pretrain(run: Run, name: str, config: PretrainingConfig, progress: bool = Tr
     return (model.backbone if truth else model.teacher[0]), folder
 
 
-def export(backbone: nn.Module, name: str, facts: dict[str, Any], folder: str | Path) -> Path:
-    """Write a backbone in half precision to `<name>.safetensors`, and its hash and `facts` into its model card.
+def export(
+    backbone: nn.Module,
+    name: str,
+    config: PretrainingConfig,
+    folder: str | Path,
+    minutes: float,
+    scores: dict[str, float] | None = None,
+) -> Path:
+    """Write a backbone in half precision to `<name>.safetensors`, and what is known of it into its model card.
 
-    facts: what the card says, next to the file's size and hash. The card's text below the front matter is kept.
+    minutes: of the training. scores: what it reached, by name. The card's text below the front matter is kept.
     Returns the path of the card.
     """
     folder = Path(folder)
@@ -489,9 +496,19 @@ def export(backbone: nn.Module, name: str, facts: dict[str, Any], folder: str | 
     half = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
     content = safetensors.torch.save(half)
     write_atomically(folder / f"{name}.safetensors", content)
+    front = {
+        "name": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "minutes": round(float(minutes), 1),
+        "hardware": f"{torch.get_num_threads()} thread(s), {device_name()}, {cpu_model()}",
+        "made": now()[:10],
+        "torch": str(torch.__version__),
+        "scores": {key: round(float(value), 3) for key, value in (scores or {}).items()},
+        "scenes_format": creatures.FORMAT,
+        "recipe": {**config.model_dump(mode="json"), "mixing": config.mixing._asdict()},
+    }
     card = folder / f"{name}.md"
     text = card.read_text("utf-8").split("---\n", 2)[2] if card.exists() else f"\n# {name}\n"
-    parameters = sum(p.numel() for p in model.parameters())
-    front = {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    front |= {"parameters": parameters} | facts
     return write_atomically(card, f"---\n{yaml.safe_dump(front, sort_keys=False, width=110)}---\n{text}")
