@@ -1,6 +1,8 @@
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -262,6 +264,21 @@ def test_file_card_and_code_agree(name):
     for key, value in state.items():
         assert value.dtype == torch.float16 or not value.is_floating_point()
         torch.testing.assert_close(own[key], value.to(own[key].dtype), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino"])
+def test_the_cards_scores_are_the_recorded_ones(name):
+    # The recorded table is what notebook 04 measures on the shipped files; tests/test_reference.py measures it again.
+    reference = Path(__file__).parents[1] / "outputs" / "reference"
+    table = pd.read_csv(reference / "04_pretraining.csv")
+    rows = table[(table.backbone == name) & ~table.tuned].set_index("split")
+    photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc
+    expected = {f"attention_{key}_{split}": rows.loc[split, key] for split in rows.index for key in ("gt_known", "auc")}
+    expected |= {
+        "attention_auc_photographs": photographs[name, False],
+        "attention_auc_photographs_off_centre": photographs[name, True],
+    }
+    assert weights.read_card(name)["scores"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_all_embedded_files_are_small_and_have_cards():
