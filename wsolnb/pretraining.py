@@ -40,7 +40,7 @@ from wsolnb.training import TrainingConfig, set_seed
 
 
 class SceneLoader:
-    """Batches of scenes, half of them mirrored; the order of an epoch depends on (seed, epoch) only.
+    """Batches of scenes, every other one mirrored at random; an epoch depends on (seed, epoch) only.
 
     Yields `image` (B, frames, 3, H, W) normalised. With `truth` of one frame only, another one in each epoch, and next
     to it `owner` and `parts` (B, H, W), `textures` (B, creatures) and `colours` (B, creatures, 4, 3).
@@ -121,9 +121,9 @@ def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, 
 
 
 def composition(images: Tensor, object_share: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the shares of 27 colours in the area of a scene's creatures, (B, 27), summing to one.
+    """Return the shares of 27 colours in the area of a scene's creatures, (B, 27); they sum to one.
 
-    A token's colour is its mean over the pixels of normalised `images` (B, 3, H, W), each channel in three levels; it
+    All zero without creatures. A token's colour is its mean over the pixels of normalised `images` (B, 3, H, W), each channel in three levels; it
     counts by its `object_share` (B, N). Predicting shares of area takes a look at *all* of each creature.
     """
     size = images.shape[2] // grid[0], images.shape[3] // grid[1]
@@ -466,15 +466,19 @@ def pretrain(run: Run, name: str, config: PretrainingConfig, progress: bool = Tr
     steps = config.training.epochs * len(loader)
 
     def build(folder: Path) -> None:
-        training.train(
-            config.build(steps), loader, config.training, folder, progress=progress,
-            objective=lambda model, batch, _config: model(batch),
-        )  # fmt: skip
+        model = config.build(steps)
+        training.train(model, loader, config.training, folder, progress=progress, objective=_objective)
 
     code = [backbones, creatures, training, sys.modules[__name__]]
     folder = run.cached(name, config.model_dump(), code, build)
     model = training.load_checkpoint(config.build(steps), folder, "last")
     return (model.backbone if truth else model.teacher[0]), folder
+
+
+def _objective(model: nn.Module, batch: dict[str, Tensor], _config: TrainingConfig) -> Tensor:
+    # The loop moves the batches of a DataLoader only; scenes come from memory-mapped arrays.
+    device = next(model.parameters()).device
+    return model({name: value.to(device) for name, value in batch.items()})
 
 
 def export(

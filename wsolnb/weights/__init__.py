@@ -18,8 +18,8 @@ RESTORE = "restore wsolnb/weights from the repository (git checkout -- wsolnb/we
 
 
 def embedded() -> list[str]:
-    """Return the names of the backbones that have a card here."""
-    return sorted(path.stem for path in FOLDER.glob("*.md"))
+    """Return the names of the backbones whose weights are here."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
 def read_card(name: str, folder: Path = FOLDER) -> dict[str, Any]:
