@@ -123,8 +123,9 @@ def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, 
 def composition(images: Tensor, object_share: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the shares of 27 colours in the area of a scene's creatures, (B, 27); they sum to one.
 
-    All zero without creatures. A token's colour is its mean over the pixels of normalised `images` (B, 3, H, W), each channel in three levels; it
-    counts by its `object_share` (B, N). Predicting shares of area takes a look at *all* of each creature.
+    All zero without creatures. A token's colour is its mean over the pixels of normalised `images` (B, 3, H, W), each
+    channel in three levels; it counts by its `object_share` (B, N). Predicting shares of area takes a look at *all* of
+    each creature.
     """
     size = images.shape[2] // grid[0], images.shape[3] // grid[1]
     mean = F.avg_pool2d(images, size).flatten(2)  # (B, 3, N)
