@@ -80,19 +80,19 @@ def test_batches_repeat_by_seed_and_epoch_and_mirror_truth_with_the_image(scenes
         assert all(torch.equal(a[name].nan_to_num(), b[name].nan_to_num()) for name in a)
     loader.set_epoch(1)
     assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, loader, strict=True))
-    plain = {backbones_sum(scenes["owner"][i, 0]): i for i in range(8)}
+    plain = {row_sums(scenes["owner"][i, 0]): i for i in range(8)}
     mirrored = set()
     for seed in range(6):
         for batch in SceneLoader(scenes, 4, seed, truth=True):
             for owner in batch["owner"].numpy():
-                original = scenes["owner"][plain[backbones_sum(owner)], 0]
+                original = scenes["owner"][plain[row_sums(owner)], 0]
                 same, turned = np.array_equal(owner, original), np.array_equal(owner, original[:, ::-1])
                 assert same or turned
                 mirrored.add(turned and not same)
     assert mirrored == {True, False}
 
 
-def backbones_sum(owner):
+def row_sums(owner):
     """A fingerprint that mirroring does not change."""
     return tuple(np.asarray(owner).sum(axis=1).tolist())
 

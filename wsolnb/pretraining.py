@@ -146,10 +146,10 @@ def scene_target(batch: dict[str, Tensor]) -> Tensor:
 class SupervisedPretext(nn.Module):
     """A backbone that learns to name the texture, the part and the colours at every token.
 
-    Called with a batch, returns its loss:
-    texture of each token (or background), part of each token; the two colours of the creature's sash on *all* of its
-    tokens, so that what is seen in one place must travel through the creature and no further; and, from the class
-    token, the set of textures in the scene. `weights` of these four terms: an ablation sets one to 0.
+    Called with a batch, returns its loss, the sum of five terms times their `weights` (an ablation sets one to 0):
+    `texture` (or background) and `part` of each token; `colour`, what the creature wears and its sash's two colours, on
+    *all* of its tokens, so that what is seen in one place must travel through the creature; and of what the class token
+    looks at, `scene`, the set of textures and colours, and `composition`, the shares of colours.
     """
 
     def __init__(self, backbone: nn.Module, weights: dict[str, float]):
@@ -390,9 +390,8 @@ class PretrainingConfig(BaseModel):
     def build(self, steps: int) -> SupervisedPretext | SelfDistilled:
         """Return the backbone with random weights inside of what trains it for `steps` steps."""
         set_seed(self.training.seed)
-        transformer = self.backbone not in ("resnet_mini",)
-        options = {"mixing": self.mixing} if transformer else {"output_stride": 8}
-        backbone = create_backbone(self.backbone, **options)
+        # Each ignores the option of the other kind; stride 8 gives a ResNet as many cells as a transformer has tokens.
+        backbone = create_backbone(self.backbone, mixing=self.mixing, output_stride=8)
         if self.recipe == "supervised":
             return SupervisedPretext(backbone, self.weights)
         return SelfDistilled(backbone, self.distillation, steps, self.training.seed)
