@@ -1,0 +1,226 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from wsolnb.backbones import create_backbone
+from wsolnb.errors import ParameterError
+from wsolnb.methods import scm
+from wsolnb.methods.scm import SCM, ActivationDiffusionBlock, SCMConfig, SpatialCalibration
+from wsolnb.methods.tscam import TSCAM
+
+GRIDS = [(14, 14), (6, 7), (28, 28)]
+
+
+def reference_laplacian(tokens, lam):
+    """Eq. 3 and 4 as matrices: (B, Q, h, w) -> (B, N, N)."""
+    rows, columns = tokens.shape[2:]
+    size = rows * columns
+    adjacency = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for j in range(size):
+            apart = abs(i // columns - j // columns) + abs(i % columns - j % columns)
+            adjacency[i, j] = float(apart == 1)
+    degree = torch.diag(adjacency.sum(dim=1))
+    vectors = tokens.flatten(2).transpose(1, 2)
+    lengths = (vectors * vectors).sum(dim=2).sqrt()
+    similarity = vectors @ vectors.transpose(1, 2) / (lengths[:, :, None] * lengths[:, None])
+    return (degree - adjacency) * (lam * similarity - 1)
+
+
+def reference_diffusion(attention, tokens, lam, steps, alpha, constant_start):
+    matrix = reference_laplacian(tokens, lam)
+    x = alpha * matrix.transpose(1, 2)
+    if constant_start:
+        x = x.detach()
+    identity = torch.eye(matrix.shape[1], dtype=torch.float64)
+    for _ in range(steps):
+        x = x @ (2 * identity - matrix @ x)
+    return (x @ attention.flatten(1).unsqueeze(2)).squeeze(2).reshape(attention.shape)
+
+
+BERNOULLI = [1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510]
+
+
+def reference_shrink(x):
+    """x - tanh(x); near 0, where even float64 cancels, the Taylor series of tanh by its Bernoulli numbers."""
+    series = torch.zeros_like(x)
+    for n, b in list(enumerate(BERNOULLI))[1:]:
+        four = 4 ** (n + 1)
+        series = series - four * (four - 1) * b / math.factorial(2 * n + 2) * x ** (2 * n + 1)
+    return torch.where(x.abs() < 0.15, series, x - torch.tanh(x))
+
+
+def reference_block(attention, tokens, lam, beta, steps, config):
+    moved = reference_diffusion(attention, tokens, lam, steps, config.alpha, config.constant_start)
+    out = []
+    for i in range(len(attention)):
+        if config.filter == "absolute":
+            ratio = moved[i] / beta
+            kept = beta * reference_shrink(ratio)
+        else:
+            ratio = moved[i] / (beta * attention[i].max())
+            kept = reference_shrink(ratio)
+            kept = (kept - kept.min()) / (kept.max() - kept.min())
+        out.append(kept)
+    kept = torch.stack(out)
+    if config.residual:
+        return attention + kept, tokens + tokens * kept.unsqueeze(1)
+    return kept, tokens * kept.unsqueeze(1)
+
+
+def maps(grid, seed, batch=2, channels=5):
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.rand(batch, *grid, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(batch, channels, *grid, generator=generator, dtype=torch.float64)
+    return attention.requires_grad_(), tokens.requires_grad_()
+
+
+def relative(found, expected):
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("constant_start", [False, True])
+def test_diffusion_and_its_gradients_equal_the_dense_form(grid, constant_start):
+    most = 8 if grid != (28, 28) else 4
+    for steps in range(most + 1):
+        attention, tokens = maps(grid, steps)
+        lam = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        direction = torch.randn(attention.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        values, gradients = [], []
+        for function in (scm.diffuse, reference_diffusion):
+            value = function(attention, tokens, lam, steps, 0.002, constant_start)
+            values.append(value.detach())
+            leaves = (attention, tokens, lam)
+            found = torch.autograd.grad((value * direction).sum(), leaves, allow_unused=True)
+            # Held constant, X_0 alone (no step) does not depend on the tokens.
+            gradients.append([torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)])
+        assert relative(*values) <= 1e-9
+        for found, expected in zip(*gradients, strict=True):
+            if expected.abs().max() == 0:
+                assert found.abs().max() < 1e-12
+            else:
+                assert relative(found, expected) <= 1e-9, steps
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("grid", [(14, 14), (6, 7)])
+def test_blocks_and_their_gradients_equal_the_dense_form(preset, grid):
+    # The paper's filter cubes what is small: without large attention nothing is left to compare behind four blocks.
+    config = getattr(SCMConfig, preset)(lam=1.2, beta=0.4, **({"alpha": 0.02} if preset == "paper" else {}))
+    attention, tokens = maps(grid, 3)
+    module = SpatialCalibration(config).double()
+    flat = (attention * (40 if preset == "paper" else 1)).flatten(1)[:, None, None]
+    found = module(flat, tokens)
+    first = flat[:, 0, 0].reshape(attention.shape)
+    if config.attention == "min_max":
+        first = torch.stack([(x - x.min()) / (x.max() - x.min()) for x in first])
+    lams = [block.lam.detach().clone().requires_grad_() for block in module.blocks]
+    betas = [block.beta.detach().clone().requires_grad_() for block in module.blocks]
+    expected = [(first, tokens)]
+    for i in range(4):
+        steps = config.first_steps if i == 0 else config.steps
+        expected.append(reference_block(*expected[-1], lams[i], betas[i], steps, config))
+    for (f, s), (f_expected, s_expected) in zip(found, expected, strict=True):
+        assert relative(f, f_expected) <= 1e-9
+        assert relative(s, s_expected) <= 1e-9
+    ours = [p for block in module.blocks for p in (block.lam, block.beta)]
+    theirs = [p for pair in zip(lams, betas, strict=True) for p in pair]
+    losses = [last.mean(dim=(2, 3)).square().sum() for last in (found[-1].semantic, expected[-1][1])]
+    gradients = torch.autograd.grad(losses[0], [attention, tokens, *ours], retain_graph=True)
+    references = torch.autograd.grad(losses[1], [attention, tokens, *theirs])
+    for gradient, reference in zip(gradients, references, strict=True):
+        # Through blocks in series, and a filter that cubes, the rounding of both sides grows.
+        assert relative(gradient, reference) <= 1e-7
+
+
+def test_gradcheck():
+    attention, tokens = maps((3, 4), 0, channels=2)
+    lam = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    for steps in (0, 1, 3):
+        assert torch.autograd.gradcheck(
+            lambda a, t, x, p=steps: scm.diffuse(a, t, x, p, 0.01), (attention, tokens, lam)
+        )
+    x = torch.linspace(-1.5, 1.5, 24, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(scm.tanh_shrink, x)
+
+
+def test_tanh_shrink_keeps_its_digits_where_the_difference_cancels():
+    for value in (1e-3, 0.02, 0.0799, 0.0801, 0.5, -0.05, 3.0):
+        expected = float(reference_shrink(torch.tensor(value, dtype=torch.float64)))
+        assert float(scm.tanh_shrink(torch.tensor(value, dtype=torch.float64))) == pytest.approx(expected, rel=1e-9)
+        assert float(scm.tanh_shrink(torch.tensor(value))) == pytest.approx(expected, rel=3e-4)
+
+
+def test_a_laplacian_by_hand():
+    # A row of three patches: the first two alike, the third opposite to them.
+    tokens = torch.tensor([[[[2.0, 1.0, -3.0]]]])
+    matrix = scm.laplacian(tokens, lam=0.5).dense()[0]
+    expected = [[-0.5, 0.5, 0.0], [0.5, -1.0, 1.5], [0.0, 1.5, -0.5]]
+    torch.testing.assert_close(matrix, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_no_input_gives_nan(preset):
+    rng = np.random.default_rng(0)
+    module = SpatialCalibration(getattr(SCMConfig, preset)(first_steps=4))
+    # 1,000 inputs of any peakedness and magnitude; of every batch of ten some maps are zero, constant or one-coloured.
+    for _ in range(100):
+        attention = torch.from_numpy(rng.random((10, 2, 2, 12), dtype=np.float32)) ** int(rng.integers(1, 30))
+        semantic = torch.from_numpy(rng.normal(0, 10 ** rng.uniform(-6, 2), (10, 3, 3, 4)).astype(np.float32))
+        attention[0], attention[1] = 0.0, float(rng.random())
+        semantic[2], semantic[3], semantic[4, :, 0, 0] = 0.0, 1.0, 0.0
+        attention[5], semantic[5] = 0.0, 0.0
+        semantic.requires_grad_()
+        last = module(attention, semantic)[-1]
+        last.semantic.sum().backward()
+        assert last.attention.isfinite().all()
+        assert last.semantic.isfinite().all()
+        assert semantic.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_zero_and_constant_attention():
+    tokens = torch.randn(1, 4, 5, 5)
+    for preset in ("paper", "released"):
+        block = ActivationDiffusionBlock(getattr(SCMConfig, preset)())
+        zero = block(torch.zeros(1, 5, 5), tokens)
+        assert zero.attention.abs().max() == 0
+        expected = tokens if preset == "released" else torch.zeros_like(tokens)
+        assert torch.equal(zero.semantic, expected)
+    assert scm.min_max(torch.full((1, 5, 5), 0.3)).abs().max() == 0
+
+
+def test_presets_differ_where_paper_and_code_do():
+    paper, released = SCMConfig.paper(), SCMConfig.released()
+    assert {f for f in SCMConfig.model_fields if getattr(paper, f) != getattr(released, f)} == {
+        "first_steps", "attention", "filter", "residual", "constant_start",
+    }  # fmt: skip
+    assert SCMConfig.released(residual=False).residual is False
+
+
+def test_the_module_is_there_in_training_only():
+    torch.manual_seed(0)
+    model = SCM(create_backbone("vit_mini"), 5, config={"blocks": 2, "residual": True, "attention": "min_max"})
+    plain = TSCAM(create_backbone("vit_mini"), 5)
+    state = model.state_dict()
+    plain.load_state_dict({name: value for name, value in state.items() if not name.startswith("calibration")})
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        outputs = [m.eval()(images) for m in (model, plain)]
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+        trained = model.train()(images)
+        assert not torch.allclose(trained.logits, trained.semantic_map.mean(dim=(2, 3)))
+        last = model.calibration(trained.attention, trained.semantic_map)[-1]
+        torch.testing.assert_close(trained.logits, last.semantic.mean(dim=(2, 3)))
+    head = {id(p) for p in model.head.parameters()}
+    assert all(id(p) in head for block in model.calibration.blocks for p in (block.lam, block.beta))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ParameterError, match=r"\(1, 3, 4\) and tokens \(1, 2, 4, 3\)"):
+        scm.diffuse(torch.rand(1, 3, 4), torch.rand(1, 2, 4, 3), 1.0, 4)
+    with pytest.raises(ParameterError, match="-1 Newton-Schulz steps"):
+        scm.diffuse(torch.rand(1, 3, 4), torch.rand(1, 2, 3, 4), 1.0, -1)
