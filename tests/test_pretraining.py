@@ -5,11 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from wsolnb import backbones, pretraining, runs, weights
 from wsolnb.backbones import Mixing, create_backbone
-from wsolnb.data import creatures
+from wsolnb.data import aviary, creatures, open_dataset
 from wsolnb.data.creatures import CreatureConfig
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.pretraining import RECIPES, SceneLoader, SelfDistillation, SelfDistilled, SupervisedPretext
@@ -71,6 +72,62 @@ def test_composition_counts_area(scenes):
     assert shares[0, 0] == pytest.approx(1 / 3)
     assert shares[0, 18] == pytest.approx(2 / 3)
     assert pretraining.composition(images, torch.zeros(1, 4), (2, 2)).sum() == 0
+
+
+def test_places_count_area(scenes):
+    batch = next(iter(SceneLoader(scenes, 4, seed=1, truth=True)))
+    share = pretraining.token_targets(batch, (14, 14))["object"]
+    places = pretraining.places(share, (14, 14))
+    for image in range(4):
+        area = [[0.0] * 7 for _ in range(7)]
+        for row in range(112):
+            for column in range(112):
+                area[row // 16][column // 16] += float(batch["owner"][image, row, column] > 0)
+        total = sum(map(sum, area))
+        np.testing.assert_allclose(places[image].unflatten(0, (7, 7)), np.array(area) / total, atol=1e-6)
+    assert pretraining.places(torch.zeros(1, 196), (14, 14)).sum() == 0
+
+
+def test_colours_are_asked_of_all_of_a_creature_and_denied_on_the_background(scenes):
+    torch.manual_seed(0)
+    model = SupervisedPretext(create_backbone("vit_mini"), RECIPES["vit_mini"].weights).eval()
+    batch = next(iter(SceneLoader(scenes, 2, seed=0, truth=True)))
+    target = pretraining.token_targets(batch, (14, 14))
+    with torch.no_grad():
+        loss = float(model.losses(batch)["colour"])
+        patches = model.backbone(batch["image"][:, 0]).patches
+        worn, sash = model.worn(patches).double(), model.sash(patches).double()
+    asked, bands = [], []
+    for image in range(2):
+        for token in range(196):
+            share = float(target["object"][image, token])
+            if 0 < share <= 0.5:
+                continue  # a border: neither
+            for colour in range(15):
+                p = 1 / (1 + math.exp(-float(worn[image, token, colour])))
+                wears = share > 0 and bool(target["worn"][image, token, colour])
+                asked.append(-math.log(p if wears else 1 - p))
+            for band in range(2) if share > 0 else ():
+                name = int(target["sash"][image, token, band])
+                scores = sash[image, token, 15 * band : 15 * band + 15].tolist()
+                bands += [math.log(sum(map(math.exp, scores))) - scores[name]] if name >= 0 else []
+    assert loss == pytest.approx(np.mean(asked) + np.mean(bands), rel=1e-5)
+
+
+def test_varied_layers_and_heads_mix_what_each_looks_at():
+    torch.manual_seed(0)
+    patches, attention = torch.randn(2, 5, 3), torch.rand(2, 2, 2, 5)
+    tokens = backbones.Tokens(patches, torch.zeros(2, 3), attention)
+    plain, varied = pretraining.looked_at(tokens), pretraining.looked_at(tokens, vary=True)
+    assert not torch.allclose(plain, varied)
+    rows = attention.flatten(1, 2)
+    each = (rows / rows.sum(dim=2, keepdim=True)) @ patches  # (B, 4, D): what every single one looks at
+    # Four points in three dimensions: the only weights that sum to one and give the mixture must not be negative.
+    one = torch.ones(2, 4, 1)
+    share = torch.linalg.solve(torch.cat([each, one], dim=2).mT, torch.cat([varied, one[:, 0]], dim=1))
+    assert (share > 0).all()
+    same = backbones.Tokens(patches, torch.zeros(2, 3), attention[:, :1, :1].expand(-1, 2, 2, -1))
+    torch.testing.assert_close(pretraining.looked_at(same, vary=True), pretraining.looked_at(same))
 
 
 def test_batches_repeat_by_seed_and_epoch_and_mirror_truth_with_the_image(scenes):
@@ -230,6 +287,60 @@ def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, na
     loaded = create_backbone(name, pretrained=True)
     for key, value in backbone.vit.state_dict().items():
         torch.testing.assert_close(loaded.vit.state_dict()[key], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny_photographs(tmp_path_factory):
+    """Tiny-ImageNet's layout with two classes of five images each: red ones and green ones."""
+    root, rng = tmp_path_factory.mktemp("tiny-imagenet-200"), np.random.default_rng(0)
+    (root / "wnids.txt").write_text("n01\nn02\n")
+    (root / "words.txt").write_text("n01\tred\nn02\tgreen\n")
+    for channel, wnid in enumerate(("n01", "n02")):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        rows = []
+        for index in range(5):
+            image = rng.integers(0, 90, (64, 64, 3), np.uint8)
+            image[..., channel] += 150
+            name = f"{wnid}_{index}.JPEG"
+            Image.fromarray(image).save(root / "train" / wnid / "images" / name, "JPEG")
+            rows.append(f"{name}\t3\t4\t50\t60\n")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("".join(rows))
+    return root
+
+
+def test_photographs_become_scenes_of_one_frame(tiny_photographs):
+    dataset = open_dataset("tiny_imagenet", tiny_photographs, "trainval")
+    scenes = pretraining.read_photographs(dataset, 112)
+    assert scenes["image"].shape == (10, 1, 112, 112, 3)
+    for index in range(10):
+        assert scenes["label"][index].tolist() == list(dataset.labels[index])
+        means = scenes["image"][index, 0].mean(axis=(0, 1)) - dataset[index].image.mean(axis=(0, 1))
+        assert np.abs(means).max() < 1
+    batch = next(iter(SceneLoader(scenes, 4, seed=0, truth=True)))
+    assert batch["image"].shape == (4, 1, 3, 112, 112)
+    assert batch["label"].shape == (4,)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_same_recipes_run_on_photographs(tmp_path, tiny_photographs, name):
+    run = runs.start("04_pretraining", {"run_folder": str(tmp_path / "run"), "seed": 0})
+    config = pretraining.on_photographs(name, "tiny_imagenet")
+    few = TrainingConfig(epochs=6, lr=3e-3)
+    config = config.model_copy(update={"batch_size": 8, "training": few})
+    backbone, folder = pretraining.pretrain(run, name, config, tiny_photographs, progress=False)
+    assert backbone.name == name
+    history = pd.read_csv(folder / "history.csv")
+    assert len(history) == 6
+    if config.recipe == "supervised":
+        assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
+    card = pretraining.export(backbone, name, config, tmp_path, minutes=0.1)
+    assert weights.read_card(card.stem, tmp_path)["recipe"]["photographs"] == "tiny_imagenet"
+
+
+def test_photographs_with_many_labels_are_refused(tmp_path):
+    config = aviary.AviaryConfig(variant="scenes", train=4, val=1, test=1)
+    with pytest.raises(ParameterError, match="several labels"):
+        pretraining.read_photographs(aviary.load(config, "train", tmp_path), 64)
 
 
 def test_ablations_change_one_thing_and_unknown_ones_are_named():

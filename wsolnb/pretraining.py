@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -31,11 +32,11 @@ from torch import Tensor, nn
 
 from wsolnb import backbones, training
 from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbone, forward_tapped
-from wsolnb.data import creatures
+from wsolnb.data import LocalizationDataset, creatures, open_dataset
 from wsolnb.data.creatures import PARTS, TEXTURES, CreatureConfig
 from wsolnb.data.loading import to_tensor
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.runs import Run, cpu_model, device_name, now, resolve, write_atomically
+from wsolnb.runs import Run, cpu_model, device_name, fingerprint, now, resolve, write_atomically
 from wsolnb.training import TrainingConfig, set_seed
 
 
@@ -43,7 +44,8 @@ class SceneLoader:
     """Batches of scenes, every other one mirrored at random; an epoch depends on (seed, epoch) only.
 
     Yields `image` (B, frames, 3, H, W) normalised. With `truth` of one frame only, another one in each epoch, and next
-    to it `owner` and `parts` (B, H, W), `textures` (B, creatures) and `colours` (B, creatures, 4, 3).
+    to it `owner` and `parts` (B, H, W), `textures` (B, creatures) and `colours` (B, creatures, 4, 3). Photographs
+    (`read_photographs`) have one frame, and next to it `label` (B,).
     """
 
     def __init__(self, scenes: dict[str, np.ndarray], batch_size: int, seed: int, truth: bool):
@@ -68,12 +70,31 @@ class SceneLoader:
             images = self.scenes["image"][chosen, shown]
             batch = {"image": to_tensor(images[..., ::step_x, :])}
             if self.truth:
-                for name in ("owner", "parts"):
+                for name in ("owner", "parts") if "owner" in self.scenes else ():
                     values = self.scenes[name][chosen, frame]
                     batch[name] = torch.from_numpy(np.ascontiguousarray(values[..., ::step_x]))
-                for name in ("textures", "colours"):
-                    batch[name] = torch.from_numpy(self.scenes[name][chosen, frame])
+                for name in ("textures", "colours", "label"):
+                    if name in self.scenes:
+                        batch[name] = torch.from_numpy(self.scenes[name][chosen, frame])
             yield batch
+
+
+def read_photographs(dataset: LocalizationDataset, size: int) -> dict[str, np.ndarray]:
+    """Read a data set's images and labels into memory as `SceneLoader` takes them: scenes of one frame.
+
+    size: side in pixels to which the images are resized. Raises DataError for missing or damaged files, ParameterError
+    for a multi-label data set.
+    """
+    if dataset.multi_label:
+        raise ParameterError(f"{dataset.name} has several labels an image", "use a data set with one")
+    images = np.empty((len(dataset), 1, size, size, 3), np.uint8)
+    for index in range(len(dataset)):
+        image = dataset.read(index, truth=False).image
+        # Area averaging where it shrinks, as cv2 recommends; else it would alias.
+        shrinks = min(image.shape[:2]) > size
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        images[index, 0] = cv2.resize(image, (size, size), interpolation=method)
+    return {"image": images, "label": np.array(dataset.labels, np.int64)}
 
 
 PALETTE = np.array(
@@ -135,6 +156,12 @@ def composition(images: Tensor, object_share: Tensor, grid: tuple[int, int]) -> 
     return total / total.sum(dim=1, keepdim=True).clamp(min=1e-6)
 
 
+def places(object_share: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return how the creatures' area is shared out among 7 x 7 cells of the image, (B, 49); all zero without any."""
+    cells = F.adaptive_avg_pool2d(object_share.unflatten(1, grid), 7).flatten(1)
+    return cells / cells.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+
 def scene_target(batch: dict[str, Tensor]) -> Tensor:
     """Return the labels of a scene, (B, T + 15) of 0 and 1: the textures and the colours that its creatures wear."""
     textures = torch.stack([(batch["textures"] == t).any(dim=1) for t in range(len(TEXTURES))], dim=1)
@@ -143,27 +170,33 @@ def scene_target(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([textures, colours], dim=1).float()
 
 
+TERMS = ("texture", "part", "colour", "scene", "composition", "place")
+"""The terms of the supervised loss on scenes."""
+
+
 class SupervisedPretext(nn.Module):
     """A backbone that learns to name the texture, the part and the colours at every token.
 
-    Called with a batch, returns its loss, the sum of five terms times their `weights` (an ablation sets one to 0):
+    Called with a batch, returns its loss, the sum of `TERMS` times their `weights` (an ablation sets one to 0):
     `texture` (or background) and `part` of each token; `colour`, what the creature wears and its sash's two colours, on
-    *all* of its tokens, so that what is seen in one place must travel through the creature; and of what the class token
-    looks at, `scene`, the set of textures and colours, and `composition`, the shares of colours.
+    *all* of its tokens and on none of the background, so that what is seen in one place must travel through the
+    creature and no further; and of what the class token looks at, `scene`, the set of textures and colours,
+    `composition`, the shares of colours, and `place`, where the creatures are.
     """
 
-    def __init__(self, backbone: nn.Module, weights: dict[str, float]):
+    def __init__(self, backbone: nn.Module, weights: dict[str, float], vary: bool = True):
         super().__init__()
-        self.backbone, self.weights = backbone, weights
+        self.backbone, self.weights, self.vary = backbone, weights, vary
         dim = backbone.dim
         self.texture, self.part = nn.Linear(dim, 1 + len(TEXTURES)), nn.Linear(dim, len(PARTS))
         self.worn, self.sash = nn.Linear(dim, len(PALETTE)), nn.Linear(dim, 2 * len(PALETTE))
         self.scene, self.composition = nn.Linear(dim, len(TEXTURES) + len(PALETTE)), nn.Linear(dim, 27)
+        self.place = nn.Linear(dim, 49)
 
     @property
     def head(self) -> nn.Module:
         """The linear layers that are thrown away after pretraining."""
-        return nn.ModuleList([self.texture, self.part, self.worn, self.sash, self.scene, self.composition])
+        return nn.ModuleList([self.texture, self.part, self.worn, self.sash, self.scene, self.composition, self.place])
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch of `SceneLoader`."""
@@ -174,15 +207,18 @@ class SupervisedPretext(nn.Module):
         images = batch["image"][:, 0]
         if isinstance(self.backbone, TransformerBackbone):
             tokens = forward_view(self.backbone, images)
-            patches, whole = tokens.patches, looked_at(tokens)
+            patches, whole = tokens.patches, looked_at(tokens, self.vary and self.training)
             grid = tuple(side // self.backbone.patch_size for side in images.shape[2:])
         else:
             features = self.backbone(images)
             patches, whole, grid = features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), features.shape[2:]
         target = token_targets(batch, tuple(grid))
-        seen = target["object"] > 0.5
+        seen, empty = target["object"] > 0.5, target["object"] == 0
         made_of = composition(images, target["object"], tuple(grid))
-        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float()[seen], target["worn"][seen])
+        # On the background nothing is worn: tokens there learn to say so, and a classifier finds no class in them.
+        told = seen | empty
+        wanted = target["worn"] * seen[..., None]
+        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float()[told], wanted[told])
         sash = self.sash(patches).float().unflatten(-1, (2, len(PALETTE)))[seen].flatten(0, 1)
         named = target["sash"][seen].flatten()
         bands = F.cross_entropy(sash, named, ignore_index=-1, reduction="sum") / (named >= 0).sum().clamp(min=1)
@@ -192,16 +228,53 @@ class SupervisedPretext(nn.Module):
             "colour": worn + bands,
             "scene": F.binary_cross_entropy_with_logits(self.scene(whole).float(), scene_target(batch)),
             "composition": F.cross_entropy(self.composition(whole).float(), made_of),
+            "place": F.cross_entropy(self.place(whole).float(), places(target["object"], tuple(grid))),
         }
 
 
-def looked_at(tokens: Tokens) -> Tensor:
+class LabelPretext(nn.Module):
+    """A backbone that learns one label an image: all that photographs come with.
+
+    Called with a batch, returns the cross-entropy of a linear classifier on what the class token looks at (of a ResNet:
+    on the mean of its features). Crops and light vary in training.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, seed: int, vary: bool = True):
+        super().__init__()
+        self.backbone, self.seed, self.vary = backbone, seed, vary
+        self.classifier = nn.Linear(backbone.dim, num_classes)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    @property
+    def head(self) -> nn.Module:
+        """The classifier that is thrown away after pretraining."""
+        return self.classifier
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch of `SceneLoader` over photographs."""
+        images = batch["image"][:, 0]
+        if self.training:
+            generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+            images = jitter(random_crops(images, images.shape[-1], (0.4, 1.0), generator), 0.3, generator)
+            self.step += 1
+        if isinstance(self.backbone, TransformerBackbone):
+            whole = looked_at(self.backbone(images), self.vary and self.training)
+        else:
+            whole = self.backbone(images).mean(dim=(2, 3))
+        return F.cross_entropy(self.classifier(whole).float(), batch["label"])
+
+
+def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
     """Return (B, D): the mean of the patch tokens, weighted by what the class token attends to in all layers and heads.
 
     Classifying this, instead of the class token, makes attention answer for the classification: what it misses is not
-    seen, and what it wrongly takes in dilutes the rest.
+    seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random weights, anew for each
+    image, so that none relies on the others.
     """
-    weights = tokens.attention.mean(dim=(1, 2))
+    rows = tokens.attention.flatten(1, 2)
+    if vary:
+        rows = rows * torch.empty(*rows.shape[:2], 1, device=rows.device).exponential_()
+    weights = rows.mean(dim=1)
     weights = weights / weights.sum(dim=1, keepdim=True)
     return (weights[:, None] @ tokens.patches.float()).squeeze(1)
 
@@ -299,9 +372,11 @@ class SelfDistilled(nn.Module):
     student. With several frames per scene the views come from different frames.
     """
 
-    def __init__(self, backbone: TransformerBackbone, config: SelfDistillation, steps: int, seed: int):
+    def __init__(
+        self, backbone: TransformerBackbone, config: SelfDistillation, steps: int, seed: int, vary: bool = True
+    ):
         super().__init__()
-        self.config, self.steps, self.seed = config, steps, seed
+        self.config, self.steps, self.seed, self.vary = config, steps, seed, vary
         prototypes = config.prototypes if config.loss == "prototypes" else 0
         self.backbone, self.projection = backbone, DistillationHead(backbone.dim, prototypes)
         self.teacher = nn.ModuleList([copy.deepcopy(backbone), copy.deepcopy(self.projection)]).requires_grad_(False)
@@ -339,7 +414,7 @@ class SelfDistilled(nn.Module):
         answers = []
         for group in (wide, narrow):
             if group:
-                tokens = looked_at(forward_view(self.backbone, torch.cat(group)))
+                tokens = looked_at(forward_view(self.backbone, torch.cat(group)), self.vary and self.training)
                 answers += self.projection(tokens).float().chunk(len(group))
         self.step += 1
         terms = []
@@ -372,7 +447,9 @@ class PretrainingConfig(BaseModel):
     """One recipe, with everything that decides its weights.
 
     recipe: `supervised` or `distilled`. backbone: a name of `wsolnb.backbones`. mixing: of a mini transformer.
-    scenes: what is rendered. weights: of the supervised losses. distillation: of the self-distilled recipe.
+    scenes: what is rendered. photographs: name of a data set whose training images are used instead, such as
+    `tiny_imagenet`; empty = scenes. vary: whether a transformer's layers and heads count by random weights in training
+    (`looked_at`). weights: of the supervised losses on scenes. distillation: of the self-distilled recipe.
     batch_size: scenes per step. training: the loop's hyperparameters.
     """
 
@@ -382,36 +459,45 @@ class PretrainingConfig(BaseModel):
     backbone: str
     mixing: Mixing = Mixing()
     scenes: CreatureConfig
-    weights: dict[str, float] = {"texture": 1.0, "part": 1.0, "colour": 1.0, "scene": 1.0, "composition": 1.0}
+    photographs: str = ""
+    vary: bool = True
+    weights: dict[str, float] = dict.fromkeys(TERMS, 1.0)
     distillation: SelfDistillation = SelfDistillation()
     batch_size: int = Field(16, ge=2)
     training: TrainingConfig
 
-    def build(self, steps: int) -> SupervisedPretext | SelfDistilled:
-        """Return the backbone with random weights inside of what trains it for `steps` steps."""
+    def build(self, steps: int, num_classes: int = 0) -> SupervisedPretext | LabelPretext | SelfDistilled:
+        """Return the backbone with random weights inside of what trains it for `steps` steps.
+
+        num_classes: of the photographs.
+        """
         set_seed(self.training.seed)
         # Each ignores the option of the other kind; stride 8 gives a ResNet as many cells as a transformer has tokens.
         backbone = create_backbone(self.backbone, mixing=self.mixing, output_stride=8)
+        if self.recipe == "supervised" and self.photographs:
+            return LabelPretext(backbone, num_classes, self.training.seed, self.vary)
         if self.recipe == "supervised":
-            return SupervisedPretext(backbone, self.weights)
-        return SelfDistilled(backbone, self.distillation, steps, self.training.seed)
+            return SupervisedPretext(backbone, self.weights, self.vary)
+        return SelfDistilled(backbone, self.distillation, steps, self.training.seed, self.vary)
 
 
 SCENES = CreatureConfig(scenes=8000, frames=2)
+PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4})
+"""Scenes in which creatures are easier to see: without labels, what cannot be seen cannot be learnt."""
 
 RECIPES: dict[str, PretrainingConfig] = {
     "vit_mini": PretrainingConfig(
         recipe="supervised",
         backbone="vit_mini",
         scenes=SCENES,
-        training=TrainingConfig(epochs=13, lr=1.5e-3),
+        training=TrainingConfig(epochs=32, lr=2e-3),
     ),
     "vit_mini_dino": PretrainingConfig(
         recipe="distilled",
         backbone="vit_mini_dino",
-        scenes=SCENES,
+        scenes=PLAIN_SIGHT,
         batch_size=32,
-        training=TrainingConfig(epochs=8, lr=1.5e-3),
+        training=TrainingConfig(epochs=24, lr=1.5e-3),
     ),
     "resnet_mini": PretrainingConfig(
         recipe="supervised",
@@ -430,6 +516,9 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "bounded scores": ("vit_mini", {"mixing": Mixing(bound=None)}),
     "colours on all tokens": ("vit_mini", {"weights": {"colour": 0.0}}),
     "shares of colours": ("vit_mini", {"weights": {"composition": 0.0}}),
+    "places": ("vit_mini", {"weights": {"place": 0.0}}),
+    "varied layers and heads": ("vit_mini", {"vary": False}),
+    "camouflage": ("vit_mini", {"scenes": {"camouflage": 0.0}}),
     "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
     "nothing (self-distilled)": ("vit_mini_dino", {}),
     "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}}),
@@ -454,24 +543,45 @@ def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
     return PretrainingConfig.model_validate(values)
 
 
-def pretrain(run: Run, name: str, config: PretrainingConfig, progress: bool = True) -> tuple[nn.Module, Path]:
+def on_photographs(name: str, dataset: str) -> PretrainingConfig:
+    """Return the recipe `name` of `RECIPES` for the photographs of a data set: as many steps, one frame, wider crops.
+
+    One image has but one background, so views that share less of it are compared. Untuned: a start, no result.
+    """
+    recipe = RECIPES[name]
+    wider = {"global_scale": (0.4, 1.0), "local_scale": (0.15, 0.4), "jitter": 0.4}
+    distillation = recipe.distillation.model_copy(update=wider)
+    return recipe.model_copy(update={"photographs": dataset, "distillation": distillation})
+
+
+def pretrain(
+    run: Run, name: str, config: PretrainingConfig, data_root: str = "", progress: bool = True
+) -> tuple[nn.Module, Path]:
     """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
 
     Trains once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. Of a
-    self-distilled one the teacher is returned. Raises TrainingError and DataError as the loop and the renderer do.
+    self-distilled one the teacher is returned.
+    data_root: folder of the photographs, if the recipe names any.
+    Raises TrainingError, DataError and ParameterError as the loop, the renderer and the readers do.
     """
-    scenes = creatures.load(config.scenes, resolve("outputs/cache"))
+    inputs, classes = config.model_dump(), 0
+    if config.photographs:
+        dataset = open_dataset(config.photographs, resolve(data_root), "train")
+        inputs["images"], classes = fingerprint(dataset.image_ids), len(dataset.class_names)
+        scenes = read_photographs(dataset, config.scenes.size)
+    else:
+        scenes = creatures.load(config.scenes, resolve("outputs/cache"))
     truth = config.recipe == "supervised"
     loader = SceneLoader(scenes, config.batch_size, config.training.seed, truth)
     steps = config.training.epochs * len(loader)
 
     def build(folder: Path) -> None:
-        model = config.build(steps)
+        model = config.build(steps, classes)
         training.train(model, loader, config.training, folder, progress=progress, objective=_objective)
 
     code = [backbones, creatures, training, sys.modules[__name__]]
-    folder = run.cached(name, config.model_dump(), code, build)
-    model = training.load_checkpoint(config.build(steps), folder, "last")
+    folder = run.cached(name, inputs, code, build)
+    model = training.load_checkpoint(config.build(steps, classes), folder, "last")
     return (model.backbone if truth else model.teacher[0]), folder
 
 

@@ -71,6 +71,20 @@ def test_the_sash_has_the_colours_of_the_truth():
     assert (without.parts == LIMB).sum() == (with_sash.parts == LIMB).sum()
 
 
+def test_camouflage_brings_the_background_near_the_creature():
+    def contrast(camouflage):
+        config = CONFIG.model_copy(update={"camouflage": camouflage})
+        values = []
+        for index in range(CONFIG.scenes):
+            scene = creatures.render(config, index)
+            lab = creatures.to_lab(scene.image)
+            body, ground = scene.parts == creatures.BODY, scene.owner == 0
+            values.append(np.linalg.norm(np.median(lab[body], axis=0) - np.median(lab[ground], axis=0)))
+        return np.median(values)
+
+    assert contrast(1.0) < 0.7 * contrast(0.0)
+
+
 def test_images_are_the_same_every_time_and_depend_on_the_seed():
     again = creatures.render(CONFIG, 7, 1)
     np.testing.assert_array_equal(again.image, creatures.render(CONFIG, 7, 1).image)

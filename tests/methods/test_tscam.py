@@ -48,3 +48,12 @@ def test_semantic_map_is_a_3x3_convolution_of_the_patch_grid(model):
 def test_a_convolutional_backbone_is_refused():
     with pytest.raises(ParameterError, match="class token"):
         TSCAM(create_backbone("resnet_mini"), 5)
+
+
+def test_a_head_of_zeros_says_nothing_and_learns():
+    torch.manual_seed(0)
+    model = TSCAM(create_backbone("vit_mini"), num_classes=5, padding="replicate", head_init="zeros")
+    output = model(torch.randn(2, 3, 112, 112))
+    assert output.semantic_map.abs().max() == 0
+    torch.nn.functional.cross_entropy(output.logits, torch.tensor([1, 3])).backward()
+    assert model.semantic.weight.grad.abs().sum() > 0

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, _value_noise
 from wsolnb.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the renderer's output changes, so that caches of older versions are not taken for new ones."""
 
 TEXTURES = ("checks", "zigzag", "rings", "marble", "waves", "diamonds", "maze", "gradient")
@@ -46,6 +46,8 @@ class CreatureConfig(BaseModel):
 
     scenes: number of scenes. frames: frames of each. size: image side in pixels.
     sash: whether creatures wear the two-coloured sash (an ablation turns it off).
+    camouflage: probability that a frame's background is drawn towards the colour of its first creature.
+    muted: probability of a greyish colour in a creature's texture.
     seed: of everything that is drawn.
     """
 
@@ -55,6 +57,8 @@ class CreatureConfig(BaseModel):
     frames: int = Field(1, ge=1, le=8)
     size: int = Field(112, ge=32, le=512)
     sash: bool = True
+    camouflage: float = Field(0.35, ge=0, le=1)
+    muted: float = Field(0.7, ge=0, le=1)
     seed: int = Field(0, ge=0)
 
     @property
@@ -90,13 +94,16 @@ _BIRDS = to_lab(np.array([*HEAD_COLOURS.values(), *PLUMAGES]))
 
 
 def draw_colour(
-    rng: np.random.Generator, apart_from: tuple[np.ndarray, ...] = (), distance: float = 25.0
+    rng: np.random.Generator, apart_from: tuple[np.ndarray, ...] = (), distance: float = 25.0, muted: float = 0.4
 ) -> np.ndarray:
-    """Draw an RGB colour (3,) that is far from every colour of a bird, and `distance` from the colours given."""
+    """Draw an RGB colour (3,) that is far from every colour of a bird, and `distance` from the colours given.
+
+    muted: probability of a greyish one.
+    """
     others = [to_lab(other) for other in apart_from]
     while True:
         colour = rng.uniform(8, 247, 3).astype(np.float32)
-        if rng.random() < 0.4:  # muted, as most of what is photographed is
+        if rng.random() < muted:  # as most of what is photographed is
             colour = colour.mean() + rng.uniform(0.1, 0.5) * (colour - colour.mean())
         lab = to_lab(colour)
         if np.linalg.norm(_BIRDS - lab, axis=1).min() < COLOUR_DISTANCE:
@@ -108,17 +115,22 @@ def draw_colour(
 # ------------------------------------------------------------------------------------------------------ background
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = None) -> np.ndarray:
     """Render a patchwork of 1 to 3 noise textures of related colours, littered, with strokes and pebbles on it.
 
+    near: a colour that its own is drawn towards, so that what wears it is hard to see.
     Returns (size, size, 3) float32.
     """
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     choice = np.stack([_value_noise(rng, size, (2, 2), 2) for _ in range(count)]).argmax(axis=0)
     image = np.zeros((size, size, 3), np.float32)
     tint = draw_colour(rng)
+    if near is not None:
+        share = rng.uniform(0.4, 0.9)
+        tint = share * near + (1 - share) * tint
     for patch in range(count):
-        first = 0.4 * draw_colour(rng) + 0.6 * tint
+        pull = 0.2 if near is not None else 0.4
+        first = pull * draw_colour(rng) + (1 - pull) * tint
         second = first + rng.normal(0, 22, 3).astype(np.float32)
         cells = int(rng.integers(2, 30)), int(rng.integers(2, 30))
         noise = np.clip(0.5 + 0.5 * _value_noise(rng, size, cells, int(rng.integers(1, 4))), 0, 1)[..., None]
@@ -187,10 +199,11 @@ class _Creature(NamedTuple):
     turn: float  # of the texture, radians
     sash: tuple[np.ndarray, np.ndarray]  # colours of the wide and the narrow band
     band: tuple[float, float, float]  # position along the body, width of the wide band, direction
+    blotches: np.ndarray  # (n, 6): centre u, v, half axes, direction, and the factor on the light of what it covers
     noise_seed: int
 
 
-def _creature(rng: np.random.Generator) -> _Creature:
+def _creature(rng: np.random.Generator, muted: float) -> _Creature:
     """Draw what a creature looks like in all of its frames."""
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     radius = np.ones_like(angle)
@@ -209,10 +222,11 @@ def _creature(rng: np.random.Generator) -> _Creature:
         for _ in range(6):
             direction += bend
             points.append(points[-1] + rng.uniform(0.05, 0.11) * np.array([np.cos(direction), np.sin(direction)]))
-        width = np.linspace(rng.uniform(0.05, 0.16), rng.uniform(0.02, 0.08), len(points))
+        tip = rng.uniform(0.12, 0.28) if rng.random() < 0.3 else rng.uniform(0.02, 0.08)  # a fan, else a tapering limb
+        width = np.linspace(rng.uniform(0.05, 0.16), tip, len(points))
         limbs.append((np.array(points), width))
-    first = draw_colour(rng)
-    second = draw_colour(rng, (first,), 15.0)
+    first = draw_colour(rng, muted=muted)
+    second = draw_colour(rng, (first,), 15.0, muted=muted)
     wide = draw_colour(rng, (first, second))
     narrow = draw_colour(rng, (first, second, wide))
     limb_colour = first * rng.uniform(0.7, 1.1) if rng.random() < 0.7 else second
@@ -221,8 +235,18 @@ def _creature(rng: np.random.Generator) -> _Creature:
     return _Creature(
         outline, limbs, int(rng.integers(len(TEXTURES))), first, second, limb_colour, rng.uniform(5, 11),
         rng.uniform(0, np.pi), (wide, narrow), (rng.uniform(-0.25, 0.25), rng.uniform(0.2, 0.36), rng.normal(0, 0.5)),
-        int(rng.integers(2**31)),
+        _blotches(rng), int(rng.integers(2**31)),
     )  # fmt: skip
+
+
+def _blotches(rng: np.random.Generator) -> np.ndarray:
+    """Draw 0 to 2 elliptic spots of another shade."""
+    count = int(rng.integers(3))
+    low, high = np.array([[-0.3, -0.2, 0.1, 0.06, 0, 0.5], [0.3, 0.2, 0.32, 0.18, np.pi, 0.85]])
+    drawn = rng.uniform(low, high, (count, 6))
+    brighter = rng.random(count) < 0.3
+    drawn[brighter, 5] = 1 / np.maximum(drawn[brighter, 5], 0.65)
+    return drawn
 
 
 def _pattern(creature: _Creature, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -281,6 +305,10 @@ def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple
     u, v = own[..., 0], own[..., 1]
     share = _pattern(creature, u, v)[..., None]
     colour = creature.first * (1 - share) + creature.second * share
+    for at_u, at_v, long, short, lean, shade in creature.blotches:
+        c, s = np.cos(lean), np.sin(lean)
+        along, across = c * (u - at_u) + s * (v - at_v), c * (v - at_v) - s * (u - at_u)
+        colour[(along / long) ** 2 + (across / short) ** 2 < 1] *= shade
     colour[parts == LIMB] = creature.limb_colour
     if sash:
         at, width, lean = creature.band
@@ -311,9 +339,10 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
     rng = np.random.default_rng([config.seed, index, frame + 1])
     size = config.size
     count = int(kept.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
-    creatures = [_creature(kept) for _ in range(count)]
+    creatures = [_creature(kept, config.muted) for _ in range(count)]
     scale = {1: (0.4, 1.0), 2: (0.35, 0.65), 3: (0.3, 0.5)}[count]
-    image = _background(rng, size)
+    camouflaged = rng.random() < config.camouflage
+    image = _background(rng, size, creatures[0].first if camouflaged else None)
     owner, parts = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     for position, creature in enumerate(creatures):
         colour, own = _draw(rng, creature, size, scale, config.sash)
@@ -321,15 +350,9 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
         soft = cv2.GaussianBlur(seen.astype(np.float32), (0, 0), 0.6)[..., None]
         image = image * (1 - soft) + colour * soft
         owner[seen], parts[seen] = position + 1, own[seen]
-    if rng.random() < 0.2:
-        colour = draw_colour(rng)
-        for _ in range(int(rng.integers(1, 3))):
-            hidden = np.zeros((size, size), np.uint8)
-            start = rng.uniform(0, size, 2)
-            ends = [np.rint(p).astype(int).tolist() for p in (start, start + rng.normal(0, 0.6 * size, 2))]
-            cv2.line(hidden, *ends, 1, int(rng.integers(2, max(3, size // 18))))
-            image[hidden > 0] = colour
-            owner[hidden > 0] = parts[hidden > 0] = 0
+    if rng.random() < 0.35:
+        hidden = _cover(rng, image)
+        owner[hidden] = parts[hidden] = 0
     textures = np.full(MAX_CREATURES, -1, np.int8)
     colours = np.full((MAX_CREATURES, 4, 3), np.nan, np.float32)
     for position, creature in enumerate(creatures):
@@ -339,9 +362,28 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
     return Scene(_photograph(rng, image), owner, parts, textures, colours)
 
 
+def _cover(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Put a bar or two, or a heap of leaves, in front of everything, in place. Returns where, (H, W) boolean."""
+    size = len(image)
+    colour, cover = draw_colour(rng, muted=0.6), np.zeros((size, size), np.uint8)
+    if rng.random() < 0.6:
+        for _ in range(int(rng.integers(1, 3))):
+            start = rng.uniform(0, size, 2)
+            ends = [np.rint(p).astype(int).tolist() for p in (start, start + rng.normal(0, 0.6 * size, 2))]
+            cv2.line(cover, *ends, 1, int(rng.integers(2, max(3, size // 16))))
+    else:
+        middle = rng.uniform(0.2, 0.8, 2) * size
+        for _ in range(int(rng.integers(2, 6))):
+            centre = np.rint(middle + rng.normal(0, 0.07 * size, 2)).astype(int).tolist()
+            axes = np.rint(rng.uniform([0.05, 0.025], [0.11, 0.06]) * size).astype(int).tolist()
+            cv2.ellipse(cover, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1, -1)
+    image[cover > 0] = colour * rng.uniform(0.8, 1.2)
+    return cover > 0
+
+
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Expose, blur and grain the scene, (H, W, 3) -> uint8."""
-    image = image.astype(np.float32) * (rng.uniform(0.75, 1.1) * (1 + rng.normal(0, 0.03, 3))).astype(np.float32)
+    image = image.astype(np.float32) * (rng.uniform(0.6, 1.15) * (1 + rng.normal(0, 0.05, 3))).astype(np.float32)
     sigma = rng.uniform(0, 0.9)
     if sigma > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), sigma)

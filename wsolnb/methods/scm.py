@@ -306,9 +306,10 @@ class SCM(TSCAM):
         backbone: TransformerBackbone,
         num_classes: int,
         padding: Literal["zeros", "replicate"] = "zeros",
+        head_init: Literal["kaiming", "zeros"] = "kaiming",
         config: SCMConfig | dict[str, Any] | None = None,
     ):
-        super().__init__(backbone, num_classes, padding)
+        super().__init__(backbone, num_classes, padding, head_init)
         self.calibration = SpatialCalibration(SCMConfig.model_validate(config or SCMConfig.paper()))
 
     @property

@@ -29,6 +29,8 @@ class TSCAM(LocalizationModel):
 
     padding: how the convolution sees beyond the patch grid. `zeros` is the published head; it shows the classifier
         where the border is, which from scratch becomes a frame in the semantic map. `replicate` does not.
+    head_init: the convolution's first weights, random (`kaiming`, as published) or `zeros`: the loss sees the semantic
+        map's mean only, so what random weights draw into the map besides stays there.
     """
 
     maps = ("tscam", "semantic", "attention")
@@ -38,6 +40,7 @@ class TSCAM(LocalizationModel):
         backbone: TransformerBackbone,
         num_classes: int,
         padding: Literal["zeros", "replicate"] = "zeros",
+        head_init: Literal["kaiming", "zeros"] = "kaiming",
     ):
         super().__init__()
         if not isinstance(backbone, TransformerBackbone):
@@ -47,7 +50,10 @@ class TSCAM(LocalizationModel):
             )
         self.backbone = backbone
         self.semantic = nn.Conv2d(backbone.dim, num_classes, kernel_size=3, padding=1, padding_mode=padding)
-        nn.init.kaiming_normal_(self.semantic.weight, nonlinearity="relu")
+        if head_init == "zeros":
+            nn.init.zeros_(self.semantic.weight)
+        else:
+            nn.init.kaiming_normal_(self.semantic.weight, nonlinearity="relu")
         nn.init.zeros_(self.semantic.bias)
 
     @property
