@@ -298,18 +298,17 @@ class SCM(TSCAM):
     """TS-CAM that is trained behind the spatial calibration module.
 
     In training the logits are the mean of S^L; in evaluation those of TS-CAM, and so are the maps: the module costs
-    nothing there.
+    nothing there. config: default `SCMConfig.paper()`. options: of TS-CAM.
     """
 
     def __init__(
         self,
         backbone: TransformerBackbone,
         num_classes: int,
-        padding: Literal["zeros", "replicate"] = "zeros",
-        head_init: Literal["kaiming", "zeros"] = "kaiming",
         config: SCMConfig | dict[str, Any] | None = None,
+        **options: Any,
     ):
-        super().__init__(backbone, num_classes, padding, head_init)
+        super().__init__(backbone, num_classes, **options)
         self.calibration = SpatialCalibration(SCMConfig.model_validate(config or SCMConfig.paper()))
 
     @property
