@@ -20,7 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -35,6 +34,7 @@ from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbon
 from wsolnb.data import LocalizationDataset, creatures, open_dataset
 from wsolnb.data.creatures import PARTS, TEXTURES, CreatureConfig
 from wsolnb.data.loading import to_tensor
+from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError, nearest
 from wsolnb.runs import Run, cpu_model, device_name, fingerprint, now, resolve, write_atomically
 from wsolnb.training import TrainingConfig, set_seed
@@ -89,11 +89,7 @@ def read_photographs(dataset: LocalizationDataset, size: int) -> dict[str, np.nd
         raise ParameterError(f"{dataset.name} has several labels an image", "use a data set with one")
     images = np.empty((len(dataset), 1, size, size, 3), np.uint8)
     for index in range(len(dataset)):
-        image = dataset.read(index, truth=False).image
-        # Area averaging where it shrinks, as cv2 recommends; else it would alias.
-        shrinks = min(image.shape[:2]) > size
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        images[index, 0] = cv2.resize(image, (size, size), interpolation=method)
+        images[index, 0] = resize(dataset.read(index, truth=False), (size, size)).image
     return {"image": images, "label": np.array(dataset.labels, np.int64)}
 
 
@@ -544,7 +540,7 @@ def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
 
 
 def on_photographs(name: str, dataset: str) -> PretrainingConfig:
-    """Return the recipe `name` of `RECIPES` for the photographs of a data set: as many steps, one frame, wider crops.
+    """Return the recipe `name` of `RECIPES` for the photographs of a data set: as many epochs, one frame, wider crops.
 
     One image has but one background, so views that share less of it are compared. Untuned: a start, no result.
     """
