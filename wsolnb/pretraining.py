@@ -103,16 +103,29 @@ PALETTE = np.array(
 
 def colour_names(lab: Tensor) -> Tensor:
     """Index of the nearest colour of `PALETTE` for (..., 3) Lab values; -1 where they are NaN."""
-    distance = (lab[..., None, :] - torch.from_numpy(PALETTE).to(lab.device)).square().sum(dim=-1)
-    return distance.nan_to_num(0).argmin(dim=-1).masked_fill(lab[..., 0].isnan(), -1)
+    return _palette_distance(lab).nan_to_num(0).argmin(dim=-1).masked_fill(lab[..., 0].isnan(), -1)
+
+
+def colour_shares(lab: Tensor, width: float = 15.0) -> Tensor:
+    """Likeness of (..., 3) Lab values to the colours of `PALETTE`, (..., 15); sums to one, zero where they are NaN.
+
+    A Gaussian of `width` (CIE Lab): a colour between two of the palette's is told from both, also one never seen.
+    """
+    shares = (-0.5 * _palette_distance(lab) / width**2).softmax(dim=-1)
+    return shares.nan_to_num(0)
+
+
+def _palette_distance(lab: Tensor) -> Tensor:
+    return (lab[..., None, :] - torch.from_numpy(PALETTE).to(lab.device)).square().sum(dim=-1)
 
 
 def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
     """Reduce the pixels' truth to the tokens of a `grid`.
 
     Returns shares of a token's pixels, `textures` (B, N, 1 + T; index 0 = background) and `parts` (B, N, P); of its
-    most frequent creature, `worn` (B, N, 15), the palette's colours that it wears anywhere, and `sash` (B, N, 2), its
-    wide and narrow band's colour, -1 = none; and `object` (B, N), the creatures' share.
+    most frequent creature, `worn` (B, N, 15), how near the palette's colours are to one that it wears anywhere, and
+    `sash` (B, N, 2, 15), how near they are to its wide and to its narrow band's, zero = none; and `object` (B, N), the
+    creatures' share.
     """
     owner = batch["owner"].long()
     rows, columns = grid
@@ -126,13 +139,13 @@ def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, 
     creature_texture = F.one_hot(batch["textures"].long().clamp(min=0), len(TEXTURES)).float()
     textures = torch.cat([owners[..., :1], owners[..., 1:] @ creature_texture], dim=-1)
     most = owners[..., 1:].argmax(dim=-1)[..., None]
-    names = colour_names(batch["colours"])  # (B, creatures, 4)
-    worn = (F.one_hot(names.clamp(min=0), len(PALETTE)) * (names >= 0)[..., None]).amax(dim=2)
+    shares_of = colour_shares(batch["colours"])  # (B, creatures, 4, 15)
+    bands = shares_of[:, :, 2:].flatten(2)
     return {
         "textures": textures,
         "parts": shares(batch["parts"].long(), len(PARTS)),
-        "worn": worn.gather(1, most.expand(-1, -1, len(PALETTE))).float(),
-        "sash": names[..., 2:].gather(1, most.expand(-1, -1, 2)),
+        "worn": shares_of.amax(dim=2).gather(1, most.expand(-1, -1, len(PALETTE))),
+        "sash": bands.gather(1, most.expand(-1, -1, bands.shape[2])).unflatten(2, (2, len(PALETTE))),
         "object": 1 - owners[..., 0],
     }
 
@@ -209,15 +222,13 @@ class SupervisedPretext(nn.Module):
             features = self.backbone(images)
             patches, whole, grid = features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), features.shape[2:]
         target = token_targets(batch, tuple(grid))
-        seen, empty = target["object"] > 0.5, target["object"] == 0
         made_of = composition(images, target["object"], tuple(grid))
-        # On the background nothing is worn: tokens there learn to say so, and a classifier finds no class in them.
-        told = seen | empty
-        wanted = target["worn"] * seen[..., None]
-        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float()[told], wanted[told])
-        sash = self.sash(patches).float().unflatten(-1, (2, len(PALETTE)))[seen].flatten(0, 1)
-        named = target["sash"][seen].flatten()
-        bands = F.cross_entropy(sash, named, ignore_index=-1, reduction="sum") / (named >= 0).sum().clamp(min=1)
+        # By the creature's share of a token: on the background nothing is worn, so a classifier finds no class there.
+        share = target["object"][..., None]
+        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float(), target["worn"] * share)
+        named = self.sash(patches).float().unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
+        counted = target["sash"] * share[..., None]
+        bands = -(counted * named).sum() / counted.sum().clamp(min=1)
         return {
             "texture": F.cross_entropy(self.texture(patches).float().flatten(0, 1), target["textures"].flatten(0, 1)),
             "part": F.cross_entropy(self.part(patches).float().flatten(0, 1), target["parts"].flatten(0, 1)),

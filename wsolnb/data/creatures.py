@@ -48,6 +48,7 @@ class CreatureConfig(BaseModel):
     sash: whether creatures wear the two-coloured sash (an ablation turns it off).
     camouflage: probability that a frame's background is drawn towards the colour of its first creature.
     muted: probability of a greyish colour in a creature's texture.
+    ends: probability that the sash is worn at one end of the body or on a limb, not across the middle.
     seed: of everything that is drawn.
     """
 
@@ -59,6 +60,7 @@ class CreatureConfig(BaseModel):
     sash: bool = True
     camouflage: float = Field(0.35, ge=0, le=1)
     muted: float = Field(0.7, ge=0, le=1)
+    ends: float = Field(0.0, ge=0, le=1)
     seed: int = Field(0, ge=0)
 
     @property
@@ -199,6 +201,7 @@ class _Creature(NamedTuple):
     turn: float  # of the texture, radians
     sash: tuple[np.ndarray, np.ndarray]  # colours of the wide and the narrow band
     band: tuple[float, float, float]  # position along the body, width of the wide band, direction
+    on_limb: int  # which limb wears the sash instead of the body; -1 = none
     blotches: np.ndarray  # (n, 6): centre u, v, half axes, direction, and the factor on the light of what it covers
     noise_seed: int
 
@@ -235,8 +238,17 @@ def _creature(rng: np.random.Generator, muted: float) -> _Creature:
     return _Creature(
         outline, limbs, int(rng.integers(len(TEXTURES))), first, second, limb_colour, rng.uniform(5, 11),
         rng.uniform(0, np.pi), (wide, narrow), (rng.uniform(-0.25, 0.25), rng.uniform(0.2, 0.36), rng.normal(0, 0.5)),
-        _blotches(rng), int(rng.integers(2**31)),
+        -1, _blotches(rng), int(rng.integers(2**31)),
     )  # fmt: skip
+
+
+def _move_sash(rng: np.random.Generator, creature: _Creature) -> _Creature:
+    """Let a creature wear its sash on a limb (every other one that has limbs), or around one end of its body."""
+    if creature.limbs and rng.random() < 0.5:
+        return creature._replace(on_limb=int(rng.integers(len(creature.limbs))))
+    lean, width = rng.normal(0, 0.4) + rng.choice([0.0, np.pi]), rng.uniform(0.1, 0.24)
+    end = float((creature.outline @ [np.cos(lean), np.sin(lean)]).max())
+    return creature._replace(band=(end - width, width, lean))
 
 
 def _blotches(rng: np.random.Generator) -> np.ndarray:
@@ -292,12 +304,16 @@ def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple
     def fill(canvas, points, value):
         cv2.fillPoly(canvas, [np.rint((points - 0.5) * (1 << _FIXED)).astype(np.int32)], value, cv2.LINE_8, _FIXED)
 
-    parts = np.zeros((size, size), np.uint8)
-    for points, width in creature.limbs:
+    parts, bands = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)  # bands: 1 wide, 2 narrow
+    for number, (points, width) in enumerate(creature.limbs):
         spine, thick = place(points), width * factor
-        for start, end, wide in zip(spine[:-1], spine[1:], thick[:-1], strict=True):
+        worn = sash and number == creature.on_limb
+        for joint, (start, end, wide) in enumerate(zip(spine[:-1], spine[1:], thick[:-1], strict=True)):
             ends = [np.rint(p - 0.5).astype(int).tolist() for p in (start, end)]
-            cv2.line(parts, *ends, LIMB, max(1, round(wide)))
+            wide = max(1, round(max(wide, 0.08 * factor) if worn else wide))
+            cv2.line(parts, *ends, SASH if worn else LIMB, wide)
+            if worn:
+                cv2.line(bands, *ends, 1 if 2 * joint < len(points) - 1 else 2, wide)
     fill(parts, place(creature.outline), BODY)
     # Back to the creature's own coordinates, so that texture and sash move with it.
     rows, columns = np.mgrid[:size, :size].astype(np.float32) + 0.5
@@ -310,7 +326,10 @@ def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple
         along, across = c * (u - at_u) + s * (v - at_v), c * (v - at_v) - s * (u - at_u)
         colour[(along / long) ** 2 + (across / short) ** 2 < 1] *= shade
     colour[parts == LIMB] = creature.limb_colour
-    if sash:
+    if sash and creature.on_limb >= 0:
+        for band, tint in enumerate(creature.sash, 1):
+            colour[(parts == SASH) & (bands == band)] = tint
+    elif sash:
         at, width, lean = creature.band
         along = u * np.cos(lean) + v * np.sin(lean) - at
         for low_edge, high_edge, tint in (
@@ -340,6 +359,9 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
     size = config.size
     count = int(kept.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
     creatures = [_creature(kept, config.muted) for _ in range(count)]
+    # Numbers of their own, so that the same scenes with other sashes can be compared.
+    moving = np.random.default_rng([config.seed, index, 0, 1])
+    creatures = [_move_sash(moving, c) if moving.random() < config.ends else c for c in creatures]
     scale = {1: (0.4, 1.0), 2: (0.35, 0.65), 3: (0.3, 0.5)}[count]
     camouflaged = rng.random() < config.camouflage
     image = _background(rng, size, creatures[0].first if camouflaged else None)
