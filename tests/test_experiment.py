@@ -9,6 +9,8 @@ from wsolnb.backbones import create_backbone
 from wsolnb.data import transforms
 from wsolnb.errors import DataError, ParameterError
 from wsolnb.experiment import Recipe
+from wsolnb.methods.scm import SCMConfig
+from wsolnb.params import notebook_parameters
 from wsolnb.training import TrainingConfig, load_checkpoint
 
 
@@ -48,9 +50,13 @@ def test_other_weights_to_start_from_make_another_artefact(root):
     model = first.build(4)
     assert torch.equal(model.backbone.resnet.conv1.weight, backbone.conv1.weight)
     hash_before = first.weights_hash()
-    save_file({**backbone.state_dict(), "bn1.weight": torch.zeros(32)}, root / "start.safetensors")
+    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+    run = runs.start("x", {"seed": 0})
+    _, folder = experiment.fit(run, "cam-0", first, splits, progress=False)
+    save_file({**backbone.state_dict(), "bn1.weight": torch.zeros(64)}, root / "start.safetensors")
     assert first.weights_hash() not in (hash_before, "")
     assert small().weights_hash() == ""
+    assert experiment.fit(run, "cam-0", first, splits, progress=False)[1] != folder
 
 
 def test_training_is_the_same_bit_for_bit(root):
@@ -67,6 +73,31 @@ def test_protocols():
     assert resize.test_transform() == transforms.Resize(224)
     assert crop.test_transform() == transforms.ResizeCenterCrop(256, 224, keep_aspect=True)
     assert crop.train_transform().transforms[0] == transforms.ResizeRandomCrop(256, 224)
+    both = small(image_size=224, protocol="crop_resize")
+    assert (both.test_transform(), both.train_transform()) == (resize.test_transform(), crop.train_transform())
+
+
+def test_calibrated_recipes_differ_in_the_module_only():
+    settings = {name: parameter.default for name, parameter in notebook_parameters("11_scm_training").items()}
+    settings |= {"train_images": 8, "val_images": 4, "test_images": 4}
+    _, recipes = experiment.calibrated(settings, 3, blocks=2)
+    plain, module = (recipe.model_dump() for recipe in recipes.values())
+    assert module["options"].pop("config") == SCMConfig.released(blocks=2).model_dump()
+    assert (plain.pop("method"), module.pop("method")) == ("tscam", "scm")
+    assert plain == module
+    assert plain["training"]["seed"] == 3
+    with pytest.raises(ParameterError, match="unknown preset 'released_code'"):
+        experiment.calibrated({**settings, "preset": "released_code"})
+
+
+def test_history_keeps_lambda_and_beta(root):
+    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+    run = runs.start("x", {"seed": 0, "run_folder": "a"})
+    recipe = small("scm", options={"config": SCMConfig.released(blocks=2, first_steps=4).model_dump()})
+    model, folder = experiment.fit(run, "scm", recipe, splits, progress=False)
+    last = experiment.history(folder).iloc[-1]
+    assert {name: pytest.approx(last[name]) for name in model.scalars()} == model.scalars()
+    assert last.lambda_1 != 1.0
 
 
 def test_unknown_method_and_missing_data_are_named():
@@ -78,12 +109,13 @@ def test_unknown_method_and_missing_data_are_named():
         experiment.load_splits("aviary", body_que=1.0)
 
 
-def test_baseline_settings_are_those_of_the_run_if_it_agrees(tmp_path):
+def test_used_settings_are_those_of_the_run_if_it_agrees(tmp_path):
     run = runs.Run("00_overview", {}, tmp_path)
-    defaults = experiment.baseline_settings(run, dataset="aviary", seed=0)
+    name = "03_cam_and_tscam"
+    defaults = experiment.used_settings(run, name, dataset="aviary", seed=0)
     used = {**defaults, "cam_epochs": 99}
     (tmp_path / "metrics").mkdir()
     path = tmp_path / "metrics" / "03_cam_and_tscam.json"
     path.write_text(json.dumps({"provenance": {"parameters": used}}))
-    assert experiment.baseline_settings(run, dataset="aviary", seed=0)["cam_epochs"] == 99
-    assert experiment.baseline_settings(run, dataset="aviary", seed=1)["cam_epochs"] == defaults["cam_epochs"]
+    assert experiment.used_settings(run, name, dataset="aviary", seed=0)["cam_epochs"] == 99
+    assert experiment.used_settings(run, name, dataset="aviary", seed=1)["cam_epochs"] == defaults["cam_epochs"]

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -19,7 +20,7 @@ from wsolnb import backbones, data, errors, evaluation, maps, metrics, training,
 from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
 from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.methods import base, cam, tscam
+from wsolnb.methods import base, cam, scm, tscam
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.params import notebook_parameters
 from wsolnb.runs import Run, fingerprint, resolve
@@ -28,10 +29,12 @@ from wsolnb.training import TrainingConfig
 CODE = (backbones, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
 """What every trained artefact depends on, next to the module of its method."""
 
-METHODS: dict[str, tuple[Callable[..., LocalizationModel], Any]] = {
-    "cam": (cam.CAMClassifier, cam),
-    "tscam": (tscam.TSCAM, tscam),
+METHODS: dict[str, tuple[Callable[..., LocalizationModel], tuple[ModuleType, ...]]] = {
+    "cam": (cam.CAMClassifier, (cam,)),
+    "tscam": (tscam.TSCAM, (tscam,)),
+    "scm": (scm.SCM, (tscam, scm)),
 }
+"""What builds a method's model, and the modules that its artefacts depend on."""
 
 
 class Splits(NamedTuple):
@@ -45,10 +48,11 @@ class Splits(NamedTuple):
 class Recipe(BaseModel):
     """How one model is built and trained, apart from its data.
 
-    method: `cam` or `tscam`. backbone: a name of `wsolnb.backbones`. pretrained, checkpoint: as in `create_backbone`; a
-    relative checkpoint starts at the root of the repository.
-    image_size: side of the input in pixels. protocol: `resize` (the whole image, SCM and TS-CAM) or `crop` (random crop
-    of 8/7 of the side in training; at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
+    method: `cam`, `tscam` or `scm`. backbone: a name of `wsolnb.backbones`. pretrained, checkpoint: as in
+    `create_backbone`; a relative checkpoint starts at the root of the repository.
+    image_size: side of the input in pixels. protocol: `resize` (the whole image), `crop_resize` (in training a random
+    crop of the image resized to 8/7 of the side, at test the whole image: SCM and TS-CAM) or `crop` (the same training;
+    at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
     shift: largest random shift in pixels, brightness: half-width of the random factor on the light; both in training.
     options: of the method's model.
     training: the loop's hyperparameters.
@@ -62,7 +66,7 @@ class Recipe(BaseModel):
     checkpoint: str | None = None
     image_size: int = Field(112, ge=32)
     output_stride: int = 16
-    protocol: Literal["resize", "crop"] = "resize"
+    protocol: Literal["resize", "crop_resize", "crop"] = "resize"
     batch_size: int = Field(48, ge=1)
     shift: int = Field(8, ge=0)
     brightness: float = Field(0.2, ge=0, lt=1)
@@ -72,13 +76,13 @@ class Recipe(BaseModel):
 
     def test_transform(self) -> transforms.Transform:
         """The deterministic transform of the protocol."""
-        if self.protocol == "resize":
+        if self.protocol != "crop":
             return transforms.Resize(self.image_size)
         return transforms.ResizeCenterCrop(self._uncropped(), self.image_size, keep_aspect=True)
 
     def train_transform(self) -> transforms.Transform:
         """The random transform of the protocol: crop or shift, flip, light."""
-        if self.protocol == "crop":
+        if self.protocol != "resize":
             first = [transforms.ResizeRandomCrop(self._uncropped(), self.image_size)]
         else:
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
@@ -135,12 +139,14 @@ def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) 
 def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = True) -> tuple[LocalizationModel, Path]:
     """Return the model trained by `recipe` on `splits.train`, at its last epoch, and the folder of its checkpoints.
 
-    Trains once per run folder: the artefact is found again by the hash of the recipe, the data and the code.
+    Trains once per run folder: the artefact is found again by the hash of the recipe, the data, the code and
+    the weights that it starts from.
     name: how the artefact is called in the run folder. Selection (`best`) uses validation images only.
     """
     classes = len(splits.train.class_names)
     inputs = {
         "recipe": recipe.model_dump(),
+        "weights": recipe.weights_hash(),
         "data": [splits.train.name, splits.train.root.name, *(fingerprint(part.image_ids) for part in splits)],
     }
 
@@ -156,11 +162,12 @@ def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = Tr
         )
 
         def validate(trained: LocalizationModel) -> dict[str, float]:
-            return evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True).summary()
+            found = evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True)
+            return found.summary() | trained.scalars()
 
         training.train(recipe.build(classes), loader, recipe.training, folder, validate, progress)
 
-    folder = run.cached(name, inputs, [*CODE, METHODS[recipe.method][1]], build)
+    folder = run.cached(name, inputs, [*CODE, *METHODS[recipe.method][1]], build)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
     model = training.load_checkpoint(empty, folder, "last")
@@ -172,13 +179,12 @@ def history(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "history.csv")
 
 
-def baseline_settings(run: Run, **overrides: Any) -> dict[str, Any]:
-    """Return the parameters of notebook 03 that its run in this run folder used, or else its defaults.
+def used_settings(run: Run, notebook: str, **overrides: Any) -> dict[str, Any]:
+    """Return the parameters of a notebook that its run in this run folder used, or else its defaults.
 
-    So that a notebook which shows the trained baselines names the same recipe, and finds the same artefacts. The
+    So that a notebook which shows another one's trained models names the same recipe, and finds the same artefacts. The
     overrides (data set, folder, seed) must agree with what was run; if they do not, the defaults with them are used.
     """
-    notebook = "03_cam_and_tscam"
     defaults = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()} | overrides
     try:
         used = json.loads((run.folder / "metrics" / f"{notebook}.json").read_text())["provenance"]["parameters"]
@@ -187,17 +193,20 @@ def baseline_settings(run: Run, **overrides: Any) -> dict[str, Any]:
     return used if all(used.get(name) == value for name, value in overrides.items()) else defaults
 
 
+def _splits(p: dict[str, Any]) -> Splits:
+    dials = {}
+    if p["dataset"] == "aviary":
+        dials = {name: p[name] for name in ("classes", "body_cue", "context_correlation")}
+        dials |= {split: p[f"{split}_images"] for split in aviary.SPLITS}
+    return load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
+
+
 def baselines(settings: dict[str, Any], seed: int | None = None) -> tuple[Splits, dict[str, Recipe]]:
     """Return the splits and the recipes (`cam`, `tscam`) that the parameters of notebook 03 describe.
 
     seed: of the training; default the first of `settings["seeds"]`.
     """
     p = settings
-    dials = {}
-    if p["dataset"] == "aviary":
-        dials = {name: p[name] for name in ("classes", "body_cue", "context_correlation")}
-        dials |= {split: p[f"{split}_images"] for split in aviary.SPLITS}
-    splits = load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
     names = ("pretrained", "image_size", "output_stride", "protocol", "batch_size", "shift", "num_workers")
     shared = {name: p[name] for name in names}
     loop = {name: p[name] for name in ("weight_decay", "precision", "device")}
@@ -205,7 +214,30 @@ def baselines(settings: dict[str, Any], seed: int | None = None) -> tuple[Splits
     cam_loop = TrainingConfig(epochs=p["cam_epochs"], lr=p["cam_lr"], **loop)
     tscam_loop = TrainingConfig(epochs=p["tscam_epochs"], lr=p["tscam_lr"], head_lr=p["tscam_head_lr"], **loop)
     options = {"padding": p["padding"]}
-    return splits, {
+    return _splits(p), {
         "cam": Recipe(method="cam", backbone=p["cnn"], training=cam_loop, **shared),
         "tscam": Recipe(method="tscam", backbone=p["transformer"], training=tscam_loop, options=options, **shared),
+    }
+
+
+def calibrated(settings: dict[str, Any], seed: int | None = None, **changes: Any) -> tuple[Splits, dict[str, Recipe]]:
+    """Return the splits and the recipes (`tscam`, `scm`) that the parameters of notebook 11 describe: one start, one
+    order of images, with and without the calibration module.
+
+    seed: of the training; default the first of `settings["seeds"]`. changes: of the preset's `SCMConfig`.
+    Raises ParameterError for an unknown preset.
+    """
+    p = settings
+    if p["preset"] not in ("paper", "released"):
+        raise ParameterError(f"unknown preset {p['preset']!r}", "use paper or released")
+    config = getattr(scm.SCMConfig, p["preset"])(**changes)
+    names = ("backbone", "pretrained", "image_size", "protocol", "batch_size", "shift", "num_workers")
+    shared = {name: p[name] for name in names}
+    loop = {name: p[name] for name in ("epochs", "lr", "head_lr", "schedule", "weight_decay", "precision", "device")}
+    loop |= {"seed": p["seeds"][0] if seed is None else seed, "betas": tuple(p["betas"]), "select": "gt_known"}
+    shared |= {"training": TrainingConfig(**loop)}
+    options = {"padding": p["padding"], "head_init": p["head_init"]}
+    return _splits(p), {
+        "tscam": Recipe(method="tscam", options=options, **shared),
+        "scm": Recipe(method="scm", options={**options, "config": config.model_dump()}, **shared),
     }

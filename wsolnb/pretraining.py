@@ -488,8 +488,8 @@ class PretrainingConfig(BaseModel):
         return SelfDistilled(backbone, self.distillation, steps, self.training.seed, self.vary)
 
 
-SCENES = CreatureConfig(scenes=8000, frames=2)
-PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4})
+SCENES = CreatureConfig(scenes=8000, frames=2, ends=0.8)
+PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4, "ends": 0.0})
 """Scenes in which creatures are easier to see: without labels, what cannot be seen cannot be learnt."""
 
 RECIPES: dict[str, PretrainingConfig] = {
@@ -497,6 +497,7 @@ RECIPES: dict[str, PretrainingConfig] = {
         recipe="supervised",
         backbone="vit_mini",
         scenes=SCENES,
+        weights={**dict.fromkeys(TERMS, 1.0), "colour": 3.0},
         training=TrainingConfig(epochs=32, lr=2e-3),
     ),
     "vit_mini_dino": PretrainingConfig(
@@ -526,6 +527,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "places": ("vit_mini", {"weights": {"place": 0.0}}),
     "varied layers and heads": ("vit_mini", {"vary": False}),
     "camouflage": ("vit_mini", {"scenes": {"camouflage": 0.0}}),
+    "sashes at ends and on limbs": ("vit_mini", {"scenes": {"ends": 0.0}}),
     "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
     "nothing (self-distilled)": ("vit_mini_dino", {}),
     "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}}),

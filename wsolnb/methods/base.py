@@ -31,6 +31,10 @@ class LocalizationModel(nn.Module, ABC):
     def head(self) -> nn.Module:
         """The layers that start from random weights and are trained at the head's learning rate."""
 
+    def scalars(self) -> dict[str, float]:
+        """Return learnable numbers by name that the history of a training keeps next to the scores; here none."""
+        return {}
+
 
 def pick(class_maps: Tensor, classes: Tensor) -> Tensor:
     """Return (B, h, w): of each image's (C, h, w) maps the one of its class in `classes` (B,).

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -21,7 +20,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 
 DENSE_ABOVE = 8
-"""Most Newton-Schulz steps that are done as stencil products; 2**p of them take longer than p products of matrices."""
+"""Most Newton-Schulz steps that are done as stencil products; 2**p of them take longer than p squares of matrices."""
 
 EPS = 1e-6
 
@@ -64,22 +63,60 @@ def laplacian(tokens: Tensor, lam: Tensor | float) -> Laplacian:
     """Return L = (D - A) * (lam E - 1) of (B, Q, h, w) tokens (eq. 3 and 4), element by element.
 
     D, A: degrees and adjacency of the grid's four-neighbourhood. E: cosine similarity of two patches' tokens; that of a
-    zero token (no element above 1e-30) is 0, to itself too. At lam = 1 the diagonal of nonzero tokens is 0.
+    zero token (no element above 1e-30) is 0, to itself too, and so is its derivative. At lam = 1 the diagonal of
+    nonzero tokens is 0.
     """
-    # To magnitude 1 first: behind a few blocks tokens are so small that their squares vanish.
-    largest = tokens.detach().abs().amax(dim=1, keepdim=True)
-    unit = F.normalize(tokens / torch.where(largest > 1e-30, largest, 1), dim=1, eps=EPS)
     rows, columns = tokens.shape[2:]
     degree = tokens.new_zeros(rows, columns)
     degree[1:] += 1
     degree[:-1] += 1
     degree[:, 1:] += 1
     degree[:, :-1] += 1
-    itself = (unit.detach() * unit.detach()).sum(dim=1)  # 1, or 0 for a zero token: its derivative is 0
-    right = (unit[..., :, :-1] * unit[..., :, 1:]).sum(dim=1)
-    down = (unit[..., :-1, :] * unit[..., 1:, :]).sum(dim=1)
+    itself, right, down = _Similarity.apply(tokens)
     # Off the diagonal D - A is -1.
     return Laplacian(degree * (lam * itself - 1), 1 - lam * right, 1 - lam * down)
+
+
+class _Similarity(torch.autograd.Function):
+    """Cosine similarity (eq. 3) of each token to itself, to its right and to its lower neighbour.
+
+    With unit vectors u and similarities E_ij = u_i u_j, whose derivatives come in as g_ij, that of a token t_i is
+    sum_j g_ij (u_j - E_ij u_i) / |t_i|: one pass over the tokens per neighbour.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # To magnitude 1 first: behind a few blocks tokens are so small that their squares vanish.
+        largest = torch.maximum(tokens.amax(dim=1, keepdim=True), -tokens.amin(dim=1, keepdim=True))
+        nonzero = largest > 1e-30
+        unit = tokens / torch.where(nonzero, largest, 1)
+        length = (unit * unit).sum(dim=1, keepdim=True).sqrt()
+        unit = unit.mul_(nonzero / torch.where(nonzero, length, 1))
+        right = (unit[..., :, :-1] * unit[..., :, 1:]).sum(dim=1)
+        down = (unit[..., :-1, :] * unit[..., 1:, :]).sum(dim=1)
+        ctx.save_for_backward(unit, nonzero / torch.where(nonzero, largest * length, 1), right, down)
+        itself = nonzero[:, 0].to(tokens.dtype)  # its derivative is 0
+        ctx.mark_non_differentiable(itself)
+        return itself, right, down
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _itself: Tensor, by_right: Tensor, by_down: Tensor) -> Tensor:
+        unit, inverse_length, right, down = ctx.saved_tensors
+        own = torch.zeros_like(inverse_length[:, 0])
+        for ahead, behind, weighted in (
+            (own[..., :, :-1], own[..., :, 1:], by_right * right),
+            (own[..., :-1, :], own[..., 1:, :], by_down * down),
+        ):
+            ahead -= weighted
+            behind -= weighted
+        by = unit * own[:, None]
+        by_right, by_down = by_right[:, None], by_down[:, None]
+        by[..., :, :-1].addcmul_(by_right, unit[..., :, 1:])
+        by[..., :, 1:].addcmul_(by_right, unit[..., :, :-1])
+        by[..., :-1, :].addcmul_(by_down, unit[..., 1:, :])
+        by[..., 1:, :].addcmul_(by_down, unit[..., :-1, :])
+        return by.mul_(inverse_length)
 
 
 class _Stencil(torch.autograd.Function):
@@ -135,7 +172,7 @@ class _Stencil(torch.autograd.Function):
 
 
 def newton_schulz(matrix: Tensor, steps: int, alpha: float, constant_start: bool = False) -> Tensor:
-    """Return X_p of eq. 6 for (B, N, N) matrices, as the paper writes it.
+    """Return X_p of eq. 6 for (B, N, N) matrices, as the paper writes it: what `diffuse` is compared with.
 
     steps: p. constant_start: hold X_0 = alpha L^T constant when differentiating, as the released code does.
     """
@@ -159,7 +196,7 @@ def diffuse(
 
     attention: F (B, h, w). tokens: what the similarity is taken of, the semantic map S (B, C, h, w). lam: intensity of
     the semantics; less diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1 pairs of
-    stencil products, above as dense matrices. alpha: of X_0 = alpha L^T. constant_start: as in `newton_schulz`.
+    stencil products, above by squares of matrices. alpha: of X_0 = alpha L^T. constant_start: as in `newton_schulz`.
 
     Computed in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do
     not fit.
@@ -176,8 +213,8 @@ def diffuse(
         attention, tokens = attention.to(kind), tokens.to(kind)
         matrix = laplacian(tokens, lam)
         if steps > DENSE_ABOVE:
-            inverse = newton_schulz(matrix.dense(), steps, alpha, constant_start)
-            return (inverse @ attention.flatten(1)[..., None]).view_as(attention)
+            values = attention.flatten(1)[..., None]
+            return _squares(matrix.dense(), values, steps, alpha, constant_start).view_as(attention)
         return _Stencil.apply(*matrix, attention, steps, alpha, constant_start)
 
 
@@ -195,6 +232,22 @@ def min_max(x: Tensor) -> Tensor:
     """Scale each map (B, h, w) to [0, 1]; a constant one becomes 0."""
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=EPS)
+
+
+def _squares(matrix: Tensor, x: Tensor, steps: int, alpha: float, constant_start: bool) -> Tensor:
+    """Return X_p x for (B, N, N) matrices and (B, N, 1) values, by p - 1 products of matrices.
+
+    With R = I - L X_0 the sum in `_Stencil` is the product of I + R^(2^i) over i < p.
+    """
+    start = alpha * matrix.mT
+    if constant_start:
+        start = start.detach()
+    power = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - matrix @ start
+    for step in range(steps):
+        x = x + power @ x
+        if step + 1 < steps:
+            power = power @ power
+    return start @ x
 
 
 class SCMConfig(BaseModel):
@@ -315,6 +368,11 @@ class SCM(TSCAM):
     def head(self) -> nn.Module:
         """The convolution that makes the semantic map, and the blocks' lambda and beta."""
         return nn.ModuleList([self.semantic, self.calibration])
+
+    def scalars(self) -> dict[str, float]:
+        """Return lambda and beta of each block, counted from 1."""
+        blocks = list(enumerate(self.calibration.blocks, 1))
+        return {f"{name}_{i}": float(value) for i, b in blocks for name, value in (("lambda", b.lam), ("beta", b.beta))}
 
     def forward(self, images: Tensor) -> TSCAMOutput:
         """Classify (B, 3, H, W) normalised images."""
