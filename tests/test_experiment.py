@@ -1,5 +1,7 @@
 import json
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -107,6 +109,21 @@ def test_unknown_method_and_missing_data_are_named():
         experiment.load_splits("pets")
     with pytest.raises(ParameterError, match="did you mean 'body_cue'"):
         experiment.load_splits("aviary", body_que=1.0)
+
+
+def test_splits_of_the_published_lists(tmp_path):
+    for split in ("train-weaksup", "train-fullsup", "test"):
+        folder = tmp_path / "metadata" / split
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / f"{split}.png"), np.zeros((8, 8, 3), np.uint8))
+        (folder / "image_ids.txt").write_text(f"{split}.png\n")
+        (folder / "class_labels.txt").write_text(f"{split}.png,0\n")
+    splits = experiment.load_splits("metadata", str(tmp_path))
+    assert [part.image_ids[0] for part in splits] == ["train-weaksup.png", "train-fullsup.png", "test.png"]
+    with pytest.raises(DataError, match="no folder given for the data set 'metadata'"):
+        experiment.load_splits("metadata")
+    with pytest.raises(ParameterError, match="did you mean 'metadata'"):
+        experiment.load_splits("metadat", str(tmp_path))
 
 
 def test_used_settings_are_those_of_the_run_if_it_agrees(tmp_path):

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.resnet import BasicBlock, ResNet
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from wsolnb import weights
+from wsolnb.conformer import UNUSED, Conformer
 from wsolnb.errors import ParameterError, WeightsError, nearest
 
 TRANSFORMERS = {
@@ -37,7 +38,10 @@ MINI = ("vit_mini", "vit_mini_dino", "vit_mini_plain", "resnet_mini")
 (`wsolnb.weights`). `vit_mini_dino` is `vit_mini` with self-distilled weights; `vit_mini_plain` is an ordinary small
 vision transformer, in which every token attends to every other, to be trained from scratch."""
 
-BACKBONES = (*TRANSFORMERS, *RESNETS, *MINI)
+CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 12, 6)}
+"""First stage's channels, token width, depth and heads."""
+
+BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *MINI)
 
 
 class Tokens(NamedTuple):
@@ -167,7 +171,26 @@ class TransformerBackbone(nn.Module):
                 f"{tuple(images.shape)}",
                 f"resize the images or build the backbone with image_size={images.shape[-1]}",
             )
+        return self._tokens(images)
+
+    def _tokens(self, images: Tensor) -> Tokens:
         return forward_tapped(self.vit, images, self.masks)
+
+
+class ConformerBackbone(TransformerBackbone):
+    """Conformer: patch and class tokens of its transformer branch. Attributes as of `TransformerBackbone`."""
+
+    def __init__(self, conformer: Conformer, name: str, image_size: int):
+        nn.Module.__init__(self)
+        self.vit, self.mixing = conformer, None
+        self.name, self.image_size, self.patch_size = name, image_size, 16
+        self.dim, self.depth, self.heads = conformer.embed_dim, conformer.depth, conformer.heads
+        self.grid = (image_size // 16, image_size // 16)
+        self._mask_names = []
+
+    def _tokens(self, images: Tensor) -> Tokens:
+        x, rows = self.vit(images, _run_block)
+        return Tokens(x[:, 1:], x[:, 0], torch.stack(rows, dim=1)[..., 1:])
 
 
 def forward_tapped(vit: VisionTransformer, images: Tensor, masks: Sequence[Tensor | None] = ()) -> Tokens:
@@ -181,14 +204,18 @@ def forward_tapped(vit: VisionTransformer, images: Tensor, masks: Sequence[Tenso
     x = vit.norm_pre(vit.patch_drop(x))
     rows = []
     for block, mask in zip(vit.blocks, masks or [None] * len(vit.blocks), strict=True):
-        mixed, row = _attend(block.attn, block.norm1(x), mask)
+        x, row = _run_block(block, x, mask)
         rows.append(row)
-        x = x + block.drop_path1(block.ls1(mixed))
-        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     x = vit.norm(x)
     first_patch = vit.num_prefix_tokens
     attention = torch.stack(rows, dim=1)[..., first_patch:]
     return Tokens(x[:, first_patch:], x[:, 0], attention)
+
+
+def _run_block(block: Block, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    mixed, row = _attend(block.attn, block.norm1(x), mask)
+    x = x + block.drop_path1(block.ls1(mixed))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), row
 
 
 def _attend(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,14 +245,14 @@ def _check_tappable(vit: nn.Module, name: str) -> None:
     if not getattr(vit, "has_class_token", False):
         raise ParameterError(
             f"backbone {name!r} has no class token, so there is no class-token attention to read",
-            f"use one of {', '.join([*TRANSFORMERS, 'vit_mini'])}",
+            f"use one of {', '.join([*TRANSFORMERS, *CONFORMERS, 'vit_mini'])}",
         )
     for block in vit.blocks:
         attention = getattr(block, "attn", None)
         if type(attention) is not Attention or attention.gate is not None or not hasattr(block, "ls1"):
             raise ParameterError(
                 f"backbone {name!r} has blocks that the attention tap does not know ({type(attention).__name__})",
-                f"use one of {', '.join([*TRANSFORMERS, 'vit_mini'])}",
+                f"use one of {', '.join([*TRANSFORMERS, *CONFORMERS, 'vit_mini'])}",
             )
 
 
@@ -292,6 +319,18 @@ def create_backbone(
             for block in model.blocks:
                 block.attn.q_norm = block.attn.k_norm = BoundedNorm(mixing.bound, block.attn.head_dim)
         backbone = TransformerBackbone(model, name, size, 8, mixing)
+    elif name in CONFORMERS:
+        if pretrained:
+            raise WeightsError(
+                f"no library holds the weights of {name!r}",
+                "download Conformer_small_patch16.pth or _tiny_ from the links of https://github.com/pengzhiliang/"
+                "Conformer and give its path as the checkpoint",
+            )
+        size = image_size or 224
+        if size % 16:
+            raise ParameterError(f"{name} cannot take images of side {size}", "use a multiple of 16")
+        model = Conformer(*CONFORMERS[name], drop_path=drop_path)
+        backbone = ConformerBackbone(model, name, size)
     else:
         size = image_size or 224
         model = _timm_model(TRANSFORMERS[name], pretrained, num_classes=0, img_size=size, drop_path_rate=drop_path)
@@ -361,7 +400,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"first: {name!r} ({told})",
             "build the backbone with the name and image size that the weights were made for",
         )
-    extra = [name for name in state if name not in own and not name.startswith(("head", "fc.", "classifier"))]
+    extra = [name for name in state if name not in own and not name.startswith(("head", "fc.", "classifier", *UNUSED))]
     if extra:
         raise WeightsError(
             f"{path} holds {len(extra)} tensors that the model lacks; first: {extra[0]!r}",

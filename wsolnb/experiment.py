@@ -6,6 +6,7 @@ Notebooks that name the same recipe share one trained artefact; `Run.cached` say
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsolnb import backbones, data, errors, evaluation, maps, metrics, training, weights
+from wsolnb import backbones, conformer, data, errors, evaluation, maps, metrics, training, weights
 from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
 from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
@@ -26,7 +27,7 @@ from wsolnb.params import notebook_parameters
 from wsolnb.runs import Run, fingerprint, resolve
 from wsolnb.training import TrainingConfig
 
-CODE = (backbones, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
+CODE = (backbones, conformer, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
 """What every trained artefact depends on, next to the module of its method."""
 
 METHODS: dict[str, tuple[Callable[..., LocalizationModel], tuple[ModuleType, ...]]] = {
@@ -123,8 +124,9 @@ def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) 
     """Open train, validation and test images of a data set.
 
     dataset: `aviary` (rendered into the cache when it is not there; `dials` are its parameters) or a reader's name.
-    data_root: folder of a data set on disk, relative to the repository. seed: of the rendering or of the held-out
-    validation images.
+    data_root: folder of a data set on disk, relative to the repository; of `metadata` (ILSVRC, OpenImages) it holds the
+    images and, in `metadata/`, the lists, whose splits may be called `train-weaksup` and `train-fullsup`.
+    seed: of the rendering or of the held-out validation images.
 
     Raises DataError and ParameterError as the readers do.
     """
@@ -133,7 +135,14 @@ def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) 
         config = aviary.AviaryConfig(seed=seed, **dials)
         return Splits(*(aviary.load(config, name, resolve("outputs/cache")) for name in names))
     root = resolve(data_root) if data_root else None
-    return Splits(*(open_dataset(dataset, root, name, seed=seed) for name in names))
+    if dataset == "metadata" and root:
+        lists = root / "metadata"
+        published = {"train": "train-weaksup", "val": "train-fullsup"}
+        folders = [n if (lists / n).is_dir() else published.get(n, n) for n in names]
+        return Splits(*(open_dataset(dataset, root, name, metadata_root=lists) for name in folders))
+    known = data.DATASETS.get(dataset)  # what is unknown, `open_dataset` names
+    options = {"seed": seed} if known and "seed" in inspect.signature(known).parameters else {}
+    return Splits(*(open_dataset(dataset, root, name, **options) for name in names))
 
 
 def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = True) -> tuple[LocalizationModel, Path]:

@@ -372,7 +372,11 @@ class SCM(TSCAM):
     def scalars(self) -> dict[str, float]:
         """Return lambda and beta of each block, counted from 1."""
         blocks = list(enumerate(self.calibration.blocks, 1))
-        return {f"{name}_{i}": float(value) for i, b in blocks for name, value in (("lambda", b.lam), ("beta", b.beta))}
+        return {
+            f"{name}_{i}": float(value.detach())
+            for i, b in blocks
+            for name, value in (("lambda", b.lam), ("beta", b.beta))
+        }
 
     def forward(self, images: Tensor) -> TSCAMOutput:
         """Classify (B, 3, H, W) normalised images."""

@@ -45,8 +45,10 @@ class TSCAM(LocalizationModel):
         super().__init__()
         if not isinstance(backbone, TransformerBackbone):
             raise ParameterError(
-                f"TS-CAM needs a transformer with a class token, got {type(backbone).__name__}",
-                "use a transformer backbone such as vit_mini or deit_small",
+                "TS-CAM and SCM need a transformer with a class token, whose attention to the patches is their map; "
+                f"got {type(backbone).__name__}",
+                "use vit_mini, deit_small or conformer_small; a ResNet has no such token, and neither has Swin (SCM's "
+                "Discussion)",
             )
         self.backbone = backbone
         self.semantic = nn.Conv2d(backbone.dim, num_classes, kernel_size=3, padding=1, padding_mode=padding)
