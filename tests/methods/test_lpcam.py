@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+
+from wsolnb.errors import MapError, ParameterError
+from wsolnb.methods import lpcam as module
+from wsolnb.methods.lpcam import LPCAMConfig, cluster_local_features, lpcam, select_prototypes, split_local_features
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+
+
+def test_pixels_are_split_as_equation_2_says():
+    torch.manual_seed(0)
+    features, cam = torch.randn(4, 3, 5), torch.rand(3, 5)
+    cam[0, 0], cam[2, 4] = 2.0, 0.6  # the maximum; and exactly tau times it
+    foreground, context = split_local_features(features, cam, tau=0.3)
+    expected = {True: [], False: []}
+    for y in range(3):
+        for x in range(5):
+            share = float(cam[y, x]) / 2.0
+            if abs(share - 0.3) > 1e-6:
+                expected[share > 0.3].append(features[:, y, x])
+    assert torch.equal(foreground, torch.stack(expected[True]))
+    assert torch.equal(context, torch.stack(expected[False]))
+    assert len(foreground) + len(context) == 14
+    nothing, everything = split_local_features(features, torch.zeros(3, 5), 0.1)
+    assert (len(nothing), len(everything)) == (0, 15)
+    with pytest.raises(MapError, match="NaN"):
+        split_local_features(features, torch.full((3, 5), torch.nan), 0.1)
+    with pytest.raises(MapError, match=r"\(4, 3, 5\) and CAM \(5, 3\)"):
+        split_local_features(features, cam.T, 0.1)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_k_means_is_a_fixed_point_of_its_two_steps(metric):
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(3, 6))
+    features = np.concatenate([(d + 0.1 * rng.normal(size=(40, 6))) * rng.uniform(0.5, 3, (40, 1)) for d in directions])
+    config = LPCAMConfig(clusters=3, metric=metric)
+    centres = cluster_local_features(torch.from_numpy(features), config).tolist()
+    members = {k: [] for k in range(3)}
+    for f in features.tolist():
+        if metric == "cosine":
+            best = max(range(3), key=lambda k: cosine(f, centres[k]))
+        else:
+            best = min(range(3), key=lambda k: sum((a - b) ** 2 for a, b in zip(f, centres[k], strict=True)))
+        members[best].append(f)
+    for k in range(3):
+        np.testing.assert_allclose(centres[k], np.mean(members[k], axis=0), atol=1e-9)  # of *raw* features
+    if metric == "cosine":  # the three directions are found, whatever the lengths
+        found = [max(range(3), key=lambda k: cosine(c, directions[k].tolist())) for c in centres]
+        assert sorted(found) == [0, 1, 2]
+        assert sorted(len(m) for m in members.values()) == [40, 40, 40]
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "minibatch", "hierarchical"])
+def test_every_algorithm_finds_separate_groups(algorithm):
+    rng = np.random.default_rng(1)
+    groups = np.repeat(np.eye(4) * 5, 25, axis=0) + 0.05 * rng.normal(size=(100, 4))
+    centres = cluster_local_features(torch.from_numpy(groups).float(), LPCAMConfig(clusters=4, algorithm=algorithm))
+    assert centres.dtype == torch.float32
+    assert sorted(centres.argmax(dim=1).tolist()) == [0, 1, 2, 3]
+
+
+def test_few_equal_and_no_features():
+    config = LPCAMConfig(clusters=4)
+    assert cluster_local_features(torch.zeros(0, 3), config).shape == (0, 3)
+    assert len(cluster_local_features(torch.randn(2, 3), config)) == 2
+    same = cluster_local_features(torch.ones(50, 3), config)  # clusters run empty
+    assert same.isfinite().all()
+    assert torch.allclose(same, torch.ones(len(same), 3))
+    zeros = cluster_local_features(torch.zeros(50, 3), config)
+    assert zeros.isfinite().all()
+
+
+def test_selection_by_loops():
+    torch.manual_seed(0)
+    centres, weight = 3 * torch.randn(30, 5), torch.randn(4, 5)
+    config = LPCAMConfig(mu_f=0.8, mu_b=0.5, mu_b_least=0.05)
+    kept, context = [], []
+    for centre in centres.tolist():
+        logits = [sum(c * w for c, w in zip(centre, row, strict=True)) for row in weight.tolist()]
+        score = np.exp(logits[2]) / sum(np.exp(logits))
+        if score > 0.8:
+            kept.append(centre)
+        if 0.05 < score < 0.5:
+            context.append(centre)
+    assert 0 < len(kept) < 30
+    assert 0 < len(context) < 30
+    np.testing.assert_allclose(select_prototypes(centres, weight, 2, config), kept, rtol=1e-6)
+    np.testing.assert_allclose(select_prototypes(centres, weight, 2, config, context=True), context, rtol=1e-6)
+    one = module.centre_scores(centres[:1], weight, 2, "sigmoid")
+    assert float(one) == pytest.approx(1 / (1 + np.exp(-float(centres[0] @ weight[2]))), rel=1e-5)
+
+
+def test_no_prototype_left():
+    centres, weight = torch.tensor([[0.1, 0.0], [0.2, 0.0]]), torch.eye(2)
+    best = select_prototypes(centres, weight, 0, LPCAMConfig.paper())
+    assert torch.equal(best, centres[1:])
+    with pytest.raises(ParameterError, match=r"class 0 scores above 0.9; the best has 0.550"):
+        select_prototypes(centres, weight, 0, LPCAMConfig.released())
+    with pytest.raises(ParameterError, match="class 1 has no local features"):
+        select_prototypes(centres[:0], weight, 1, LPCAMConfig.paper())
+    assert len(select_prototypes(centres[:0], weight, 1, LPCAMConfig.paper(), context=True)) == 0
+
+
+def test_maps_equal_prototype_by_prototype_similarity():
+    torch.manual_seed(0)
+    features = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    classes, contexts = torch.randn(6, 16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+    for context in (None, contexts):
+        expected = torch.zeros(2, 5, 7, dtype=torch.float64)
+        for image in range(2):
+            for y in range(5):
+                for x in range(7):
+                    local = features[image, :, y, x].tolist()
+                    value = np.mean([cosine(local, p) for p in classes.tolist()])
+                    if context is not None:
+                        value -= np.mean([cosine(local, p) for p in context.tolist()])
+                    expected[image, y, x] = max(0.0, value)
+            expected[image] /= expected[image].max()
+        torch.testing.assert_close(lpcam(features, classes, context), expected, atol=1e-10, rtol=1e-8)
+    each = module.similarity_maps(features, classes)
+    assert float(each[1, 3, 2, 4]) == pytest.approx(cosine(features[1, :, 2, 4].tolist(), classes[3].tolist()))
+
+
+def test_maps_of_nothing():
+    features, prototype = torch.zeros(1, 3, 2, 2), torch.ones(1, 3)
+    assert lpcam(features, prototype).abs().max() == 0
+    assert lpcam(-torch.ones(1, 3, 2, 2), prototype).abs().max() == 0
+    assert torch.equal(lpcam(torch.ones(1, 3, 2, 2), prototype, prototype[:0]), torch.ones(1, 2, 2))
+    with pytest.raises(ParameterError, match="no class prototype"):
+        lpcam(features, prototype[:0])
+    with pytest.raises(ParameterError, match=r"\(1, 3, 2, 2\) and prototypes \(1, 4\)"):
+        lpcam(features, torch.ones(1, 4))
+
+
+def test_presets():
+    assert (LPCAMConfig.paper().clusters, LPCAMConfig.paper("coco").clusters) == (12, 20)
+    assert (LPCAMConfig.released().mu_b_least, LPCAMConfig.released("coco").mu_b) == (0.05, 0.5)
+    assert LPCAMConfig.released(none_left="best").none_left == "best"
