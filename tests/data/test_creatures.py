@@ -71,6 +71,22 @@ def test_the_sash_has_the_colours_of_the_truth():
     assert (without.parts == LIMB).sum() == (with_sash.parts == LIMB).sum()
 
 
+def test_a_sash_moves_to_an_end_or_a_limb_and_nothing_else_changes():
+    plain = CreatureConfig(scenes=30, frames=1)
+    moved, kept, sizes = plain.model_copy(update={"ends": 1.0}), 0, []
+    for index in range(30):
+        before, after = creatures.render(plain, index), creatures.render(moved, index)
+        np.testing.assert_array_equal(before.textures, after.textures)
+        np.testing.assert_array_equal(before.colours, after.colours)
+        kept += np.array_equal(before.parts == SASH, after.parts == SASH)
+        if (before.textures >= 0).sum() == 1 and (after.parts == SASH).any():
+            middle, sash = (np.argwhere(region).mean(axis=0) for region in (after.owner > 0, after.parts == SASH))
+            old = np.argwhere(before.parts == SASH).mean(axis=0)
+            sizes.append(np.linalg.norm(sash - middle) - np.linalg.norm(old - middle))
+    assert kept == 0
+    assert np.mean(np.array(sizes) > 0) > 0.8  # farther from the creature's centre than across its middle
+
+
 def test_camouflage_brings_the_background_near_the_creature():
     def contrast(camouflage):
         config = CONFIG.model_copy(update={"camouflage": camouflage})
