@@ -189,7 +189,7 @@ def row_sums(owner):
 def test_supervised_recipe_learns_a_batch(scenes, name):
     torch.manual_seed(0)
     options = {"output_stride": 8} if name == "resnet_mini" else {}
-    model = SupervisedPretext(create_backbone(name, **options), RECIPES["vit_mini"].weights)
+    model = SupervisedPretext(create_backbone(name, **options), RECIPES["resnet_mini"].weights)
     batch = next(iter(SceneLoader(scenes, 8, seed=0, truth=True)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     before = {term: value.item() for term, value in model.losses(batch).items()}
@@ -200,7 +200,7 @@ def test_supervised_recipe_learns_a_batch(scenes, name):
     after = {term: value.item() for term, value in model.losses(batch).items()}
     assert all(after[term] < before[term] for term in before), (before, after)
     model.eval()  # in training, layers and heads count by random weights
-    total = sum(RECIPES["vit_mini"].weights[term] * value.item() for term, value in model.losses(batch).items())
+    total = sum(RECIPES["resnet_mini"].weights[term] * value.item() for term, value in model.losses(batch).items())
     assert model(batch).item() == pytest.approx(total, rel=1e-5)
 
 
