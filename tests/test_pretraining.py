@@ -411,7 +411,7 @@ def test_file_card_and_code_agree(name):
 
 @pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino"])
 def test_the_cards_scores_are_the_recorded_ones(name):
-    # The recorded table is what notebook 04 measures on the shipped files; tests/test_reference.py measures it again.
+    # The recorded table is what notebook 04 measures on the shipped files; tests/notebooks measure it again.
     reference = Path(__file__).parents[1] / "outputs" / "reference"
     table = pd.read_csv(reference / "04_pretraining.csv")
     rows = table[(table.backbone == name) & ~table.tuned].set_index("split")

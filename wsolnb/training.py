@@ -166,7 +166,10 @@ def train(
     state_file = folder / "state.pt"
     if state_file.exists():
         history = _resume(state_file, plain, optimizer, schedule)
-    bar = tqdm(total=steps, initial=len(history) * len(loader), disable=not progress, unit="step", leave=False)
+    # Once a second: every refresh is a message of the kernel, and a client that reads none while a cell runs (nbval)
+    # loses what its queue cannot hold, the word that the cell is done among it.
+    done = len(history) * len(loader)
+    bar = tqdm(total=steps, initial=done, disable=not progress, unit="step", leave=False, mininterval=1.0)
     for epoch in range(len(history), config.epochs):
         # Accelerate's copy of a loader counts epochs by itself, from zero also when a training is resumed.
         for order in (loader, batches):
