@@ -136,3 +136,17 @@ def test_used_settings_are_those_of_the_run_if_it_agrees(tmp_path):
     path.write_text(json.dumps({"provenance": {"parameters": used}}))
     assert experiment.used_settings(run, name, dataset="aviary", seed=0)["cam_epochs"] == 99
     assert experiment.used_settings(run, name, dataset="aviary", seed=1)["cam_epochs"] == defaults["cam_epochs"]
+
+
+def test_only_the_first_layers_are_tuned_when_asked(root):
+    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+    recipe = small("tscam", tuned_layers=2)
+    start = {name: value.clone() for name, value in recipe.build(4).state_dict().items()}
+    model, _ = experiment.fit(runs.start("x", {"seed": 0}), "tscam", recipe, splits, progress=False)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, start[name])}
+    assert any(name.startswith("backbone.vit.blocks.1.") for name in moved)
+    assert any(name.startswith("backbone.vit.patch_embed.") for name in moved)
+    assert not any(name.startswith(("backbone.vit.blocks.2.", "backbone.vit.blocks.3.")) for name in moved)
+    for wrong in (small("tscam", tuned_layers=5), small("cam", tuned_layers=2)):
+        with pytest.raises(ParameterError, match="tuned_layers"):
+            wrong.build(4)

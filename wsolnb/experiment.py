@@ -55,6 +55,9 @@ class Recipe(BaseModel):
     crop of the image resized to 8/7 of the side, at test the whole image: SCM and TS-CAM) or `crop` (the same training;
     at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
     shift: largest random shift in pixels, brightness: half-width of the random factor on the light; both in training.
+    tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
+        normalisation and head; the others stay as they start. None = all. What is new in a data set's pixels is learnt by
+        the first layers, and the last ones keep mixing patches as pretraining taught them.
     options: of the method's model.
     training: the loop's hyperparameters.
     """
@@ -72,6 +75,7 @@ class Recipe(BaseModel):
     shift: int = Field(8, ge=0)
     brightness: float = Field(0.2, ge=0, lt=1)
     num_workers: int = Field(0, ge=0)
+    tuned_layers: int | None = Field(None, ge=0)
     options: dict[str, Any] = {}
     training: TrainingConfig
 
@@ -117,6 +121,13 @@ class Recipe(BaseModel):
             image_size=self.image_size,
             output_stride=self.output_stride,
         )
+        if self.tuned_layers is not None:
+            if type(backbone) is not backbones.TransformerBackbone or self.tuned_layers > backbone.depth:
+                raise ParameterError(
+                    f"tuned_layers={self.tuned_layers} was asked of {self.backbone!r}",
+                    "give the number of layers of a plain vision transformer that are to be trained, or None for all",
+                )
+            backbone.vit.blocks[self.tuned_layers :].requires_grad_(False)
         return METHODS[self.method][0](backbone, num_classes, **self.options)
 
 
