@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 PROFILE ?= mini
+# Notebooks at once; 1 where they share a GPU.
+JOBS ?= 2
 # Tests side by side, a core each: two trainings on one thread each finish sooner than one after the other on two.
 WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1
 
@@ -20,7 +22,7 @@ setup:
 	@tools/setup.sh "$(PYTHON)" "$(VENV)"
 
 reproduce: setup
-	$(RUN)/wsolnb reproduce --profile $(PROFILE) $(ARGS)
+	$(RUN)/wsolnb reproduce --profile $(PROFILE) --jobs $(JOBS) $(ARGS)
 
 test: setup lint
 	$(RUN)/python -m pytest tests $(WORKERS)

@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -304,12 +306,45 @@ def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, cap
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_an_interruption_keeps_what_is_done(repository):
+def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, capsys):
+    def meets(own, other):
+        return f"""
+        place = runs.resolve(run_folder)
+        (place / "{own}").touch()
+        for _ in range(600):
+            if (place / "{other}").exists(): break
+            time.sleep(0.1)
+        assert (place / "{other}").exists(), "alone"
+        print(os.environ["OMP_NUM_THREADS"])
+        run.save_metrics({{"table": [{{"place": "{own}"}}]}})
+        """
+
+    imports = "import os, time\nfrom wsolnb import runs"
+    repository.notebook("01_data", imports, textwrap.dedent(meets("one", "two")))
+    repository.notebook("02_metrics", imports, textwrap.dedent(meets("two", "one")))
+    repository.notebook("03_cam", imports, "assert (runs.resolve(run_folder) / 'metrics/01_data.json').exists()\n1 / 0")
+    repository.notebook("04_table")
+    repository.pipeline(step("04_table", "03_cam"), step("03_cam", "01_data"), step("01_data"), step("02_metrics"))
+    summary = pipeline.reproduce("mini", jobs=2)
+    told = capsys.readouterr().out
+    assert status(summary) == {
+        "01_data": "done", "02_metrics": "done", "03_cam": "failed", "04_table": "not run"
+    }  # fmt: skip
+    assert "04_table    not run: it needs 03_cam" in told
+    assert re.search(r"03_cam .*failed after .*\n    03_cam, cell In \[\d\].*ZeroDivisionError", told)
+    assert set(summary["tables"]) == {"01_data", "02_metrics"}
+    assert status(pipeline.reproduce("mini", only=["02_metrics"], jobs=2)) == {"02_metrics": "up to date"}
+    with pytest.raises(ParameterError, match="0 notebooks"):
+        pipeline.reproduce("mini", jobs=0)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interruption_keeps_what_is_done(repository, jobs):
     waits = "open(os.path.join(run.folder, 'started'), 'w').close(); time.sleep(60)"
     repository.notebook("03_cam", "import os, time", waits)
     repository.pipeline(step("01_data"), step("03_cam", "01_data"))
     folder = repository.root / "outputs" / "mini"
-    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce"]
+    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--jobs", jobs]
 
     def listen() -> None:
         # A shell starts background jobs with SIGINT ignored, and children inherit that: these tests may run in one.

@@ -46,6 +46,7 @@ def reproduce(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="run also what is up to date; checkpoints are reused")] = False,
     outputs: Outputs = "outputs",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at once, each with its share of the cores")] = 1,
 ) -> None:
     """Run the notebooks of a profile that are out of date, and print the metrics.
 
@@ -54,7 +55,7 @@ def reproduce(
     """
     from wsolnb import pipeline
 
-    summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs)
+    summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
 

@@ -56,8 +56,8 @@ class Recipe(BaseModel):
     at test the shorter side is resized to 8/7 and the centre cropped: LocLoc, PPD).
     shift: largest random shift in pixels, brightness: half-width of the random factor on the light; both in training.
     tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
-        normalisation and head; the others stay as they start. None = all. What is new in a data set's pixels is learnt by
-        the first layers, and the last ones keep mixing patches as pretraining taught them.
+        normalisation and head; the others stay as they start. None = all. What is new in a data set's pixels is learnt
+        by the first layers, and the last ones keep mixing patches as pretraining taught them.
     options: of the method's model.
     training: the loop's hyperparameters.
     """

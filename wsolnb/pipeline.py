@@ -18,10 +18,14 @@ import graphlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,6 +196,7 @@ def reproduce(
     only: Sequence[str] = (),
     force: bool = False,
     outputs: str | os.PathLike[str] = "outputs",
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
 
@@ -205,20 +210,23 @@ def reproduce(
         only: notebooks to run, with the steps that they need; all of them where it is empty.
         force: run the notebooks (those of `only`) even if they are up to date. Checkpoints are still reused.
         outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
+        jobs: notebooks that run at once, each with its share of the cores. On a GPU they share its memory, too.
 
     Returns:
         The summary: `complete`, `interrupted`, `seconds`, `steps` (notebook, status, seconds, error), `tables`.
 
     Raises:
-        ParameterError: as `plan`, before anything is executed.
+        ParameterError: as `plan`, or for fewer jobs than one, before anything is executed.
         RunError: the run folder cannot be written.
     """
     steps = plan(profile, overrides, only, outputs)
+    if jobs < 1:
+        raise ParameterError(f"{jobs} notebooks at once", "give `--jobs` 1 or more")
     named = {_stem(name) for name in only} or {step.notebook for step in steps}
     folder = run_folder(profile, outputs)
     runs.start("pipeline", {}, folder)
     with runs.locked(folder / ".lock", f"running in {folder}"):
-        summary = _run_steps(steps, named if force else set(), folder)
+        summary = _run_steps(steps, named if force else set(), folder, jobs)
         summary = {"profile": profile, "overrides": list(overrides), **summary}
         runs.write_atomically(folder / "summary.json", runs.to_json(summary))
     show_metrics(folder)
@@ -226,32 +234,29 @@ def reproduce(
     return summary
 
 
-def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path) -> dict[str, Any]:
+def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, jobs: int) -> dict[str, Any]:
     """Run the steps, print a line for each, and return the summary."""
     started, clock = runs.now(), time.perf_counter()
-    print(f"{len(steps)} notebooks, run folder {folder}", flush=True)
+    at_once = f", {jobs} at once" if jobs > 1 else ""
+    print(f"{len(steps)} notebooks{at_once}, run folder {folder}", flush=True)
     code = runs.source_fingerprint([Path(__file__).parent])
 
     results: dict[str, dict[str, Any]] = {
         step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
     }
-    interrupted = False
     width = max((len(name) for name in results), default=0)
-    for number, step in enumerate(steps, 1):
-        result = results[step.notebook]
-        line = _Line(f"[{number}/{len(steps)}] {step.notebook:<{width}}  ")
-        lacking = [need for need in step.needs if results[need]["status"] not in ("done", "up to date")]
-        if lacking:
-            line.end(f"not run: it needs {', '.join(lacking)}")
-            continue
-        try:
-            result |= _run_step(step, folder, code, step.notebook in forced, line)
-        except KeyboardInterrupt:
-            interrupted = True
-            result["status"] = "interrupted"
-            line.end("interrupted")
-            break
+    heads = {
+        step.notebook: f"[{number}/{len(steps)}] {step.notebook:<{width}}  " for number, step in enumerate(steps, 1)
+    }
 
+    def run(step: Step, line: _Line, execute: Callable[..., Any]) -> None:
+        results[step.notebook] |= _run_step(step, folder, code, step.notebook in forced, line, execute)
+
+    def lacking(step: Step) -> list[str]:
+        return [need for need in step.needs if results[need]["status"] not in ("done", "up to date")]
+
+    run_all = _one_by_one if jobs == 1 else _side_by_side
+    interrupted = run_all(steps, results, heads, lacking, run, jobs)
     return {
         "complete": all(result["status"] in ("done", "up to date") for result in results.values()),
         "interrupted": interrupted,
@@ -265,8 +270,117 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path) -> dict[st
     }
 
 
-def _run_step(step: Step, folder: Path, code: str, force: bool, line: _Line) -> dict[str, Any]:
-    """Run one step unless it is up to date. Returns its status, seconds and error."""
+def _one_by_one(steps, results, heads, lacking, run, _jobs) -> bool:
+    """Run the steps in their order; returns whether it was interrupted."""
+    for step in steps:
+        line = _Line(heads[step.notebook])
+        if missing := lacking(step):
+            line.end(f"not run: it needs {', '.join(missing)}")
+            continue
+        try:
+            run(step, line, _execute)
+        except KeyboardInterrupt:
+            results[step.notebook]["status"] = "interrupted"
+            line.end("interrupted")
+            return True
+    return False
+
+
+def _side_by_side(steps, results, heads, lacking, run, jobs) -> bool:
+    """Run up to `jobs` steps at once, each as soon as its needs are done; returns whether it was interrupted."""
+    workers = _Workers(jobs)
+    waiting, running = list(steps), dict[Future, Step]()
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            try:
+                over = {step.notebook for step in steps} - {step.notebook for step in [*waiting, *running.values()]}
+                for step in [step for step in waiting if over.issuperset(step.needs)]:
+                    if len(running) == jobs or workers.stopped:
+                        break
+                    waiting.remove(step)
+                    line = _Line(heads[step.notebook], whole=True)
+                    if missing := lacking(step):
+                        line.end(f"not run: it needs {', '.join(missing)}")
+                        over.add(step.notebook)
+                        break  # what needs this one can be told now, too
+                    running[pool.submit(run, step, line, workers.execute)] = step
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    step = running.pop(future)
+                    try:
+                        future.result()
+                    except KeyboardInterrupt:
+                        results[step.notebook]["status"] = "interrupted"
+                        _Line(heads[step.notebook], whole=True).end("interrupted")
+                if workers.stopped and not running:
+                    break
+            except KeyboardInterrupt:
+                workers.stop()
+    return workers.stopped
+
+
+class _Workers:
+    """Executes notebooks in processes of their own, each with its share of the cores.
+
+    The processes stand apart from the terminal, whose Ctrl-C reaches this one only: `stop` hands it on, once.
+    """
+
+    def __init__(self, jobs: int):
+        self._cores = str(max(1, len(runs.cores()) // jobs))
+        self._processes: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def stop(self) -> None:
+        with self._lock:
+            if not self.stopped:
+                for process in self._processes:
+                    process.send_signal(signal.SIGINT)
+            self.stopped = True
+
+    def execute(self, source: Path, output: Path, parameters: Mapping[str, Any], _progress: Any) -> None:
+        """Execute a notebook as `_execute` does, with the same errors."""
+        job = json.dumps([str(source), str(output), dict(parameters)])
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "from wsolnb import pipeline; pipeline._work()"
+        environment = {"OMP_NUM_THREADS": self._cores, **os.environ}
+        with self._lock:
+            if self.stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, env=environment, start_new_session=True,
+            )  # fmt: skip
+            self._processes.add(process)
+        try:
+            out, told = process.communicate(job)
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+        if self.stopped and process.returncode:
+            raise KeyboardInterrupt
+        if process.returncode:
+            problem = f"{source.stem}: its process ended with {process.returncode}: {told.strip()[-300:]}"
+            raise NotebookError(problem, "it has most often run out of memory; use fewer `--jobs`")
+        if error := json.loads(out.splitlines()[-1]):
+            raise NotebookError(*error)
+
+
+def _work() -> None:
+    """Execute the notebook named on the standard input; ends with a line that holds the error, or null."""
+    source, output, parameters = json.load(sys.stdin)
+    try:
+        _execute(Path(source), Path(output), parameters)
+        error = None
+    except NotebookError as failed:
+        error = (failed.problem, failed.remedy)
+    print("\n" + json.dumps(error))
+
+
+def _run_step(
+    step: Step, folder: Path, code: str, force: bool, line: _Line, execute: Callable[..., Any]
+) -> dict[str, Any]:
+    """Run one step by `execute` unless it is up to date. Returns its status, seconds and error."""
     output = folder / "notebooks" / f"{step.notebook}.ipynb"
     metrics = folder / "metrics" / f"{step.notebook}.json"
     record_file = output.with_suffix(".json")
@@ -292,11 +406,10 @@ def _run_step(step: Step, folder: Path, code: str, force: bool, line: _Line) -> 
     metrics.unlink(missing_ok=True)
     clock = time.perf_counter()
     try:
-        _execute(source, output, step.parameters, line.cell)
+        execute(source, output, step.parameters, line.cell)
     except NotebookError as error:
         seconds = round(time.perf_counter() - clock, 1)
-        line.end(f"failed after {_duration(seconds)}")
-        print(_indent(f"{error}\nThe notebook up to there: {output}"), flush=True)
+        line.end(f"failed after {_duration(seconds)}\n" + _indent(f"{error}\nThe notebook up to there: {output}"))
         return {"status": "failed", "seconds": seconds, "error": error.problem}
     seconds = round(time.perf_counter() - clock, 1)
     record = {
@@ -376,13 +489,17 @@ def _lists(value: Any) -> Any:
 
 
 class _Line:
-    """The line of a step: on a terminal it counts the cells as they run, in a log it is written once."""
+    """The line of a step: on a terminal it counts the cells as they run, in a log it is written once.
 
-    def __init__(self, head: str):
-        self._head = head
+    whole: written at once when the step is over, so that lines of several steps do not mix.
+    """
+
+    def __init__(self, head: str, whole: bool = False):
+        self._head, self._whole = head, whole
         self._clock = time.perf_counter()
-        self._live = sys.stdout.isatty()
-        print(head, end="", flush=True)
+        self._live = sys.stdout.isatty() and not whole
+        if not whole:
+            print(head, end="", flush=True)
 
     def cell(self, number: int, count: int) -> None:
         if self._live:
@@ -391,7 +508,8 @@ class _Line:
             print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def end(self, text: str) -> None:
-        print(f"\r\x1b[K{self._head}{text}" if self._live else text, flush=True)
+        before = f"\r\x1b[K{self._head}" if self._live else self._head if self._whole else ""
+        print(f"{before}{text}\n", end="", flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -232,13 +232,13 @@ def environment_report() -> dict[str, Any]:
     report: dict[str, Any] = {**versions(), "system": system, "device": device_name()}
     if torch.cuda.is_available():
         report["device memory (GiB)"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    report |= {"processor": cpu_model(), "cores": len(_cores()), "torch threads": torch.get_num_threads()}
+    report |= {"processor": cpu_model(), "cores": len(cores()), "torch threads": torch.get_num_threads()}
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         report["memory (GiB)"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return report
 
 
-def _cores() -> Sequence[int]:
+def cores() -> Sequence[int]:
     """Return the cores that this process may use, which in a container are often fewer than the machine has."""
     return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
