@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -289,7 +289,7 @@ class Prototypes(NamedTuple):
     features: tuple[int, int]
 
 
-class _Sample:
+class _Reservoir:
     """A uniform sample of at most `limit` rows of all that are added (0 = all), drawn by a generator."""
 
     def __init__(self, limit: int, rng: np.random.Generator):
@@ -308,9 +308,7 @@ class _Sample:
 
     def _shrink(self) -> None:
         keys = np.concatenate(self.keys)
-        kept = (
-            np.sort(np.argpartition(keys, self.limit)[: self.limit]) if len(keys) > self.limit else np.arange(len(keys))
-        )
+        kept = np.sort(np.argsort(keys, kind="stable")[: self.limit])
         self.rows, self.keys = [torch.cat(self.rows)[torch.from_numpy(kept)]], [keys[kept]]
 
     def all(self, dim: int) -> Tensor:
@@ -334,7 +332,7 @@ def fit_class(
 ) -> Prototypes:
     """Split the local features of a class's images by CAM and cluster both parts (eq. 2)."""
     rng = np.random.default_rng((config.seed, class_index, 1))
-    parts = [_Sample(config.features_per_class, rng) for _ in range(2)]
+    parts = [_Reservoir(config.features_per_class, rng) for _ in range(2)]
     weight = source.weight[class_index : class_index + 1]
     final = config.split_cam == "final"
     scales, flip = (config.scales, config.flip != "none") if final else ((1.0,), False)
@@ -354,20 +352,28 @@ def fit_class(
     return Prototypes(*centres, images, tuple(part.seen for part in parts))
 
 
+CLUSTERING = (
+    "clusters", "tau", "ties", "split_cam", "metric", "algorithm", "start", "tolerance", "images_per_class",
+    "replacement", "features_per_class", "seed",
+)  # fmt: skip
+"""The fields of the configuration that decide the centres; what else differs can share them."""
+
+
 def fit_prototypes(
     source: FeatureSource, config: LPCAMConfig, folder: str | Path | None = None, unreadable: Unreadable = "stop"
 ) -> list[Prototypes]:
     """Cluster the local features of every class; one `Prototypes` per class.
 
     folder: each class is written there as soon as it is done, and read back by a second call, so that an interrupted
-        clustering goes on with the next class. What was made with another configuration, classifier or list of images
-        is made again.
+        clustering goes on with the next class. What was made with other settings of `CLUSTERING`, another classifier
+        (told by its weights) or list of images is made again.
 
     A class without images has no centres; `directions` says what becomes of it.
     """
-    key = fingerprint(
-        [config, source.image_ids, source.labels, fingerprint(source.weight.double().sum(0).cpu()), unreadable]
+    asked = config.model_dump(
+        include=set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
     )
+    key = fingerprint([asked, source.image_ids, source.labels, source.weight.double().sum(dim=0).cpu()])
     result = []
     for index in range(len(source.weight)):
         path = Path(folder) / f"class_{index:03d}.safetensors" if folder else None
@@ -433,20 +439,28 @@ class SeedMaps(NamedTuple):
     maps: np.ndarray
 
 
-def image_maps(
-    found: ImageFeatures, kinds: Sequence[str], weight: Tensor, config: LPCAMConfig, by_kind: dict[str, Directions]
-) -> dict[str, SeedMaps]:
-    """Return the maps of an image's own classes, by kind; `by_kind` holds the `directions` of all but `cam`."""
-    own = list(found.labels)
-    result = {}
-    for kind in kinds:
-        if kind == "cam":
-            maps = lpcam.cam_of(found.scales, weight[own], found.size)
-        else:
-            chosen = Directions(*(values[own] for values in by_kind[kind]))
-            maps = lpcam.lpcam_of(found.scales, chosen, found.size, config)
-        result[kind] = SeedMaps(found.image_id, found.labels, maps.float().cpu().numpy())
-    return result
+def variant_maps(
+    source: FeatureSource,
+    by_name: Mapping[str, Directions | None],
+    config: LPCAMConfig,
+    indices: Iterable[int] | None = None,
+    unreadable: Unreadable = "stop",
+) -> Iterator[dict[str, SeedMaps]]:
+    """Yield, for every image, the maps of its own classes by name, all from one pass over the features.
+
+    by_name: the `directions` of each variant; None stands for CAM. `config` says scales and flips, also of CAM.
+    Raises DataError as the source does.
+    """
+    for found in source.images(indices, config.scales, config.flip != "none", unreadable):
+        own, result = list(found.labels), {}
+        for name, chosen in by_name.items():
+            if chosen is None:
+                maps = lpcam.cam_of(found.scales, source.weight[own], found.size)
+            else:
+                theirs = Directions(*(values[own] for values in chosen))
+                maps = lpcam.lpcam_of(found.scales, theirs, found.size, config)
+            result[name] = SeedMaps(found.image_id, found.labels, maps.float().cpu().numpy())
+        yield result
 
 
 def all_seed_maps(
@@ -463,17 +477,15 @@ def all_seed_maps(
     `config` says scales and flips, also of CAM. prototypes: needed by all kinds but `cam`.
     Raises ParameterError for an unknown kind and for missing prototypes, DataError as the source does.
     """
+    by_name: dict[str, Directions | None] = {}
     for kind in kinds:
         if kind not in KINDS:
             raise ParameterError(f"no maps are called {kind!r}{nearest(kind, KINDS)}", f"choose of {', '.join(KINDS)}")
-    by_kind = {}
-    if set(kinds) - {"cam"}:
-        if prototypes is None:
+        if kind != "cam" and prototypes is None:
             raise ParameterError("LPCAM's maps need prototypes", "make them with `fit_prototypes`")
-        for kind in set(kinds) - {"cam"}:
-            by_kind[kind] = directions(prototypes, source.weight, config, context=kind == "lpcam", missing=missing)
-    for found in source.images(indices, config.scales, config.flip != "none", unreadable):
-        yield image_maps(found, kinds, source.weight, config, by_kind)
+        chosen = None if kind == "cam" else directions(prototypes, source.weight, config, kind == "lpcam", missing)
+        by_name[kind] = chosen
+    yield from variant_maps(source, by_name, config, indices, unreadable)
 
 
 def seed_maps(source: FeatureSource, kind: str, config: LPCAMConfig, *args, **options) -> Iterator[SeedMaps]:
