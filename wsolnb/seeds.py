@@ -13,6 +13,7 @@ its features dumped to disk.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from wsolnb.data import IGNORE, LocalizationDataset
+from wsolnb.data import CONTEXT, DISCRIMINATIVE, IGNORE, REST, LocalizationDataset
 from wsolnb.data.loading import to_tensor
-from wsolnb.data.transforms import resize
+from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, MapError, ParameterError, nearest
 from wsolnb.methods import lpcam
 from wsolnb.methods.cam import CAMClassifier
@@ -37,7 +38,7 @@ from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.metrics import PartCoverage, SeedScores
 from wsolnb.metrics.parts import Coverage
 from wsolnb.metrics.segmentation import SeedSegmentation
-from wsolnb.runs import fingerprint, write_atomically
+from wsolnb.runs import Run, fingerprint, write_atomically
 
 KINDS = ("cam", "lpcam-f", "lpcam")
 """CAM (eq. 1), LPCAM without its context term, LPCAM (eq. 6)."""
@@ -386,6 +387,25 @@ def fit_prototypes(
     return result
 
 
+def cached_prototypes(
+    run: Run, name: str, classifier: Path, source: FeatureSource, config: LPCAMConfig
+) -> tuple[list[Prototypes], Path]:
+    """Return the prototypes of a trained classifier's features, and their folder; clustered once per run folder.
+
+    name: how the artefact is called in the run folder. classifier: the classifier's checkpoint folder, whose name holds
+    the hash of all that it depends on.
+    """
+    inputs = {"classifier": classifier.name, "clustering": config.model_dump(include=_asked(config))}
+    inputs |= {"images": fingerprint(source.image_ids), "labels": fingerprint(source.labels)}
+    code = [lpcam, sys.modules[__name__]]
+    folder = run.cached(name, inputs, code, lambda folder: fit_prototypes(source, config, folder))
+    return fit_prototypes(source, config, folder), folder
+
+
+def _asked(config: LPCAMConfig) -> set[str]:
+    return set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
+
+
 def _write_prototypes(path: Path, found: Prototypes, key: str) -> None:
     tensors = {"foreground": found.foreground.contiguous(), "context": found.context.contiguous()}
     facts = {"key": key, "images": str(found.images), "features": json.dumps(found.features)}
@@ -549,17 +569,21 @@ class SeedEvaluation(NamedTuple):
 
 
 def evaluate(
-    found: Iterable[dict[str, SeedMaps]], dataset: LocalizationDataset, thresholds: Sequence[float] = THRESHOLDS
+    found: Iterable[dict[str, SeedMaps]],
+    dataset: LocalizationDataset,
+    thresholds: Sequence[float] = THRESHOLDS,
+    parts: bool = True,
 ) -> dict[str, SeedEvaluation]:
     """Score maps by kind against the masks of a data set, in one streaming pass; images without a mask are left out.
 
+    parts: measure part coverage too, where there are part maps; it takes most of the time.
     Of single-label data sets the mask of the object counts as the image's class. In part coverage other classes'
     objects are not counted, so that `context` is background.
     Raises MapError when no image has a mask.
     """
     position = {name: index for index, name in enumerate(dataset.image_ids)}
     scores: dict[str, SeedScores] = {}
-    parts: dict[str, PartCoverage] = {}
+    coverage: dict[str, PartCoverage] = {}
     for by_kind in found:
         sample = dataset[position[next(iter(by_kind.values())).image_id]]
         if sample.mask is None:
@@ -571,15 +595,15 @@ def evaluate(
             if kind not in scores:
                 scores[kind] = SeedScores(len(dataset.class_names) + 1, thresholds)
             scores[kind].update(image.maps, image.classes, mask)
-            if sample.parts is None:
+            if not parts or sample.parts is None:
                 continue
             for score_map, label in zip(image.maps, image.classes, strict=True):
                 own = np.where((mask == 0) | (mask == label + 1), sample.parts, IGNORE).astype(np.uint8)
-                parts.setdefault(kind, PartCoverage(thresholds)).update(score_map, own)
+                coverage.setdefault(kind, PartCoverage(thresholds)).update(score_map, own)
     if not scores:
         raise MapError("no image has a mask to be judged by", "use a split with masks")
     return {
-        kind: SeedEvaluation(score.compute(), parts[kind].compute() if kind in parts else None)
+        kind: SeedEvaluation(score.compute(), coverage[kind].compute() if kind in coverage else None)
         for kind, score in scores.items()
     }
 
@@ -598,3 +622,50 @@ def scored(validation: SeedEvaluation, test: SeedEvaluation, fixed: float = 0.3)
         shares = test.parts.at(threshold)
         row |= {f"covers_{name}": shares[name] for name in ("discriminative", "rest", "context") if name in shares}
     return row
+
+
+REGIONS = {"head": DISCRIMINATIVE, "rest": REST, "context": CONTEXT}
+"""Parts of a class's objects, and the background of their images."""
+
+
+class RegionFeatures(NamedTuple):
+    """Local features by class and region (`REGIONS`), averaged: raw, and scaled to length one; each (C, 3, D) float64.
+
+    NaN where a class has no cell of a region.
+    """
+
+    raw: Tensor
+    unit: Tensor
+
+    def similarity(self) -> dict[str, float]:
+        """Return the mean cosine of two local features by pair of regions (`head, rest`), averaged over classes."""
+        names = list(REGIONS)
+        pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+        # The mean of all cosines between two sets is the product of their mean unit vectors.
+        products = {(i, j): (self.unit[:, i] * self.unit[:, j]).sum(dim=1) for i, j in pairs}
+        return {f"{names[i]}, {names[j]}": float(value.nanmean()) for (i, j), value in products.items()}
+
+
+def region_features(source: FeatureSource, dataset: LocalizationDataset) -> RegionFeatures:
+    """Average a source's local features over the true regions of each class: an analysis, not a step of the method.
+
+    A cell belongs to the region of the pixel at its centre.
+    Raises MapError when the data set has no masks or no part maps.
+    """
+    shape = (len(source.weight), len(REGIONS), source.weight.shape[1])
+    raw, unit = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    counts = torch.zeros(*shape[:2], 1, dtype=torch.float64)
+    position = {name: index for index, name in enumerate(dataset.image_ids)}
+    for found in source.images():
+        sample = dataset[position[found.image_id]]
+        if sample.mask is None or sample.parts is None:
+            raise MapError(f"{found.image_id} has no mask or no part map", "use the rendered benchmark")
+        features = found.scales[0][0].double().cpu()
+        mask, parts = (torch.from_numpy(resize_map(m, features.shape[1:])) for m in (sample.mask, sample.parts))
+        for label in found.labels:
+            for row, value in enumerate(REGIONS.values()):
+                inside = features[:, (parts == value) & (mask == (0 if value == CONTEXT else label + 1))]
+                raw[label, row] += inside.sum(dim=1)
+                unit[label, row] += F.normalize(inside, dim=0).sum(dim=1)
+                counts[label, row] += inside.shape[1]
+    return RegionFeatures(raw / counts, unit / counts)
