@@ -13,12 +13,13 @@ and 6). Only features and classifier weights are asked for, so any network that 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans, kmeans_plusplus
 from torch import Tensor
 
@@ -29,44 +30,79 @@ class LPCAMConfig(BaseModel):
     """Everything that paper and released code do differently, and the hyperparameters.
 
     clusters: K, of foreground and of context each. tau: of eq. 2, on CAM divided by its maximum.
+    ties: where a pixel goes whose CAM equals tau: to the `context`, or nowhere (`dropped`).
+    split_cam: the CAM of eq. 2 is that of the feature `grid` at scale 1, or the `final` one (all scales and flips, at
+        the image's size), of which each cell of the grid takes the nearest pixel.
     mu_f: least score of a class prototype (eq. 3). mu_b, mu_b_least: a context prototype scores between them (eq. 4).
     score: of a centre, the classifier's `softmax` over classes, or the `sigmoid` that its loss was made for.
     metric: of the assignment to centres. algorithm: `kmeans`, `minibatch` (k-means for large sets) or `hierarchical`.
+    start: of k-means, `k-means++` or `random` features. tolerance: k-means stops when the square of the summed shifts
+        of all centres is below it; 0 = when no feature changes its cluster.
+    images_per_class: that are clustered, drawn at random, with `replacement` or without; 0 = all.
+    features_per_class: most local features, of foreground and of context each, that are clustered; 0 = all. The limit
+        bounds the memory: of more, a uniform sample is kept.
     none_left: what happens when no centre scores mu_f: take the `best`, or raise an `error` (as VOC's released code).
-    seed: of the clustering's start.
+    flip: how the mirror image enters a map: its `features` are added to the image's before the cosine, its `maps` are,
+        or not at all (`none`).
+    scales: of the input image. over_scales: the maps' `mean` or `sum`; they are divided by their maximum afterwards.
+    relu: of eq. 6, `always` or only `with_context` prototypes.
+    seed: of everything drawn: images, features, the clustering's start.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     clusters: int = Field(12, ge=1)
     tau: float = Field(0.1, ge=0, lt=1)
+    ties: Literal["context", "dropped"] = "context"
+    split_cam: Literal["grid", "final"] = "grid"
     mu_f: float = Field(0.9, ge=0, le=1)
     mu_b: float = Field(0.9, ge=0, le=1)
     mu_b_least: float = Field(0.0, ge=0, le=1)
     score: Literal["softmax", "sigmoid"] = "softmax"
     metric: Literal["cosine", "euclidean"] = "cosine"
     algorithm: Literal["kmeans", "minibatch", "hierarchical"] = "kmeans"
+    start: Literal["k-means++", "random"] = "k-means++"
+    tolerance: float = Field(0.0, ge=0)
+    images_per_class: int = Field(0, ge=0)
+    replacement: bool = False
+    features_per_class: int = Field(0, ge=0)
     none_left: Literal["best", "error"] = "best"
+    flip: Literal["none", "features", "maps"] = "maps"
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
+    over_scales: Literal["mean", "sum"] = "mean"
+    relu: Literal["always", "with_context"] = "always"
     seed: int = 0
+
+    @field_validator("scales")
+    @classmethod
+    def _check_scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not scales or scales[0] != 1 or min(scales) <= 0:
+            raise ValueError("scales are positive, the first is 1, whose features are clustered")
+        return scales
 
     @classmethod
     def paper(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
         """As the paper writes it."""
-        coco = {"clusters": 20, "tau": 0.25, "mu_b": 0.5} if dataset == "coco" else {}
+        coco = {"clusters": 20, "tau": 0.25, "mu_b": 0.5, "images_per_class": 100} if dataset == "coco" else {}
         return cls(**coco | changes)
 
     @classmethod
     def released(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
         """As the released code computes it."""
-        voc = {"mu_b_least": 0.05, "none_left": "error"} if dataset == "voc" else {}
-        return cls.paper(dataset, **voc | changes)
+        both = {"ties": "dropped", "split_cam": "final", "start": "random", "tolerance": 5.0, "flip": "features"}
+        both["relu"] = "with_context"
+        voc = {"mu_b_least": 0.05, "none_left": "error"}
+        coco = {"over_scales": "sum", "replacement": True}
+        return cls.paper(dataset, **both | (coco if dataset == "coco" else voc) | changes)
 
 
-def split_local_features(features: Tensor, cam: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def split_local_features(
+    features: Tensor, cam: Tensor, tau: float, ties: Literal["context", "dropped"] = "dropped"
+) -> tuple[Tensor, Tensor]:
     """Return foreground (n, D) and context (m, D) local features of one image (eq. 2).
 
     features: (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here, and all context where it
-    is zero everywhere. Foreground is > tau, context < tau: what equals tau is dropped, as released.
+    is zero everywhere. Foreground is > tau, context < tau; what equals tau is context or dropped, as `ties` says.
     Raises MapError for NaN or shapes that do not fit.
     """
     if features.ndim != 3 or features.shape[1:] != cam.shape:
@@ -75,45 +111,60 @@ def split_local_features(features: Tensor, cam: Tensor, tau: float) -> tuple[Ten
         )
     if not (cam.isfinite().all() and features.isfinite().all()):
         raise MapError("features or CAM hold NaN or infinity", "look at the classifier's training")
-    unit = cam / cam.max().clamp(min=1e-12)
+    unit = (cam / cam.max().clamp(min=1e-12)).flatten()
     local = features.flatten(1).T
-    return local[(unit > tau).flatten()], local[(unit < tau).flatten()]
+    below = (unit <= tau) if ties == "context" or not cam.any() else (unit < tau)
+    return local[unit > tau], local[below]
 
 
-def cluster_local_features(features: Tensor, config: LPCAMConfig, iterations: int = 100) -> Tensor:
+def cluster_local_features(features: Tensor, config: LPCAMConfig, iterations: int = 300) -> Tensor:
     """Return at most K centres (K', D) of local features (n, D); none of no features.
 
-    k-means: started by k-means++ (scikit-learn), assignment by `config.metric`, a centre is the mean of its *raw*
-    features. A cluster that runs empty restarts at the feature that is farthest from its centre.
+    k-means: started by k-means++ (scikit-learn) or from random features, assignment by `config.metric`, a centre is the
+    mean of its *raw* features. A cluster that runs empty restarts at the feature that is farthest from its centre.
+    hierarchical: average linkage; zero features have no direction and are left out of it where the metric is cosine.
+
+    Raises ParameterError for a hierarchical clustering of more than 20,000 features, whose distances take 3 GB.
     """
-    distinct = config.clusters
-    if len(features) <= distinct:
+    count = config.clusters
+    if len(features) <= count:
         return features.clone()
-    data = features.detach().double().cpu().numpy()
+    if config.algorithm == "hierarchical" and len(features) > 20_000:
+        raise ParameterError(
+            f"hierarchical clustering of {len(features)} features needs all of their distances",
+            "set features_per_class to 20,000 or fewer, or use kmeans or minibatch",
+        )
+    data = features.detach().cpu().numpy()
     lengths = np.linalg.norm(data, axis=1, keepdims=True)
+    if config.algorithm == "hierarchical" and config.metric == "cosine" and not lengths.all():
+        data, lengths = data[lengths[:, 0] > 0], lengths[lengths[:, 0] > 0]
+        if len(data) <= count:
+            return torch.from_numpy(data).to(features) if len(data) else features[:1].clone()
     view = data / np.maximum(lengths, 1e-12) if config.metric == "cosine" else data
     if config.algorithm == "hierarchical":
-        linkage = AgglomerativeClustering(distinct, linkage="average", metric=config.metric)
-        labels = linkage.fit_predict(view)
+        labels = AgglomerativeClustering(count, linkage="average", metric=config.metric).fit_predict(view)
     elif config.algorithm == "minibatch":
-        labels = MiniBatchKMeans(distinct, random_state=config.seed, n_init=1).fit_predict(view)
+        labels = MiniBatchKMeans(count, random_state=config.seed, n_init=1).fit_predict(view)
     else:
-        labels = _lloyd(data, view, distinct, config, iterations)
-    centres = [data[labels == k].mean(axis=0) for k in range(distinct) if (labels == k).any()]
+        labels = _lloyd(data, view, count, config, iterations)
+    centres = [data[labels == k].mean(axis=0, dtype=np.float64) for k in range(count) if (labels == k).any()]
     return torch.from_numpy(np.stack(centres)).to(features)
 
 
 def _lloyd(data: np.ndarray, view: np.ndarray, count: int, config: LPCAMConfig, iterations: int) -> np.ndarray:
     """Assign each row to one of `count` clusters by Lloyd's alternation; centres are means of `data`."""
-    start, _ = kmeans_plusplus(view, count, random_state=config.seed)
-    # Unit vectors nearest by angle are nearest by distance, so both metrics share the search.
-    centres, labels = start, np.full(len(data), -1)
+    if config.start == "random":
+        centres = data[np.random.default_rng(config.seed).choice(len(data), count, replace=False)]
+    else:
+        centres, _ = kmeans_plusplus(view, count, random_state=config.seed)
+    labels = np.full(len(data), -1)
+    squares = None if config.metric == "cosine" else (view**2).sum(1, keepdims=True)
     for _ in range(iterations):
         if config.metric == "cosine":
-            centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-            distance = 1 - view @ centres.T
+            unit = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
+            distance = 1 - view @ unit.T
         else:
-            distance = (view**2).sum(1, keepdims=True) - 2 * view @ centres.T + (centres**2).sum(1)
+            distance = squares - 2 * view @ centres.T + (centres**2).sum(1)
         found = distance.argmin(axis=1)
         own = distance[np.arange(len(data)), found]
         for empty in np.flatnonzero(np.bincount(found, minlength=count) == 0):
@@ -121,8 +172,10 @@ def _lloyd(data: np.ndarray, view: np.ndarray, count: int, config: LPCAMConfig, 
             found[farthest], own[farthest] = empty, -np.inf
         if np.array_equal(found, labels):
             return labels
-        labels = found
+        labels, before = found, centres
         centres = np.stack([data[labels == k].mean(axis=0) for k in range(count)])
+        if np.linalg.norm(centres - before, axis=1).sum() ** 2 < config.tolerance:
+            return labels
     warnings.warn(f"k-means has not settled after {iterations} iterations", stacklevel=3)
     return labels
 
@@ -162,23 +215,86 @@ def similarity_maps(features: Tensor, prototypes: Tensor) -> Tensor:
     return torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
 
 
+def direction(class_prototypes: Tensor, context_prototypes: Tensor | None = None) -> Tensor:
+    """Return (D,): the mean of the unit class prototypes, minus that of the unit context prototypes (eq. 5 and 6).
+
+    The mean over prototypes of a cosine similarity is *one* product with this vector, so a map costs the same for any
+    K. class_prototypes: (K, D), at least one. context_prototypes: (K', D), may be empty: LPCAM-F.
+    Raises ParameterError when there is no class prototype.
+    """
+    if not len(class_prototypes):
+        raise ParameterError("no class prototype was given", "`select_prototypes` with none_left='best' gives one")
+    mean = F.normalize(class_prototypes, dim=1).mean(dim=0)
+    if context_prototypes is not None and len(context_prototypes):
+        mean = mean - F.normalize(context_prototypes, dim=1).mean(dim=0)
+    return mean
+
+
+def similarity(features: Tensor, directions: Tensor) -> Tensor:
+    """Return FG - BG of eq. 6 before its ReLU, (B, C, h, w), for (B, D, h, w) features and `direction`s (C, D)."""
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.einsum("bdhw,cd->bchw", features, directions) / lengths
+
+
 def lpcam(features: Tensor, class_prototypes: Tensor, context_prototypes: Tensor | None = None) -> Tensor:
     """Return LPCAM (B, h, w) in [0, 1] (eq. 5 and 6); without context prototypes LPCAM-F.
 
     features: (B, D, h, w). class_prototypes: (K, D), at least one. context_prototypes: (K', D), may be empty.
-    The mean over prototypes of a cosine similarity is *one* product with the mean of the unit prototypes, so the cost
-    does not depend on K. A map without a positive value is zero. Raises ParameterError for shapes that do not fit.
+    A map without a positive value is zero. Raises ParameterError for shapes that do not fit.
     """
     if features.ndim != 4 or class_prototypes.ndim != 2 or features.shape[1] != class_prototypes.shape[1]:
         raise ParameterError(
             f"features {tuple(features.shape)} and prototypes {tuple(class_prototypes.shape)} do not fit",
             "give (B, D, h, w) and (K, D)",
         )
-    if not len(class_prototypes):
-        raise ParameterError("no class prototype was given", "`select_prototypes` with none_left='best' gives one")
-    direction = F.normalize(class_prototypes, dim=1).mean(dim=0)
-    if context_prototypes is not None and len(context_prototypes):
-        direction = direction - F.normalize(context_prototypes, dim=1).mean(dim=0)
-    lengths = torch.linalg.vector_norm(features, dim=1).clamp(min=1e-12)
-    found = (torch.einsum("bdhw,d->bhw", features, direction) / lengths).relu()
-    return found / found.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    found = similarity(features, direction(class_prototypes, context_prototypes)[None])[:, 0].relu()
+    return by_maximum(found)
+
+
+def by_maximum(maps: Tensor) -> Tensor:
+    """Return (..., h, w) maps without their negative values, divided by their maximum: in [0, 1]; zero stays zero."""
+    positive = maps.relu()
+    top = positive.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(top > 0, positive / top, positive)
+
+
+class Directions(NamedTuple):
+    """What LPCAM compares features with: (C, D) `direction` of each class, and (C,) whether context is subtracted."""
+
+    vectors: Tensor
+    has_context: Tensor
+
+
+def cam_of(scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return CAM (C, H, W) in [0, 1] of one image over scales and flips (eq. 1, as the lineage computes it).
+
+    scales: per scale features (F, D, h, w) of the image and, F = 2, of its mirror image, mirrored back.
+    weight: (C, D) of the classes of interest. At each scale the rectified maps of both are added, then upsampled to
+    `size`, summed over scales and divided by their maximum.
+    """
+    total = torch.zeros(len(weight), *size, dtype=weight.dtype, device=weight.device)
+    for features in scales:
+        maps = torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu().sum(dim=1)
+        total += F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+    return by_maximum(total)
+
+
+def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, int], config: LPCAMConfig) -> Tensor:
+    """Return LPCAM (C, H, W) in [0, 1] of one image over scales and flips; arguments as of `cam_of`.
+
+    `config.flip`, `over_scales` and `relu` say how.
+    """
+    vectors = directions.vectors
+    total = torch.zeros(len(vectors), *size, dtype=vectors.dtype, device=vectors.device)
+    for features in scales:
+        features = features.to(vectors)
+        if config.flip == "none":
+            features = features[:1]
+        elif config.flip == "features":
+            features = features.sum(dim=0, keepdim=True)
+        maps = similarity(features, vectors)
+        rectified = maps.relu()
+        if config.relu == "with_context":
+            rectified = torch.where(directions.has_context[None, :, None, None], rectified, maps)
+        total += F.interpolate(rectified.mean(dim=0)[None], size=size, mode="bilinear", align_corners=False)[0]
+    return by_maximum(total / len(scales) if config.over_scales == "mean" else total)
