@@ -18,7 +18,6 @@ from wsolnb.methods.irn import (
     pair_loss,
     path,
     propagate,
-    pseudo_mask,
     transition,
     unit_scores,
 )
@@ -178,18 +177,15 @@ def test_bad_maps_are_named(cam, boundary, message):
         propagate(cam, boundary)
 
 
-def test_pseudo_mask_by_hand():
+def test_scores_are_divided_by_their_common_maximum():
     scores = torch.zeros(2, 2, 2)
     scores[0, 0, 0], scores[1, 1, 1], scores[0, 1, 0] = 4.0, 1.5, 1.0
-    mask = pseudo_mask(scores, [6, 2], 0.35, (2, 2))
-    assert mask.dtype == np.uint8
-    np.testing.assert_array_equal(mask, [[7, 0], [0, 3]])  # 1.5 / 4 exceeds 0.35, 1 / 4 does not
-    np.testing.assert_array_equal(pseudo_mask(scores, [6, 2], 0.375, (2, 2)), [[7, 0], [0, 0]])  # equal: background
-    assert pseudo_mask(scores[:0], [], 0.35, (3, 4)).tolist() == np.zeros((3, 4)).tolist()
-    assert not pseudo_mask(torch.zeros(1, 2, 2), [0], 0.35, (4, 4)).any()
-    assert float(unit_scores(scores, (8, 8)).max()) == 1
-    with pytest.raises(MapError, match="2 maps for 1 classes"):
-        pseudo_mask(scores, [1], 0.3, (2, 2))
+    np.testing.assert_allclose(unit_scores(scores, (2, 2)), [[[1, 0], [0.25, 0]], [[0, 0], [0, 0.375]]])
+    wide = unit_scores(scores, (8, 8))
+    assert wide.shape == (2, 8, 8)
+    assert float(wide.max()) == 1
+    assert not unit_scores(torch.zeros(1, 2, 2), (4, 4)).any()
+    assert unit_scores(scores[:0], (3, 4)).shape == (0, 3, 4)
 
 
 # -------------------------------------------------------------------------------------------------- labels and losses

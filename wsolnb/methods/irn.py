@@ -7,8 +7,7 @@ between them. A random walk whose transition is that affinity spreads each class
     model = IRN(create_backbone("resnet50", pretrained=True))
     # trained with `pair_loss` on `pair_labels(seeds, radius)`
     boundary = boundaries(model, images)                              # (B, h, w), stride 4
-    scores = propagate(maps, boundary[0])                             # (K, h, w)
-    mask = pseudo_mask(scores, classes, threshold=0.35, size=(H, W))  # 0 background, class index + 1
+    scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
 
 Used for semantic masks: the instance part (clustering by displacement, and the mean shift of that field over the
 training images, which no semantic mask depends on) is left out. The displacement branch is trained: its loss is part of
@@ -18,7 +17,6 @@ IRN's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -197,26 +195,15 @@ def propagate(cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0
     return scores.T.reshape(cam.shape).float().to(cam.device)
 
 
-def pseudo_mask(scores: Tensor, classes: Sequence[int], threshold: float, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (H, W) uint8 of the highest score: 0 where none exceeds `threshold`, else class index + 1.
-
-    scores: (K, h, w) of the image's `classes` (K,), >= 0; resized bilinearly to `size` and divided by the maximum of
-    *all* of them, as released: a weak second class stays weak. Raises MapError when their numbers differ.
-    """
-    if len(scores) != len(classes):
-        raise MapError(f"{len(scores)} maps for {len(classes)} classes", "give one map per class")
-    values = np.array([0, *(label + 1 for label in classes)], np.uint8)
-    if not len(scores):
-        return np.zeros(size, np.uint8)
-    up = unit_scores(scores, size)
-    background = up.new_full((1, *size), threshold)
-    return values[torch.cat([background, up]).argmax(dim=0).cpu().numpy()]
-
-
 def unit_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return scores (K, h, w) >= 0 resized bilinearly to `size`, by their common maximum; zeros stay zero."""
+    """Return scores (K, h, w) >= 0 of an image's classes, resized bilinearly to `size`, in [0, 1]; zeros stay zero.
+
+    They are divided by the maximum of *all* of them, as released: a weak second class stays weak.
+    """
+    if not len(scores):
+        return scores.new_zeros((0, *size), dtype=torch.float32)
     up = F.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-    return (up / up.max().clamp(min=1e-12)).clamp(0, 1) if len(up) else up
+    return (up / up.max().clamp(min=1e-12)).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
