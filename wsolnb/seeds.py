@@ -13,9 +13,10 @@ its features dumped to disk.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -27,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from wsolnb.data import IGNORE, LocalizationDataset
+from wsolnb.data import CONTEXT, DISCRIMINATIVE, IGNORE, REST, LocalizationDataset
 from wsolnb.data.loading import to_tensor
-from wsolnb.data.transforms import resize
+from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, MapError, ParameterError, nearest
 from wsolnb.methods import lpcam
 from wsolnb.methods.cam import CAMClassifier
@@ -37,7 +38,7 @@ from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.metrics import PartCoverage, SeedScores
 from wsolnb.metrics.parts import Coverage
 from wsolnb.metrics.segmentation import SeedSegmentation
-from wsolnb.runs import fingerprint, write_atomically
+from wsolnb.runs import Run, fingerprint, write_atomically
 
 KINDS = ("cam", "lpcam-f", "lpcam")
 """CAM (eq. 1), LPCAM without its context term, LPCAM (eq. 6)."""
@@ -289,7 +290,7 @@ class Prototypes(NamedTuple):
     features: tuple[int, int]
 
 
-class _Sample:
+class _Reservoir:
     """A uniform sample of at most `limit` rows of all that are added (0 = all), drawn by a generator."""
 
     def __init__(self, limit: int, rng: np.random.Generator):
@@ -308,9 +309,7 @@ class _Sample:
 
     def _shrink(self) -> None:
         keys = np.concatenate(self.keys)
-        kept = (
-            np.sort(np.argpartition(keys, self.limit)[: self.limit]) if len(keys) > self.limit else np.arange(len(keys))
-        )
+        kept = np.sort(np.argsort(keys, kind="stable")[: self.limit])
         self.rows, self.keys = [torch.cat(self.rows)[torch.from_numpy(kept)]], [keys[kept]]
 
     def all(self, dim: int) -> Tensor:
@@ -334,7 +333,7 @@ def fit_class(
 ) -> Prototypes:
     """Split the local features of a class's images by CAM and cluster both parts (eq. 2)."""
     rng = np.random.default_rng((config.seed, class_index, 1))
-    parts = [_Sample(config.features_per_class, rng) for _ in range(2)]
+    parts = [_Reservoir(config.features_per_class, rng) for _ in range(2)]
     weight = source.weight[class_index : class_index + 1]
     final = config.split_cam == "final"
     scales, flip = (config.scales, config.flip != "none") if final else ((1.0,), False)
@@ -354,20 +353,28 @@ def fit_class(
     return Prototypes(*centres, images, tuple(part.seen for part in parts))
 
 
+CLUSTERING = (
+    "clusters", "tau", "ties", "split_cam", "metric", "algorithm", "start", "tolerance", "images_per_class",
+    "replacement", "features_per_class", "seed",
+)  # fmt: skip
+"""The fields of the configuration that decide the centres; what else differs can share them."""
+
+
 def fit_prototypes(
     source: FeatureSource, config: LPCAMConfig, folder: str | Path | None = None, unreadable: Unreadable = "stop"
 ) -> list[Prototypes]:
     """Cluster the local features of every class; one `Prototypes` per class.
 
     folder: each class is written there as soon as it is done, and read back by a second call, so that an interrupted
-        clustering goes on with the next class. What was made with another configuration, classifier or list of images
-        is made again.
+        clustering goes on with the next class. What was made with other settings of `CLUSTERING`, another classifier
+        (told by its weights) or list of images is made again.
 
     A class without images has no centres; `directions` says what becomes of it.
     """
-    key = fingerprint(
-        [config, source.image_ids, source.labels, fingerprint(source.weight.double().sum(0).cpu()), unreadable]
+    asked = config.model_dump(
+        include=set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
     )
+    key = fingerprint([asked, source.image_ids, source.labels, source.weight.double().sum(dim=0).cpu()])
     result = []
     for index in range(len(source.weight)):
         path = Path(folder) / f"class_{index:03d}.safetensors" if folder else None
@@ -378,6 +385,25 @@ def fit_prototypes(
                 _write_prototypes(path, found, key)
         result.append(found)
     return result
+
+
+def cached_prototypes(
+    run: Run, name: str, classifier: Path, source: FeatureSource, config: LPCAMConfig
+) -> tuple[list[Prototypes], Path]:
+    """Return the prototypes of a trained classifier's features, and their folder; clustered once per run folder.
+
+    name: how the artefact is called in the run folder. classifier: the classifier's checkpoint folder, whose name holds
+    the hash of all that it depends on.
+    """
+    inputs = {"classifier": classifier.name, "clustering": config.model_dump(include=_asked(config))}
+    inputs |= {"images": fingerprint(source.image_ids), "labels": fingerprint(source.labels)}
+    code = [lpcam, sys.modules[__name__]]
+    folder = run.cached(name, inputs, code, lambda folder: fit_prototypes(source, config, folder))
+    return fit_prototypes(source, config, folder), folder
+
+
+def _asked(config: LPCAMConfig) -> set[str]:
+    return set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
 
 
 def _write_prototypes(path: Path, found: Prototypes, key: str) -> None:
@@ -433,20 +459,28 @@ class SeedMaps(NamedTuple):
     maps: np.ndarray
 
 
-def image_maps(
-    found: ImageFeatures, kinds: Sequence[str], weight: Tensor, config: LPCAMConfig, by_kind: dict[str, Directions]
-) -> dict[str, SeedMaps]:
-    """Return the maps of an image's own classes, by kind; `by_kind` holds the `directions` of all but `cam`."""
-    own = list(found.labels)
-    result = {}
-    for kind in kinds:
-        if kind == "cam":
-            maps = lpcam.cam_of(found.scales, weight[own], found.size)
-        else:
-            chosen = Directions(*(values[own] for values in by_kind[kind]))
-            maps = lpcam.lpcam_of(found.scales, chosen, found.size, config)
-        result[kind] = SeedMaps(found.image_id, found.labels, maps.float().cpu().numpy())
-    return result
+def variant_maps(
+    source: FeatureSource,
+    by_name: Mapping[str, Directions | None],
+    config: LPCAMConfig,
+    indices: Iterable[int] | None = None,
+    unreadable: Unreadable = "stop",
+) -> Iterator[dict[str, SeedMaps]]:
+    """Yield, for every image, the maps of its own classes by name, all from one pass over the features.
+
+    by_name: the `directions` of each variant; None stands for CAM. `config` says scales and flips, also of CAM.
+    Raises DataError as the source does.
+    """
+    for found in source.images(indices, config.scales, config.flip != "none", unreadable):
+        own, result = list(found.labels), {}
+        for name, chosen in by_name.items():
+            if chosen is None:
+                maps = lpcam.cam_of(found.scales, source.weight[own], found.size)
+            else:
+                theirs = Directions(*(values[own] for values in chosen))
+                maps = lpcam.lpcam_of(found.scales, theirs, found.size, config)
+            result[name] = SeedMaps(found.image_id, found.labels, maps.float().cpu().numpy())
+        yield result
 
 
 def all_seed_maps(
@@ -463,17 +497,15 @@ def all_seed_maps(
     `config` says scales and flips, also of CAM. prototypes: needed by all kinds but `cam`.
     Raises ParameterError for an unknown kind and for missing prototypes, DataError as the source does.
     """
+    by_name: dict[str, Directions | None] = {}
     for kind in kinds:
         if kind not in KINDS:
             raise ParameterError(f"no maps are called {kind!r}{nearest(kind, KINDS)}", f"choose of {', '.join(KINDS)}")
-    by_kind = {}
-    if set(kinds) - {"cam"}:
-        if prototypes is None:
+        if kind != "cam" and prototypes is None:
             raise ParameterError("LPCAM's maps need prototypes", "make them with `fit_prototypes`")
-        for kind in set(kinds) - {"cam"}:
-            by_kind[kind] = directions(prototypes, source.weight, config, context=kind == "lpcam", missing=missing)
-    for found in source.images(indices, config.scales, config.flip != "none", unreadable):
-        yield image_maps(found, kinds, source.weight, config, by_kind)
+        chosen = None if kind == "cam" else directions(prototypes, source.weight, config, kind == "lpcam", missing)
+        by_name[kind] = chosen
+    yield from variant_maps(source, by_name, config, indices, unreadable)
 
 
 def seed_maps(source: FeatureSource, kind: str, config: LPCAMConfig, *args, **options) -> Iterator[SeedMaps]:
@@ -537,17 +569,21 @@ class SeedEvaluation(NamedTuple):
 
 
 def evaluate(
-    found: Iterable[dict[str, SeedMaps]], dataset: LocalizationDataset, thresholds: Sequence[float] = THRESHOLDS
+    found: Iterable[dict[str, SeedMaps]],
+    dataset: LocalizationDataset,
+    thresholds: Sequence[float] = THRESHOLDS,
+    parts: bool = True,
 ) -> dict[str, SeedEvaluation]:
     """Score maps by kind against the masks of a data set, in one streaming pass; images without a mask are left out.
 
+    parts: measure part coverage too, where there are part maps; it takes most of the time.
     Of single-label data sets the mask of the object counts as the image's class. In part coverage other classes'
     objects are not counted, so that `context` is background.
     Raises MapError when no image has a mask.
     """
     position = {name: index for index, name in enumerate(dataset.image_ids)}
     scores: dict[str, SeedScores] = {}
-    parts: dict[str, PartCoverage] = {}
+    coverage: dict[str, PartCoverage] = {}
     for by_kind in found:
         sample = dataset[position[next(iter(by_kind.values())).image_id]]
         if sample.mask is None:
@@ -559,15 +595,15 @@ def evaluate(
             if kind not in scores:
                 scores[kind] = SeedScores(len(dataset.class_names) + 1, thresholds)
             scores[kind].update(image.maps, image.classes, mask)
-            if sample.parts is None:
+            if not parts or sample.parts is None:
                 continue
             for score_map, label in zip(image.maps, image.classes, strict=True):
                 own = np.where((mask == 0) | (mask == label + 1), sample.parts, IGNORE).astype(np.uint8)
-                parts.setdefault(kind, PartCoverage(thresholds)).update(score_map, own)
+                coverage.setdefault(kind, PartCoverage(thresholds)).update(score_map, own)
     if not scores:
         raise MapError("no image has a mask to be judged by", "use a split with masks")
     return {
-        kind: SeedEvaluation(score.compute(), parts[kind].compute() if kind in parts else None)
+        kind: SeedEvaluation(score.compute(), coverage[kind].compute() if kind in coverage else None)
         for kind, score in scores.items()
     }
 
@@ -586,3 +622,50 @@ def scored(validation: SeedEvaluation, test: SeedEvaluation, fixed: float = 0.3)
         shares = test.parts.at(threshold)
         row |= {f"covers_{name}": shares[name] for name in ("discriminative", "rest", "context") if name in shares}
     return row
+
+
+REGIONS = {"head": DISCRIMINATIVE, "rest": REST, "context": CONTEXT}
+"""Parts of a class's objects, and the background of their images."""
+
+
+class RegionFeatures(NamedTuple):
+    """Local features by class and region (`REGIONS`), averaged: raw, and scaled to length one; each (C, 3, D) float64.
+
+    NaN where a class has no cell of a region.
+    """
+
+    raw: Tensor
+    unit: Tensor
+
+    def similarity(self) -> dict[str, float]:
+        """Return the mean cosine of two local features by pair of regions (`head, rest`), averaged over classes."""
+        names = list(REGIONS)
+        pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+        # The mean of all cosines between two sets is the product of their mean unit vectors.
+        products = {(i, j): (self.unit[:, i] * self.unit[:, j]).sum(dim=1) for i, j in pairs}
+        return {f"{names[i]}, {names[j]}": float(value.nanmean()) for (i, j), value in products.items()}
+
+
+def region_features(source: FeatureSource, dataset: LocalizationDataset) -> RegionFeatures:
+    """Average a source's local features over the true regions of each class: an analysis, not a step of the method.
+
+    A cell belongs to the region of the pixel at its centre.
+    Raises MapError when the data set has no masks or no part maps.
+    """
+    shape = (len(source.weight), len(REGIONS), source.weight.shape[1])
+    raw, unit = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    counts = torch.zeros(*shape[:2], 1, dtype=torch.float64)
+    position = {name: index for index, name in enumerate(dataset.image_ids)}
+    for found in source.images():
+        sample = dataset[position[found.image_id]]
+        if sample.mask is None or sample.parts is None:
+            raise MapError(f"{found.image_id} has no mask or no part map", "use the rendered benchmark")
+        features = found.scales[0][0].double().cpu()
+        mask, parts = (torch.from_numpy(resize_map(m, features.shape[1:])) for m in (sample.mask, sample.parts))
+        for label in found.labels:
+            for row, value in enumerate(REGIONS.values()):
+                inside = features[:, (parts == value) & (mask == (0 if value == CONTEXT else label + 1))]
+                raw[label, row] += inside.sum(dim=1)
+                unit[label, row] += F.normalize(inside, dim=0).sum(dim=1)
+                counts[label, row] += inside.shape[1]
+    return RegionFeatures(raw / counts, unit / counts)

@@ -141,3 +141,56 @@ def test_presets():
     assert (LPCAMConfig.paper().clusters, LPCAMConfig.paper("coco").clusters) == (12, 20)
     assert (LPCAMConfig.released().mu_b_least, LPCAMConfig.released("coco").mu_b) == (0.05, 0.5)
     assert LPCAMConfig.released(none_left="best").none_left == "best"
+
+
+def test_emptied_clusters_never_empty_another():
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        points = rng.integers(0, 3, (40, 2)).astype(np.float32)  # few distinct points: clusters run empty
+        for start in ("random", "k-means++"):
+            config = LPCAMConfig(clusters=12, metric="euclidean", start=start, seed=seed)
+            centres = cluster_local_features(torch.from_numpy(points), config)
+            assert centres.isfinite().all()
+            assert 1 <= len(centres) <= 12
+
+
+def test_hierarchical_is_average_linkage_by_loops():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(14, 3)) + np.array([2, 0, 0])
+    clusters = [[i] for i in range(14)]
+    distance = [[1 - cosine(a, b) for b in points.tolist()] for a in points.tolist()]
+    while len(clusters) > 4:
+        pairs = [(i, j) for i in range(len(clusters)) for j in range(i)]
+        means = [np.mean([distance[a][b] for a in clusters[i] for b in clusters[j]]) for i, j in pairs]
+        i, j = pairs[int(np.argmin(means))]
+        clusters[j] += clusters.pop(i)
+    expected = sorted(points[c].mean(axis=0).tolist() for c in clusters)
+    config = LPCAMConfig(clusters=4, algorithm="hierarchical")
+    np.testing.assert_allclose(sorted(cluster_local_features(torch.from_numpy(points), config).tolist()), expected)
+    with_zeros = torch.from_numpy(np.concatenate([points, np.zeros((3, 3))]))
+    np.testing.assert_allclose(sorted(cluster_local_features(with_zeros, config).tolist()), expected)
+    with pytest.raises(ParameterError, match="of 20001 features needs all of their distances"):
+        cluster_local_features(torch.rand(20_001, 2), config)
+
+
+def test_k_means_stops_at_the_tolerance():
+    points = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 4)))
+    settled = cluster_local_features(points, LPCAMConfig(clusters=6, start="random"))
+    early = cluster_local_features(points, LPCAMConfig(clusters=6, start="random", tolerance=1e9))
+    start = points[torch.from_numpy(np.random.default_rng(0).choice(300, 6, replace=False))]
+    labels = torch.tensor([max(range(6), key=lambda k: cosine(p, start[k].tolist())) for p in points.tolist()])
+    first = torch.stack([points[labels == k].mean(dim=0) for k in range(6)])
+    torch.testing.assert_close(early, first)  # one step from the drawn features
+    assert not torch.allclose(settled, early)
+
+
+def test_ties_and_scales():
+    features, cam = torch.arange(4.0).reshape(1, 2, 2), torch.tensor([[1.0, 0.5], [0.25, 0.0]])
+    for ties, expected in (("context", [1.0, 2.0, 3.0]), ("dropped", [2.0, 3.0])):
+        foreground, context = split_local_features(features, cam, 0.5, ties)
+        assert foreground.flatten().tolist() == [0.0]
+        assert context.flatten().tolist() == expected
+    for ties in ("context", "dropped"):
+        assert len(split_local_features(features, torch.zeros(2, 2), 0.0, ties)[1]) == 4
+    with pytest.raises(ValueError, match="the first is 1"):
+        LPCAMConfig(scales=(0.5, 1.0))

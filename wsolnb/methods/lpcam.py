@@ -167,9 +167,11 @@ def _lloyd(data: np.ndarray, view: np.ndarray, count: int, config: LPCAMConfig, 
             distance = squares - 2 * view @ centres.T + (centres**2).sum(1)
         found = distance.argmin(axis=1)
         own = distance[np.arange(len(data)), found]
-        for empty in np.flatnonzero(np.bincount(found, minlength=count) == 0):
-            farthest = own.argmax()
-            found[farthest], own[farthest] = empty, -np.inf
+        sizes = np.bincount(found, minlength=count)
+        for empty in np.flatnonzero(sizes == 0):
+            farthest = np.where(sizes[found] > 1, own, -np.inf).argmax()  # taken from a cluster that keeps others
+            sizes[found[farthest]] -= 1
+            found[farthest], sizes[empty] = empty, 1
         if np.array_equal(found, labels):
             return labels
         labels, before = found, centres
@@ -258,6 +260,11 @@ def by_maximum(maps: Tensor) -> Tensor:
     return torch.where(top > 0, positive / top, positive)
 
 
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (C, h, w) maps bilinearly to `size`, pixel centres aligned; C may be 0."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
 class Directions(NamedTuple):
     """What LPCAM compares features with: (C, D) `direction` of each class, and (C,) whether context is subtracted."""
 
@@ -275,7 +282,7 @@ def cam_of(scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int]) -> T
     total = torch.zeros(len(weight), *size, dtype=weight.dtype, device=weight.device)
     for features in scales:
         maps = torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu().sum(dim=1)
-        total += F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+        total += _upsample(maps, size)
     return by_maximum(total)
 
 
@@ -296,5 +303,5 @@ def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, 
         rectified = maps.relu()
         if config.relu == "with_context":
             rectified = torch.where(directions.has_context[None, :, None, None], rectified, maps)
-        total += F.interpolate(rectified.mean(dim=0)[None], size=size, mode="bilinear", align_corners=False)[0]
+        total += _upsample(rectified.mean(dim=0), size)
     return by_maximum(total / len(scales) if config.over_scales == "mean" else total)

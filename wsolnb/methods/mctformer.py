@@ -1,0 +1,177 @@
+"""MCTformer (Xu et al., CVPR 2022): a vision transformer with one class token per category.
+
+Every category has a token of its own, whose attention to the patches is a map of that category; a convolution over the
+patch tokens gives a second map (the patch CAM), and their product is the localization. Patch-to-patch attention refines
+it. For LPCAM the patch tokens are the local features and the convolution is the classifier.
+
+    model = MCTformer(create_backbone("vit_mini", pretrained=True), num_classes=6)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from wsolnb.backbones import ConformerBackbone, TransformerBackbone
+from wsolnb.errors import ParameterError
+from wsolnb.methods.base import LocalizationModel, pick
+
+
+class MCTformerOutput(NamedTuple):
+    """What one forward pass holds.
+
+    logits: (B, C), mean of the two below. token_logits: (B, C), each class token averaged over its channels.
+    patch_logits: (B, C), the semantic map averaged over the patches.
+    semantic_map: (B, C, h, w), one map per class, before its ReLU. features: (B, D, h, w), the patch tokens.
+    attention: (B, L, C, h, w) float32, class tokens to patches, mean over heads; L layers, the last ones.
+    affinity: (B, N, N) float32, patches to patches, mean over heads and all layers; from a softmax over all tokens.
+    """
+
+    logits: Tensor
+    token_logits: Tensor
+    patch_logits: Tensor
+    semantic_map: Tensor
+    features: Tensor
+    attention: Tensor
+    affinity: Tensor
+
+
+class MCTformer(LocalizationModel):
+    """A vision transformer of `wsolnb.backbones` whose class token is replaced by one per category.
+
+    The tokens and their position start from the pretrained class token. Images of any size are taken: the position
+    embedding is resampled to their grid.
+    layers: number of last layers whose class attention is averaged.
+    padding: of the 3 x 3 convolution over the patches, `zeros` as published, or `replicate`.
+    """
+
+    maps = ("mctformer", "semantic", "attention")
+
+    def __init__(self, backbone: TransformerBackbone, num_classes: int, layers: int = 3, padding: str = "zeros"):
+        super().__init__()
+        if not isinstance(backbone, TransformerBackbone) or isinstance(backbone, ConformerBackbone):
+            raise ParameterError(
+                f"MCTformer needs a plain vision transformer, got {type(backbone).__name__}",
+                "use vit_mini, deit_small or another transformer of wsolnb.backbones",
+            )
+        self.backbone = backbone
+        self.layers = min(layers, backbone.depth)
+        vit = backbone.vit
+        start = vit.cls_token.detach() + vit.pos_embed.detach()[:, :1]
+        self.class_tokens = nn.Parameter(start.repeat(1, num_classes, 1))
+        noise = torch.empty_like(self.class_tokens)
+        # Equal tokens would differ by the loss of their own class only; noise as timm starts a class token with.
+        self.class_tokens.data += nn.init.trunc_normal_(noise, std=0.02)
+        self.semantic = nn.Conv2d(backbone.dim, num_classes, 3, padding=1, padding_mode=padding)
+        nn.init.kaiming_normal_(self.semantic.weight, nonlinearity="relu")
+        nn.init.zeros_(self.semantic.bias)
+
+    @property
+    def head(self) -> nn.Module:
+        """The convolution over the patch tokens."""
+        return self.semantic
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int], Tensor, Tensor]:
+        """Run the transformer: class tokens (B, C, D), patches (B, N, D), grid, class attention and patch affinity."""
+        vit, size = self.backbone.vit, self.backbone.patch_size
+        rows, columns = images.shape[2] // size, images.shape[3] // size
+        if images.shape[2] % size or images.shape[3] % size:
+            raise ParameterError(f"images of {tuple(images.shape[2:])} pixels", f"use multiples of {size}")
+        side = self.backbone.grid
+        patches = self._embed(images)
+        position = vit.pos_embed[:, 1:]
+        if (rows, columns) != side:
+            position = resample_abs_pos_embed(position, (rows, columns), side, num_prefix_tokens=0)
+        count = self.class_tokens.shape[1]
+        x = torch.cat([self.class_tokens.expand(len(images), -1, -1), patches + position], dim=1)
+        x = vit.norm_pre(vit.pos_drop(x))
+        masks = self._masks(rows, columns, count, x.device)
+        attention, affinity = [], 0.0
+        for block, mask in zip(vit.blocks, masks, strict=True):
+            mixed, weights = _attend(block.attn, block.norm1(x), mask)
+            x = x + block.drop_path1(block.ls1(mixed))
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            attention.append(weights[:, :count, count:])
+            affinity = affinity + weights[:, count:, count:] / len(masks)
+        x = vit.norm(x)
+        return x[:, :count], x[:, count:], (rows, columns), torch.stack(attention[-self.layers :], dim=1), affinity
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Embed patches of images of any size, (B, N, D); timm's own check of the size is passed by."""
+        embed = self.backbone.vit.patch_embed
+        return embed(images) if not hasattr(embed, "proj") else embed.norm(embed.proj(images).flatten(2).mT)
+
+    def _masks(self, rows: int, columns: int, count: int, device: torch.device) -> list[Tensor | None]:
+        """The backbone's masks (`Mixing`) with `count` class tokens in the place of one."""
+        mixing, depth = self.backbone.mixing, self.backbone.depth
+        if mixing is None:
+            return [None] * depth
+        repeats = torch.cat([torch.zeros(count, dtype=torch.long), torch.arange(1, rows * columns + 1)])
+        one = mixing.masks(rows, columns, depth)
+        return [mask if mask is None else mask[repeats][:, repeats].to(device) for mask in one]
+
+    def forward(self, images: Tensor) -> MCTformerOutput:
+        """Classify (B, 3, H, W) normalised images; H and W multiples of the patch size."""
+        classes, patches, grid, attention, affinity = self.tokens(images)
+        features = patches.mT.unflatten(2, grid)
+        semantic_map = self.semantic(features)
+        token_logits, patch_logits = classes.mean(dim=2), semantic_map.mean(dim=(2, 3))
+        logits = (token_logits + patch_logits) / 2
+        attention = attention.unflatten(3, grid)
+        return MCTformerOutput(logits, token_logits, patch_logits, semantic_map, features, attention, affinity)
+
+    def localize(self, output: MCTformerOutput, classes: Tensor) -> dict[str, Tensor]:
+        """Class attention (mean over the last layers), rectified semantic map, and their product; each (B, h, w)."""
+        attention = pick(output.attention.mean(dim=1), classes)
+        semantic = pick(output.semantic_map.float().relu(), classes)
+        return {"mctformer": attention * semantic, "semantic": semantic, "attention": attention}
+
+
+def refine(maps: Tensor, affinity: Tensor) -> Tensor:
+    """Return maps (B, K, h, w) with each patch the affinity-weighted sum over all patches (patch-level affinity).
+
+    affinity: (B, N, N), rows = the patch that attends.
+    """
+    return torch.einsum("bnm,bkm->bkn", affinity, maps.flatten(2)).view_as(maps)
+
+
+def objective(model: nn.Module, batch: dict, _config) -> Tensor:
+    """Return the sum of the multi-label losses of class tokens and of patches."""
+    output = model(batch["image"])
+    loss = nn.functional.multilabel_soft_margin_loss
+    labels = batch["label"].float()
+    return loss(output.token_logits.float(), labels) + loss(output.patch_logits.float(), labels)
+
+
+class PatchTokens:
+    """MCTformer as an extractor of `wsolnb.seeds`: patch tokens, and the convolution summed over its positions."""
+
+    def __init__(self, model: MCTformer):
+        self.model = model.eval()
+        self.weight = model.semantic.weight.detach().float().sum(dim=(2, 3))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the patch tokens (B, D, h, w)."""
+        size = self.model.backbone.patch_size
+        fitting = [max(size, round(side / size) * size) for side in images.shape[2:]]
+        if fitting != list(images.shape[2:]):
+            images = F.interpolate(images, size=fitting, mode="bilinear", align_corners=False)
+        return self.model(images).features
+
+
+def _attend(attention: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Self-attention of (B, T, D) tokens, and its weights (B, T, T), mean over heads, float32."""
+    batch, tokens, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    with torch.autocast(x.device.type, enabled=False):
+        scores = (q.float() * attention.scale) @ k.float().transpose(-2, -1)
+        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+    mixed = attention.attn_drop(weights.to(v.dtype)) @ v
+    mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+    return attention.proj_drop(attention.proj(attention.norm(mixed))), weights.mean(dim=1)
