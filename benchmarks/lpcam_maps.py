@@ -89,8 +89,10 @@ def evaluation() -> dict[str, float]:
         for maps_, classes, mask in images(100):
             plain.update(seed_mask(maps_, classes, threshold), mask)
         error = max(error, abs(plain.compute().miou - few.compute().curve.at(threshold)["miou"]))
+    # fmt: off
     print(f"1,000 seed maps (128 x 128, two classes) at 100 thresholds: {seconds:.1f} s; peak memory {large:.2f} MB, "
-          f"with 100 images {small:.2f} MB (claim: no growth); mIoU differs from mask by mask by {error:.1e}")  # fmt: skip
+          f"of 100 images {small:.2f} MB (claim: no growth); mIoU differs from that of masks by {error:.1e}")
+    # fmt: on
     return {"seconds": seconds, "memory_growth": large / small, "miou_difference": error}
 
 

@@ -257,9 +257,11 @@ def train_sgd(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
             if not math.isfinite(total):
-                raise TrainingError(f"the loss is {float(loss)} in epoch {epoch + 1}", f"lower lr ({config.lr})")
+                raise TrainingError(
+                    f"the loss is {float(loss.detach())} in epoch {epoch + 1}", f"lower lr ({config.lr})"
+                )
         seconds = time.perf_counter() - started
         history.append({"epoch": epoch + 1, "loss": total / len(loader), "seconds": seconds, **evaluate(model)})
     model.eval()
