@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -137,20 +137,38 @@ class RandomScaleCrop:
 
 
 
-class MaskRecipe(ClassifierRecipe):
-    """How a network is trained on masks; fields as of `ClassifierRecipe`, and:
+class MaskRecipe(BaseModel):
+    """How a network is trained on masks.
 
-    method: `irn`, `deeplabv2` or `upernet`. backbone: of `wsolnb.backbones`, for `upernet` a Swin of timm.
-    output_stride: 16 for `irn`, 8 for `deeplabv2`.
-    scale: range of the random factor on the image before the crop; None resizes the whole image.
-    contrast: half-width of the random stretch around the mean. label_radius: of IRN's pairs, in cells of stride 4.
+    method: `irn`, `deeplabv2` or `upernet`. backbone: of `wsolnb.backbones`, for `upernet` a Swin of timm. pretrained,
+    checkpoint: as in `create_backbone`. output_stride: 16 for `irn`, 8 for `deeplabv2`.
+    image_size: side of the input in pixels. scale: range of the random factor on the image before the crop of that
+    size; None resizes the whole image and moves it by up to `shift` pixels.
+    brightness, contrast: half-widths of the random factors on the light and on the spread around the mean.
+    label_radius: of IRN's pairs, in cells of stride 4.
     options: further arguments of the network: `width` of `irn`, `dilations` of `deeplabv2`.
+    training: the loop's hyperparameters.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     method: Literal["irn", "deeplabv2", "upernet"] = "deeplabv2"
+    backbone: str = "resnet_mini"
+    pretrained: bool = True
+    checkpoint: str | None = None
+    output_stride: int = 8
+    image_size: int = Field(112, ge=32)
     scale: tuple[float, float] | None = None
+    shift: int = Field(8, ge=0)
+    brightness: float = Field(0.2, ge=0, lt=1)
     contrast: float = Field(0.0, ge=0, lt=1)
+    batch_size: int = Field(16, ge=1)
+    num_workers: int = Field(0, ge=0)
     label_radius: int = Field(10, ge=2)
+    options: dict[str, Any] = {}
+    training: TrainingConfig
+
+    weights_hash = ClassifierRecipe.weights_hash
 
     def train_transform(self) -> transforms.Transform:
         """The random transform: scaled crop or shift, flip, light."""
@@ -313,26 +331,104 @@ def boundary_of(model: IRN, image: np.ndarray, image_size: int | None = None) ->
     return irn.boundaries(model, to_tensor(image)[None].to(device))[0]
 
 
-def walk(
-    model: IRN, found: Iterable[SeedMaps], dataset: LocalizationDataset, config: IRNConfig,
+def walk_steps(
+    model: IRN, found: Iterable[SeedMaps], dataset: LocalizationDataset, config: IRNConfig, exp_times: Sequence[int],
     image_size: int | None = None,
-) -> Iterator[SeedMaps]:  # fmt: skip
-    """Yield each image's maps after the random walk, at the image's size, in [0, 1]; the seed rule makes masks of them.
+) -> Iterator[dict[int, SeedMaps]]:  # fmt: skip
+    """Yield each image's maps after 2 ** e steps of the random walk, by e of the ascending `exp_times`.
 
+    The maps have the image's size and values in [0, 1]; the rule of seeds makes masks of them.
     image_size: side of the square that images are resized to before the network; None keeps their size.
     """
     position = {name: index for index, name in enumerate(dataset.image_ids)}
     for seed in found:
         image = dataset.read(position[seed.image_id], truth=False).image
         boundary = boundary_of(model, image, image_size)
-        maps = torch.from_numpy(seed.maps).to(boundary.device)
-        if len(maps):
-            # On the boundary's grid, each class by its own maximum, as the released code stores its maps.
-            maps = F.interpolate(maps[None], size=boundary.shape, mode="bilinear", align_corners=False, antialias=True)
-            maps = maps[0] / maps[0].amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
-            maps = irn.propagate(maps, boundary, config.radius, config.beta, config.exp_times)
-            maps = irn.unit_scores(maps, seed.maps.shape[1:])
-        yield SeedMaps(seed.image_id, seed.classes, maps.cpu().numpy())
+        maps = on_grid(seed.maps, boundary)
+        walked = irn.walks(maps, boundary, config.radius, config.beta, exp_times)
+        size = seed.maps.shape[1:]
+        yield {e: seed._replace(maps=irn.unit_scores(w, size).cpu().numpy()) for e, w in zip(exp_times, walked)}  # noqa: B905
+
+
+def on_grid(maps: np.ndarray, boundary: Tensor) -> Tensor:
+    """Return seed maps (K, H, W) on the grid of a boundary map, each by its own maximum, as released."""
+    if not len(maps):
+        return boundary.new_zeros((0, *boundary.shape))
+    small = torch.from_numpy(maps).to(boundary.device)[None]
+    small = F.interpolate(small, size=boundary.shape, mode="bilinear", align_corners=False, antialias=True)[0]
+    return small / small.amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
+
+
+def walk(
+    model: IRN, found: Iterable[SeedMaps], dataset: LocalizationDataset, config: IRNConfig,
+    image_size: int | None = None,
+) -> Iterator[SeedMaps]:  # fmt: skip
+    """Yield each image's maps after `config.exp_times`; see `walk_steps`."""
+    for by_steps in walk_steps(model, found, dataset, config, (config.exp_times,), image_size):
+        yield by_steps[config.exp_times]
+
+
+# -------------------------------------------------------------------------------------------------- stages, kept by run
+
+
+def kept_seeds(
+    run: Run, name: str, made_of: Any, found: Callable[[], Iterable[dict[str, SeedMaps]]], threshold: float = 0.3
+) -> Path:
+    """Return a folder with seeds, `<kind>/<image id>.npz` (and masks at `threshold`), made once per run folder.
+
+    made_of: what the maps depend on, such as the folders' names of a classifier and of prototypes.
+    """
+
+    def build(folder: Path) -> None:
+        for by_kind in found():
+            for kind, seed in by_kind.items():
+                seeds.write_seeds([seed], folder / kind, threshold)
+
+    return run.cached(name, made_of, CODE, build)
+
+
+def stored(folder: Path, dataset: LocalizationDataset) -> Iterator[SeedMaps]:
+    """Yield the seeds of a data set's images from a folder of files."""
+    return (seeds.read_seeds(folder, name) for name in dataset.image_ids)
+
+
+def kept_labels(
+    run: Run, name: str, folder: Path, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig
+) -> WithMasks:
+    """Return a data set with IRN's labels, made once per run folder of the seeds in `folder`."""
+    asked = [config.foreground, config.background, refinement.model_dump()]
+    made_of = [folder.parent.name, folder.name, fingerprint(dataset.image_ids), asked]
+    made = run.cached(
+        name, made_of, CODE, lambda to: write_irn_labels(stored(folder, dataset), dataset, to, config, refinement)
+    )
+    return WithMasks(dataset, made)
+
+
+def kept_pseudo(
+    run: Run, name: str, trained: tuple[IRN, Path], folder: Path, dataset: LocalizationDataset, config: IRNConfig,
+    image_size: int | None,
+) -> WithMasks:  # fmt: skip
+    """Return a data set with pseudo masks at `config.mask_background`, made once per run folder of a folder's seeds.
+
+    trained: what `fit` returns.
+    """
+    model, weights = trained
+    made_of = [weights.name, folder.parent.name, folder.name, fingerprint(dataset.image_ids), config.model_dump()]
+
+    def build(to: Path) -> None:
+        seeds.write_seeds(walk(model, stored(folder, dataset), dataset, config, image_size), to, config.mask_background)
+
+    return WithMasks(dataset, run.cached(name, [*made_of, image_size], CODE, build))
+
+
+def masks_score(dataset: WithMasks) -> Segmentation:
+    """Score the mask files of a data set against its own true masks; 255 in a file is not counted."""
+    scores = SegmentationScores(len(dataset.class_names) + 1)
+    for index in range(len(dataset)):
+        sample = dataset.dataset[index]
+        truth, given = class_mask(sample, dataset.multi_label), dataset[index].mask
+        scores.update(np.where(given == IGNORE, 0, given), np.where(given == IGNORE, IGNORE, truth))
+    return scores.compute()
 
 
 def fit(run: Run, name: str, recipe: MaskRecipe, dataset: WithMasks, progress: bool = True) -> tuple[nn.Module, Path]:

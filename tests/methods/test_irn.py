@@ -20,6 +20,7 @@ from wsolnb.methods.irn import (
     propagate,
     transition,
     unit_scores,
+    walks,
 )
 
 
@@ -132,6 +133,13 @@ def test_random_walk_equals_dense_float64_powers(size, radius, beta, exp_times):
     assert got.dtype == torch.float32
     expected = dense_walk(cam, boundary, radius, beta, exp_times)
     assert np.abs(got.numpy() - expected).max() <= 1e-6
+
+
+def test_several_walks_are_parts_of_one():
+    generator = torch.Generator().manual_seed(4)
+    cam, boundary = torch.rand(2, 6, 7, generator=generator), torch.rand(6, 7, generator=generator)
+    for exp_times, found in zip((0, 2, 5), walks(cam, boundary, 3, 10, (0, 2, 5)), strict=True):
+        assert torch.equal(found, propagate(cam, boundary, 3, 10, exp_times))
 
 
 def test_transition_is_symmetric_affinity_by_row_sums():

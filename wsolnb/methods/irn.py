@@ -17,6 +17,7 @@ IRN's.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -175,6 +176,13 @@ def propagate(cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0
     Walks in float64, where 2^8 steps differ from dense powers by rounding only; on CUDA, else on the CPU.
     Raises MapError for shapes that do not fit and values that are NaN or out of range.
     """
+    return walks(cam, boundary, radius, beta, (exp_times,))[0]
+
+
+def walks(
+    cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: Sequence[int] = (8,)
+) -> list[Tensor]:
+    """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend."""
     if cam.ndim != 3 or boundary.shape != cam.shape[1:]:
         raise MapError(
             f"maps {tuple(cam.shape)} and boundary {tuple(boundary.shape)} do not fit", "give (K, h, w) and (h, w)"
@@ -188,11 +196,14 @@ def propagate(cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0
         raise MapError("the maps hold NaN or infinity", "look at the network that they come from")
     walked_on = cam.device if cam.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     scores = (cam.to(walked_on).double() * (1 - boundary.to(walked_on).double())).flatten(1).T.contiguous()
-    if scores.numel():
-        matrix = transition(boundary, radius, beta).to(walked_on)
-        for _ in range(2**exp_times):
+    matrix = transition(boundary, radius, beta).to(walked_on) if scores.numel() else None
+    found, done = [], 0
+    for power in exp_times:
+        for _ in range(2**power - done if matrix is not None else 0):
             scores = matrix @ scores
-    return scores.T.reshape(cam.shape).float().to(cam.device)
+        done = 2**power
+        found.append(scores.T.reshape(cam.shape).float().to(cam.device))
+    return found
 
 
 def unit_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
