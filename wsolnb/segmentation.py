@@ -345,7 +345,7 @@ def walk_steps(
         image = dataset.read(position[seed.image_id], truth=False).image
         boundary = boundary_of(model, image, image_size)
         maps = on_grid(seed.maps, boundary)
-        walked = irn.walks(maps, boundary, config.radius, config.beta, exp_times)
+        walked = irn.walks(maps, boundary, config.radius, config.beta, exp_times, config.damping)
         size = seed.maps.shape[1:]
         yield {e: seed._replace(maps=irn.unit_scores(w, size).cpu().numpy()) for e, w in zip(exp_times, walked)}  # noqa: B905
 

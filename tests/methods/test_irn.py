@@ -142,6 +142,15 @@ def test_several_walks_are_parts_of_one():
         assert torch.equal(found, propagate(cam, boundary, 3, 10, exp_times))
 
 
+def test_damping_is_of_the_start_only():
+    generator = torch.Generator().manual_seed(8)
+    cam, boundary = torch.rand(2, 6, 7, generator=generator), torch.rand(6, 7, generator=generator)
+    for damping in (0.0, 0.5, 1.0):
+        start = cam * (1 - damping * boundary)
+        expected = propagate(start, boundary, 3, 10, 4, damping=0)
+        torch.testing.assert_close(propagate(cam, boundary, 3, 10, 4, damping), expected)
+
+
 def test_transition_is_symmetric_affinity_by_row_sums():
     boundary = torch.rand(6, 8, generator=torch.Generator().manual_seed(3))
     matrix = transition(boundary, 5, 10).to_dense().numpy()
@@ -290,7 +299,7 @@ def test_presets():
     assert IRNConfig.paper() == IRNConfig(foreground=0.45, background=0.25, mask_background=0.35)
     assert IRNConfig.original(radius=3).model_dump() == {
         "foreground": 0.3, "background": 0.05, "mask_background": 0.25,
-        "label_radius": 10, "radius": 3, "beta": 10, "exp_times": 8,
+        "label_radius": 10, "radius": 3, "beta": 10, "exp_times": 8, "damping": 1,
     }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class IRNConfig(BaseModel):
         background where no map exceeds the second. mask_background: the background's score in pseudo masks.
     label_radius: largest distance of the pairs that are trained on, radius: of the walk's steps; both exclusive, in
         cells of stride 4. beta: exponent of the affinity. exp_times: the walk has 2 ** exp_times steps.
+    damping: the walk starts from maps times 1 - damping * boundary; released 1. Where outlines of one or two cells are
+        a large part of an object, as on small images, that removes the object.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +56,7 @@ class IRNConfig(BaseModel):
     radius: int = Field(5, ge=2)
     beta: float = Field(10.0, gt=0)
     exp_times: int = Field(8, ge=0)
+    damping: float = Field(1.0, ge=0, le=1)
 
     @classmethod
     def paper(cls, **changes: Any) -> IRNConfig:
@@ -168,19 +171,26 @@ def transition(boundary: Tensor, radius: int = 5, beta: float = 10.0) -> Tensor:
         return torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=False)
 
 
-def propagate(cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: int = 8) -> Tensor:
-    """Spread maps by 2 ** exp_times steps of the random walk; what lies on a boundary starts damped by 1 - boundary.
+def propagate(
+    cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: int = 8, damping: float = 1.0
+) -> Tensor:
+    """Spread maps by 2 ** exp_times steps of the random walk; they start damped, by 1 - damping * boundary.
 
     cam: (K, h, w), >= 0. boundary: (h, w) in [0, 1]. radius: of a step, exclusive, in cells. Returns (K, h, w) float32.
     One step costs K multiplications for each pair of neighbours: time and memory are linear in the number of pixels.
     Walks in float64, where 2^8 steps differ from dense powers by rounding only; on CUDA, else on the CPU.
     Raises MapError for shapes that do not fit and values that are NaN or out of range.
     """
-    return walks(cam, boundary, radius, beta, (exp_times,))[0]
+    return walks(cam, boundary, radius, beta, (exp_times,), damping)[0]
 
 
 def walks(
-    cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: Sequence[int] = (8,)
+    cam: Tensor,
+    boundary: Tensor,
+    radius: int = 5,
+    beta: float = 10.0,
+    exp_times: Sequence[int] = (8,),
+    damping: float = 1.0,
 ) -> list[Tensor]:
     """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend."""
     if cam.ndim != 3 or boundary.shape != cam.shape[1:]:
@@ -195,7 +205,8 @@ def walks(
     if not cam.isfinite().all():
         raise MapError("the maps hold NaN or infinity", "look at the network that they come from")
     walked_on = cam.device if cam.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
-    scores = (cam.to(walked_on).double() * (1 - boundary.to(walked_on).double())).flatten(1).T.contiguous()
+    start = cam.to(walked_on).double() * (1 - damping * boundary.to(walked_on).double())
+    scores = start.flatten(1).T.contiguous()
     matrix = transition(boundary, radius, beta).to(walked_on) if scores.numel() else None
     found, done = [], 0
     for power in exp_times:
