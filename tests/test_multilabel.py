@@ -107,3 +107,21 @@ def test_sgd_follows_the_polynomial(splits, tmp_path):
 def test_unknown_classifier():
     with pytest.raises(ParameterError, match=r"'mctforme' \(did you mean 'mctformer'\?\)"):
         small(method="mctforme").build(3)
+
+
+def test_voc_is_judged_on_its_training_images(splits):
+    root = splits.train.root  # the scenes are written in VOC's layout
+    settings = {"dataset": "voc", "data_root": str(root), "train_list": "", "seed": 0, "train_seed": 1, "epochs": 5}
+    settings |= {"lr": 0.1, "head_lr": 1.0, "weight_decay": 1e-4, "precision": "fp32", "device": "cpu", "method": "cam"}
+    settings |= {"backbone": "resnet50", "pretrained": True, "image_size": 512, "output_stride": 16, "batch_size": 16}
+    settings |= {"shift": 8, "optimizer": "sgd", "num_workers": 0, "long_side": [320, 640]}
+    found, recipe = multilabel.described(settings)
+    assert (len(found.train), len(found.val), len(found.test)) == (12, 6, 12)
+    assert found.test[0].mask is not None
+    assert recipe.map_size is None
+    assert recipe.train_transform()(found.train[0], np.random.default_rng(0)).size == (512, 512)
+    listed = root / "some.txt"
+    listed.write_text(f"/JPEGImages/{found.train.image_ids[3]}.jpg /SegmentationClass/{found.train.image_ids[3]}.png\n")
+    assert multilabel.described({**settings, "train_list": str(listed)})[0].train.image_ids == (
+        found.train.image_ids[3],
+    )

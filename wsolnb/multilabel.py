@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -124,6 +125,11 @@ class ClassifierRecipe(BaseModel):
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
         light = transforms.RandomBrightnessContrast(self.brightness, 0.0)
         return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
+
+    @property
+    def map_size(self) -> int | None:
+        """Side of the square input that maps are made from; None = the image's own size, after training on crops."""
+        return None if self.long_side else self.image_size
 
     def weights_hash(self) -> str:
         """Hash of the file that the weights start from; empty for random and for published weights."""
@@ -271,17 +277,29 @@ def train_sgd(
     pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
 
 
+def _photographs(dataset: str, root: Path, train_list: str) -> Splits:
+    """Return VOC's or COCO's images for training, `val` to choose on, and `train`, where seed masks are judged."""
+    options = {"sbd_list": resolve(train_list)} if train_list else {}
+    open_split = partial(data.open_dataset, dataset, root)
+    return Splits(open_split("train", **options), open_split("val"), open_split("train"))
+
+
 def described(settings: dict[str, Any], seed: int | None = None, **override: Any) -> tuple[Splits, ClassifierRecipe]:
     """Return the splits and the recipe that the parameters of notebook 20 describe.
 
     seed: of the training; default the notebook's `train_seed`. override: of the settings.
+    Of VOC and COCO the classifier is trained on `train` (or on `train_list`, VOC's enlarged set), choices are made on
+    `val`, and the third split is `train` again: that is where the lineage judges seed masks.
     """
     p = {**settings, **override}
     dials: dict[str, Any] = {}
     if p["dataset"] == "aviary":
         dials = {name: p[name] for name in ("classes", "body_cue", "context_correlation")}
         dials |= {split: p[f"{split}_images"] for split in aviary.SPLITS} | {"variant": "scenes"}
-    splits = experiment.load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
+    if p["dataset"] in ("voc", "coco"):
+        splits = _photographs(p["dataset"], resolve(p["data_root"]), p["train_list"])
+    else:
+        splits = experiment.load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
     loop = {name: p[name] for name in ("epochs", "lr", "head_lr", "weight_decay", "precision", "device")}
     loop |= {"seed": p["train_seed"] if seed is None else seed, "select": "map"}
     names = ("method", "backbone", "pretrained", "image_size", "output_stride", "batch_size", "shift", "optimizer")

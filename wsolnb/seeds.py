@@ -371,9 +371,7 @@ def fit_prototypes(
 
     A class without images has no centres; `directions` says what becomes of it.
     """
-    asked = config.model_dump(
-        include=set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
-    )
+    asked = config.model_dump(include=_asked(config))
     key = fingerprint([asked, source.image_ids, source.labels, source.weight.double().sum(dim=0).cpu()])
     result = []
     for index in range(len(source.weight)):
@@ -403,6 +401,7 @@ def cached_prototypes(
 
 
 def _asked(config: LPCAMConfig) -> set[str]:
+    """Return the fields that decide the centres; where the final CAM splits, its scales and flips are among them."""
     return set(CLUSTERING if config.split_cam == "grid" else (*CLUSTERING, "scales", "flip"))
 
 
