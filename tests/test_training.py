@@ -202,6 +202,25 @@ def test_schedule_warms_up_then_falls_like_a_cosine():
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
     assert factors[99] < 0.001
     assert training.rate_factor(50, 100, config(schedule="constant")) == 1
+    poly = [training.rate_factor(step, 100, config(schedule="poly", warmup=0.0, power=0.9)) for step in range(100)]
+    assert poly == pytest.approx([(1 - step / 100) ** 0.9 for step in range(100)])
+
+
+def test_sgd_takes_the_steps_of_its_definition(tmp_path):
+    """One step with momentum, decay and the head's own rate, by hand."""
+    torch.manual_seed(0)
+    model = Small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = config(
+        optimizer="sgd", epochs=1, lr=0.1, head_lr=0.2, momentum=0.0, weight_decay=0.01, warmup=0, schedule="constant",
+        clip=0.0,
+    )  # fmt: skip
+    batch = next(iter(Batches()))
+    training.train(model, [batch], settings, tmp_path, progress=False, objective=lambda m, b, c: m.out.weight.sum())
+    out = before["out.weight"]
+    torch.testing.assert_close(model.out.weight.detach(), out - 0.2 * (1 + 0.01 * out))
+    body = before["body.1.weight"]
+    torch.testing.assert_close(model.body[1].weight.detach(), body)  # no gradient, no decay
 
 
 def test_multi_hot_labels_take_the_soft_margin_loss():

@@ -51,3 +51,12 @@ def test_small_png_shows_the_same_picture(samples):
     expected, got = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in (plain, io.BytesIO(small)))
     difference = np.abs(got - expected)
     assert difference.mean() < 3
+
+
+def test_masks_have_a_colour_per_class():
+    picture = viz.mask_colours(np.array([[0, 1, 2, 8, 255]], np.uint8))
+    assert picture.shape == (1, 5, 3)
+    assert picture[0, 0].tolist() == [0, 0, 0]
+    assert picture[0, 4].tolist() == [255, 255, 255]
+    assert picture[0, 1].tolist() == picture[0, 3].tolist() == [0, 0x72, 0xB2]
+    assert picture[0, 2].tolist() != picture[0, 1].tolist()

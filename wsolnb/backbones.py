@@ -32,7 +32,7 @@ TRANSFORMERS = {
     "vit_small": "vit_small_patch16_224.augreg_in1k",
     "dino_small": "vit_small_patch16_224.dino",
 }
-RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k"}
+RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
 MINI = ("vit_mini", "vit_mini_dino", "vit_mini_plain", "resnet_mini")
 """Backbones small enough for two CPU cores. All but `vit_mini_plain` have embedded pretrained weights
 (`wsolnb.weights`). `vit_mini_dino` is `vit_mini` with self-distilled weights; `vit_mini_plain` is an ordinary small

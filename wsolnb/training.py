@@ -32,8 +32,9 @@ class TrainingConfig(BaseModel):
 
     epochs: passes over the training images. lr: peak rate of the backbone. head_lr: of the head; None = lr.
     warmup: share of all steps with a linearly rising rate; after it the rate follows half a cosine to zero
-        (`schedule="cosine"`) or stays (`"constant"`).
-    weight_decay: of AdamW, on matrices and kernels only. betas, eps: of AdamW. clip: largest gradient norm, 0 = none.
+        (`schedule="cosine"`), (1 - progress) ** power (`"poly"`), or stays (`"constant"`).
+    optimizer: `adamw`, or `sgd` with momentum. weight_decay: on matrices and kernels only. betas, eps: of AdamW.
+    clip: largest gradient norm, 0 = none.
     label_smoothing: of the cross-entropy. precision: `auto` = bf16 where the device computes it natively, else fp32.
     device: `auto` = CUDA, then MPS, then CPU. select: the column of the evaluation whose maximum picks the best epoch.
     seed: of the weights' further life: dropout, stochastic depth. Data order and augmentation have their own.
@@ -45,7 +46,10 @@ class TrainingConfig(BaseModel):
     lr: float = Field(gt=0)
     head_lr: float | None = Field(None, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "poly"] = "cosine"
+    power: float = Field(0.9, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
@@ -107,13 +111,16 @@ def parameter_groups(model: LocalizationModel, config: TrainingConfig) -> list[d
 
 
 def rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
-    """Share of the peak learning rate at optimiser step `step` of `steps`: linear warm-up, then cosine or constant."""
+    """Share of the peak learning rate at optimiser step `step` of `steps`: linear warm-up, then the schedule."""
     warm = round(config.warmup * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    progress = (step - warm) / max(1, steps - warm)
+    if config.schedule == "poly":
+        return max(0.0, 1 - progress) ** config.power
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -156,7 +163,11 @@ def train(
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     bf16 = pick_precision(config.precision, device) == "bf16"
     set_seed(config.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps)
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
     steps = config.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, config))
     plain = model

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -78,6 +78,19 @@ def draw_parts(axes: Axes, parts: np.ndarray) -> None:
     values = (CONTEXT, DISCRIMINATIVE, REST)
     colours = ListedColormap([PART_COLOURS[v] for v in values])
     axes.imshow(np.where(parts == IGNORE, CONTEXT, parts), vmin=-0.5, vmax=2.5, cmap=colours, interpolation="nearest")
+
+
+def mask_colours(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (H, W) of classes as a picture (H, W, 3) uint8: background black, unknown (255) white.
+
+    The first seven classes have colours that are told apart with any colour vision; from the eighth on they repeat.
+    """
+    names = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+    table = np.zeros((256, 3), np.uint8)
+    for value in range(1, IGNORE):
+        table[value] = [round(255 * part) for part in to_rgb(names[(value - 1) % len(names)])]
+    table[IGNORE] = 255
+    return table[mask]
 
 
 def box_legend(figure: Figure, predicted: bool = True) -> None:

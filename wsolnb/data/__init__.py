@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsolnb.data.base import FolderDataset, LocalizationDataset, Subset, hold_out
+from wsolnb.data.coco import COCO
 from wsolnb.data.cub import CUB
 from wsolnb.data.metadata_folder import MetadataFolder
 from wsolnb.data.pets import OxfordPets
@@ -16,6 +17,7 @@ from wsolnb.data.voc import VOC
 from wsolnb.errors import DataError, ParameterError, nearest
 
 __all__ = [
+    "COCO",
     "CONTEXT",
     "CUB",
     "DATASETS",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 DATASETS: dict[str, type[FolderDataset]] = {
-    reader.name: reader for reader in (CUB, VOC, OxfordPets, TinyImageNet, MetadataFolder)
+    reader.name: reader for reader in (CUB, VOC, COCO, OxfordPets, TinyImageNet, MetadataFolder)
 }
 """Readers by name. The rendered benchmark has no root to be read from: see `wsolnb.data.aviary.load`."""
 

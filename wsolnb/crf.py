@@ -1,0 +1,134 @@
+"""Refining masks by colour: a fully connected CRF over the pixels of an image (Kraehenbuehl and Koltun, 2011).
+
+Neighbours, and pixels of like colour anywhere near, are drawn to one label, by mean-field inference. Two ways:
+
+- `mean_field`, always there: exact, on the image reduced to a side of `max_side`, since it builds all pairs of pixels.
+- `pydensecrf`, the lattice filter that weakly supervised segmentation uses, at full size: the optional package
+  `pydensecrf2` (extra `crf`; its installation needs a C++ compiler). Chosen by name only, never because it is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Literal
+
+import cv2
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from wsolnb.errors import MapError, ParameterError
+
+
+class CRFConfig(BaseModel):
+    """Kernels and inference; the defaults are those of IRN's seed refinement.
+
+    backend: `mean_field`, `pydensecrf`, or `none`, which refines nothing. iterations: of mean field.
+    certainty: probability that a label given to `refine_labels` is right.
+    near, near_weight: standard deviation in pixels and weight of the kernel of position alone. wide, colour,
+        colour_weight: deviations in pixels and in grey levels, and weight, of the kernel of position and colour.
+    max_side: of the reduced image of `mean_field`, in pixels; memory is 4 * max_side ** 4 bytes for a square image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Literal["mean_field", "pydensecrf", "none"] = "mean_field"
+    iterations: int = Field(10, ge=1)
+    certainty: float = Field(0.7, gt=0, lt=1)
+    near: float = Field(3.0, gt=0)
+    near_weight: float = Field(3.0, ge=0)
+    wide: float = Field(50.0, gt=0)
+    colour: float = Field(5.0, gt=0)
+    colour_weight: float = Field(10.0, ge=0)
+    max_side: int = Field(64, ge=8, le=160)
+
+
+def refine(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
+    """Return the label probabilities (K, H, W) float32 after mean-field inference.
+
+    image: (H, W, 3) uint8. probabilities: (K, H, W), positive where a label is possible; their logarithm is the unary
+    term. Raises MapError for shapes that do not fit, ParameterError when `pydensecrf` is asked for and not installed.
+    """
+    config = config or CRFConfig()
+    if probabilities.ndim != 3 or image.shape != (*probabilities.shape[1:], 3) or image.dtype != np.uint8:
+        raise MapError(
+            f"an image {image.shape} {image.dtype} and probabilities {probabilities.shape} do not fit",
+            "give (H, W, 3) uint8 and (K, H, W)",
+        )
+    if config.backend == "none" or len(probabilities) < 2:
+        return probabilities.astype(np.float32)
+    compute = _lattice if config.backend == "pydensecrf" else _mean_field
+    return compute(image, np.maximum(probabilities, 1e-8).astype(np.float32), config)
+
+
+def refine_labels(image: np.ndarray, labels: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
+    """Return a mask (H, W) of the same values as `labels`, each pixel's most probable one.
+
+    A label is taken to be right with `config.certainty`; the rest is shared by the mask's other values.
+    """
+    config = config or CRFConfig()
+    values, index = np.unique(labels, return_inverse=True)
+    index = index.reshape(labels.shape)
+    if len(values) < 2 or config.backend == "none":
+        return labels.copy()
+    other = (1 - config.certainty) / (len(values) - 1)
+    given = np.where(index == np.arange(len(values))[:, None, None], config.certainty, other)
+    return values[refine(image, given, config).argmax(axis=0)]
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = np.exp(scores - scores.max(axis=0))
+    return shifted / shifted.sum(axis=0)
+
+
+def _kernel(features: np.ndarray, weight: float) -> np.ndarray:
+    """Return weight * D^-1/2 K D^-1/2 for K = exp(-|f_i - f_j|^2 / 2) of features (N, d), D its row sums."""
+    squares = (features**2).sum(axis=1)
+    distance = squares[:, None] + squares - 2 * features @ features.T
+    kernel = np.exp(np.minimum(-distance / 2, 0, out=distance), out=distance)
+    scale = 1 / np.sqrt(kernel.sum(axis=1))
+    kernel *= scale[:, None] * np.float32(weight)
+    kernel *= scale
+    return kernel
+
+
+def _mean_field(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig) -> np.ndarray:
+    height, width = image.shape[:2]
+    shrink = min(1.0, config.max_side / max(height, width))
+    if shrink < 1:
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        probabilities = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in probabilities])
+    rows, columns = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
+    place = np.stack([rows.ravel(), columns.ravel()], axis=1) / np.float32(shrink)
+    colours = image.reshape(-1, 3).astype(np.float32) / np.float32(config.colour)
+    colours -= colours.mean(axis=0)  # smaller numbers round less
+    joint = np.concatenate([place / np.float32(config.wide), colours], axis=1)
+    pairwise = _kernel(joint, config.colour_weight)
+    pairwise += _kernel(place / np.float32(config.near), config.near_weight)
+    unary = np.log(probabilities.reshape(len(probabilities), -1))
+    belief = _softmax(unary)
+    for _ in range(config.iterations):
+        # A pixel's own belief is in the sum, as in the filter of the published implementation.
+        belief = _softmax(unary + belief @ pairwise)
+    belief = belief.reshape(probabilities.shape)
+    if shrink < 1:
+        belief = np.stack([cv2.resize(b, (width, height), interpolation=cv2.INTER_LINEAR) for b in belief])
+    return belief
+
+
+def _lattice(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig) -> np.ndarray:
+    try:
+        densecrf = importlib.import_module("pydensecrf.densecrf")
+    except ImportError as error:
+        raise ParameterError(
+            "the CRF backend 'pydensecrf' is not installed",
+            "pip install 'wsolnb[crf]' (needs a C++ compiler), or choose the backend mean_field",
+        ) from error
+    count, height, width = probabilities.shape
+    crf = densecrf.DenseCRF2D(width, height, count)
+    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities).reshape(count, -1)))
+    crf.addPairwiseGaussian(sxy=config.near, compat=config.near_weight)
+    crf.addPairwiseBilateral(
+        sxy=config.wide, srgb=config.colour, rgbim=np.ascontiguousarray(image), compat=config.colour_weight
+    )
+    return np.array(crf.inference(config.iterations), np.float32).reshape(probabilities.shape)

@@ -1,0 +1,219 @@
+"""MS COCO in its native layout: multi-label images with boxes, and semantic masks painted from the instances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from wsolnb.data.base import FolderDataset, check_split, find_root, hold_out, number, require
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.errors import DataError, ParameterError, nearest
+
+REMEDY = (
+    "train2014.zip, val2014.zip and annotations_trainval2014.zip are at https://cocodataset.org/#download; unpack them "
+    "into one folder and give it: it holds annotations/instances_train2014.json and train2014/COCO_train2014_*.jpg"
+)
+
+
+class COCO(FolderDataset):
+    """MS COCO: 80 classes, several an image.
+
+    root: the folder that holds `annotations/`; images lie in `<part><year>/` beside it, or in `images/<part><year>/`.
+    split: `train`, `val`, `trainval` or `test`. Only the published train and val images have annotations: `test` is the
+        published *val*, which papers report on; `val` is held out from the published train images, `val_fraction` of
+        them, drawn by `seed`; `trainval` are all of these.
+    year: of the file names, 2014 or 2017. crowd: what regions marked `iscrowd` are in masks, `ignore` (255) or their
+        `class`. empty: keep images without any object (with `labels` ()); weakly supervised training leaves them out.
+
+    Classes are the categories of the annotation file by ascending id (which has gaps). Boxes are the published
+    `x, y, x + w, y + h`. Masks: 0 background, class index + 1; larger instances are painted first, so that what is
+    small, and mostly in front, stays visible; a pixel belongs to a polygon if its centre does.
+
+    The annotations of 2014's train part take about 2 GB of memory while they are read.
+    Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split or option.
+    """
+
+    name = "coco"
+    multi_label = True
+    remedy = REMEDY
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        year: int = 2014,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+        crowd: Literal["ignore", "class"] = "ignore",
+        empty: bool = False,
+    ):
+        check_split(split, ("train", "val", "trainval", "test"), self.name)
+        if crowd not in ("ignore", "class"):
+            raise ParameterError(f"no treatment {crowd!r} of crowds{nearest(crowd, ('ignore', 'class'))}", "use ignore")
+        self.root = find_root(root, "annotations", ["coco", f"coco{year}"], REMEDY)
+        self.split, self._crowd = split, crowd
+        part = "val" if split == "test" else "train"
+        folder = f"{part}{year}"
+        self._file = require(self.root / "annotations" / f"instances_{folder}.json", REMEDY)
+        beside = self.root / folder
+        self._images = beside if beside.is_dir() else require(self.root / "images" / folder, REMEDY)
+
+        content = self._read()
+        names = {self._get(c, "id", int): str(self._get(c, "name", str)) for c in content["categories"]}
+        order = {key: index for index, key in enumerate(sorted(names))}
+        self.class_names = tuple(names[key] for key in order)
+        images = {self._get(image, "id", int): image for image in content["images"]}
+        objects: dict[int, list[dict]] = {key: [] for key in images}
+        for annotation in content["annotations"]:
+            self._check(annotation, images, order)
+            objects[annotation["image_id"]].append(annotation)
+        keys = [key for key in sorted(images) if empty or objects[key]]
+        labels = [tuple(sorted({order[a["category_id"]] for a in objects[key]})) for key in keys]
+        if split in ("train", "val"):
+            kept = hold_out(labels, val_fraction, seed)[split == "val"]
+            keys, labels = [keys[i] for i in kept], [labels[i] for i in kept]
+        if not keys:
+            raise DataError(f"the split {split!r} of {self._file} has no image", REMEDY)
+        self._names = tuple(str(self._get(images[key], "file_name", str)) for key in keys)
+        self.image_ids = tuple(Path(name).stem for name in self._names)
+        self.labels = tuple(labels)
+        fields = ("bbox", "segmentation", "iscrowd", "area")
+        self._objects = [
+            [(order[a["category_id"]], *(a.get(name) for name in fields)) for a in objects[key]] for key in keys
+        ]
+
+    def _read(self) -> dict[str, list[dict]]:
+        try:
+            content = json.loads(self._file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self._file}: {error}", REMEDY) from error
+        for name in ("images", "annotations", "categories"):
+            if not isinstance(content, dict) or not isinstance(content.get(name), list):
+                raise DataError(f"{self._file} has no list {name!r}", REMEDY)
+        return content
+
+    def _get(self, entry: Any, name: str, kind: type) -> Any:
+        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+            raise DataError(f"{self._file} has an entry without {name!r}: {str(entry)[:80]}", REMEDY)
+        return entry[name]
+
+    def _check(self, annotation: dict, images: Mapping[int, dict], order: Mapping[int, int]) -> None:
+        image = self._get(annotation, "image_id", int)
+        if image not in images:
+            raise DataError(f"{self._file} has an object of image {image}, which it does not list", REMEDY)
+        category = self._get(annotation, "category_id", int)
+        if category not in order:
+            raise DataError(f"{self._file} has an object of category {category}, which it does not list", REMEDY)
+
+    def image_path(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self._images / self._names[index]
+
+    def annotate(self, index: int, sample: Sample) -> None:
+        """Add boxes and the semantic mask."""
+        boxes, labels, painted = [], [], []
+        for label, box, shape, crowd, area in self._objects[index]:
+            where = f"{self._file}: image {self.image_ids[index]}"
+            try:
+                x, y, width, height = (number(value) for value in box)
+                area = number(area)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{where} has an object without a proper bbox and area", REMEDY) from error
+            if not crowd:  # the box of a crowd is of no object
+                boxes.append((x, y, x + width, y + height))
+                labels.append(label)
+            try:
+                region = decode_segmentation(shape, sample.size)
+            except ValueError as error:
+                raise DataError(f"{where} has a segmentation that {error}", REMEDY) from error
+            value = IGNORE if crowd and self._crowd == "ignore" else label + 1
+            # Crowds first: single objects in front of them are known.
+            painted.append((not crowd, -area, value, region))
+        sample.boxes = np.array(boxes, np.float64).reshape(-1, 4)
+        sample.box_labels = np.array(labels, np.int64)
+        sample.mask = np.zeros(sample.size, np.uint8)
+        for *_, value, region in sorted(painted, key=lambda entry: entry[:2]):
+            sample.mask[region] = value
+
+
+# ------------------------------------------------------------------------------------------------------ segmentations
+
+
+def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels (H, W) bool of a COCO segmentation: polygons, or run lengths as a list or as text.
+
+    Raises ValueError that says what it is not, for anything else.
+    """
+    if isinstance(segmentation, list):
+        region = np.zeros(size, bool)
+        for points in segmentation:
+            region |= polygon_mask(points, size)
+        return region
+    if not isinstance(segmentation, dict) or "counts" not in segmentation:
+        raise ValueError("is neither a list of polygons nor run lengths")
+    if list(segmentation.get("size", ())) != list(size):
+        raise ValueError(f"is of size {segmentation.get('size')}, its image {list(size)}")
+    counts = segmentation["counts"]
+    if isinstance(counts, str):
+        counts = run_lengths(counts)
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
+        raise ValueError(f"has run lengths of {sum(counts)} pixels instead of {size[0] * size[1]}")
+    # Runs of 0, 1, 0, ... down the columns, one column after the other.
+    values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return values.reshape(size[1], size[0]).T
+
+
+def run_lengths(text: str) -> list[int]:
+    """Return the run lengths that COCO's compressed text stands for.
+
+    A number is written in groups of five bits, lowest first, each as one character from '0' on; the sixth bit says that
+    more follow, and the fifth of the last group is the sign. From the fourth number on, what is written is the
+    difference to the number two before it.
+    Raises ValueError for a character out of range and for text that ends inside of a number.
+    """
+    counts: list[int] = []
+    value, shift = 0, 0
+    for character in text:
+        group = ord(character) - 48
+        if not 0 <= group < 64:
+            raise ValueError(f"holds {character!r}, which is no run length")
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("ends inside of a run length")
+    return counts
+
+
+def polygon_mask(points: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels (H, W) bool whose centres are inside of a polygon `x0, y0, x1, y1, ...` (even-odd rule).
+
+    Raises ValueError for fewer than three points, an odd number of coordinates, or what is no number.
+    """
+    try:
+        corners = np.asarray(points, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("has coordinates that are no numbers") from error
+    if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not np.isfinite(corners).all():
+        raise ValueError(f"has a polygon of {corners.size} coordinates")
+    x0, y0 = corners[0::2], corners[1::2]
+    x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
+    height, width = size
+    centres = np.arange(height)[:, None] + 0.5
+    # An edge crosses the rows whose centres lie between its ends, the upper end included: corners count once.
+    row, edge = np.nonzero((np.minimum(y0, y1) <= centres) & (centres < np.maximum(y0, y1)))
+    share = (row + 0.5 - y0[edge]) / (y1[edge] - y0[edge])
+    crossing = x0[edge] + share * (x1[edge] - x0[edge])
+    column = np.clip(np.ceil(crossing - 0.5), 0, width).astype(np.int64)
+    turns = np.zeros((height, width + 1), np.int64)
+    np.add.at(turns, (row, column), 1)
+    return turns[:, :width].cumsum(axis=1) % 2 == 1

@@ -1,0 +1,410 @@
+"""IRN (Ahn et al., CVPR 2019): from seeds to pseudo masks by a random walk that stops at learnt boundaries.
+
+Two small branches on a frozen backbone are trained on pairs of nearby pixels whose seeds are confident: a boundary map
+B, and a displacement field towards an object's centre. The affinity of two pixels is 1 - max B on the straight way
+between them. A random walk whose transition is that affinity spreads each class's map inside of boundaries.
+
+    model = IRN(create_backbone("resnet50", pretrained=True))
+    # trained with `pair_loss` on `pair_labels(seeds, radius)`
+    boundary = boundaries(model, images)                              # (B, h, w), stride 4
+    scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
+
+Used for semantic masks: the instance part (clustering by displacement, and the mean shift of that field over the
+training images, which no semantic mask depends on) is left out. The displacement branch is trained: its loss is part of
+IRN's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import sparse
+from torch import Tensor, nn
+
+from wsolnb.backbones import ConvBackbone
+from wsolnb.data.sample import IGNORE
+from wsolnb.errors import MapError, ParameterError
+
+EPSILON = 1e-5
+"""Inside of the logarithms and the denominators of the loss, as released."""
+
+
+class IRNConfig(BaseModel):
+    """Hyperparameters; the defaults are those with which LPCAM uses IRN on VOC.
+
+    foreground, background: a pixel is confident foreground where its refined map exceeds the first, confident
+        background where no map exceeds the second. mask_background: the background's score in pseudo masks.
+    label_radius: largest distance of the pairs that are trained on, radius: of the walk's steps; both exclusive, in
+        cells of stride 4. beta: exponent of the affinity. exp_times: the walk has 2 ** exp_times steps.
+    damping: the walk starts from maps times 1 - damping * boundary; released 1. Where outlines of one or two cells are
+        a large part of an object, as on small images, that removes the object.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    foreground: float = Field(0.45, ge=0, le=1)
+    background: float = Field(0.25, ge=0, le=1)
+    mask_background: float = Field(0.35, ge=0, le=1)
+    label_radius: int = Field(10, ge=2)
+    radius: int = Field(5, ge=2)
+    beta: float = Field(10.0, gt=0)
+    exp_times: int = Field(8, ge=0)
+    damping: float = Field(1.0, ge=0, le=1)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> IRNConfig:
+        """As LPCAM uses IRN."""
+        return cls(**changes)
+
+    @classmethod
+    def original(cls, **changes: Any) -> IRNConfig:
+        """As IRN's own released code sets its thresholds (recalled): 0.30, 0.05 and 0.25."""
+        return cls(**{"foreground": 0.30, "background": 0.05, "mask_background": 0.25} | changes)
+
+
+# ----------------------------------------------------------------------------------------------------------- geometry
+
+
+@lru_cache
+def offsets(radius: int) -> tuple[tuple[int, int], ...]:
+    """Return the (down, right) offsets of the pairs: closer than `radius`, one of every two opposite ones."""
+    return tuple(
+        (down, right)
+        for down in range(radius)
+        for right in range(1 - radius, radius)
+        if down * down + right * right < radius * radius and (down > 0 or right > 0)
+    )
+
+
+@lru_cache
+def path(down: int, right: int) -> tuple[tuple[int, int], ...]:
+    """Return the cells between two pixels: all in the offset's bounding rectangle, ends included, that are closer than
+    1 to the straight line."""
+    squared = down * down + right * right
+    rows, columns = range(min(0, down), max(0, down) + 1), range(min(0, right), max(0, right) + 1)
+    # In integers, so that a cell at distance exactly 1 is out on every machine.
+    return tuple((y, x) for y in rows for x in columns if (down * x - right * y) ** 2 < squared)
+
+
+def _window(size: tuple[int, int], down: int, right: int, y: int = 0, x: int = 0) -> tuple[slice, slice]:
+    """Return where the pixels lie that have a partner at the offset inside of `size`, moved by (y, x)."""
+    (height, width), left = size, max(0, -right)
+    return slice(y, y + max(0, height - down)), slice(left + x, left + x + max(0, width - abs(right)))
+
+
+class _PathMax(torch.autograd.Function):
+    """Largest value on the way to each offset's partner. Keeps a byte a pair for the backward pass: where it was."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, radius: int) -> Tensor:
+        size, around = values.shape[-2:], offsets(radius)
+        shape = (len(values), len(around), *size)
+        result, which = values.new_ones(shape), torch.zeros(shape, dtype=torch.uint8, device=values.device)
+        for pair, offset in enumerate(around):
+            source = _window(size, *offset)
+            best, chosen = result[:, pair][:, *source], which[:, pair][:, *source]
+            for index, cell in enumerate(path(*offset)):
+                value = values[:, *_window(size, *offset, *cell)]
+                if index == 0:
+                    best.copy_(value)
+                else:
+                    chosen.masked_fill_(value > best, index)
+                    torch.maximum(best, value, out=best)
+        ctx.save_for_backward(which)
+        ctx.radius = radius
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (which,) = ctx.saved_tensors
+        size = gradient.shape[-2:]
+        result = gradient.new_zeros((len(gradient), *size))
+        for pair, offset in enumerate(offsets(ctx.radius)):
+            source = _window(size, *offset)
+            own, chosen = gradient[:, pair][:, *source], which[:, pair][:, *source]
+            for index, cell in enumerate(path(*offset)):
+                result[:, *_window(size, *offset, *cell)] += own * (chosen == index)
+        return result, None
+
+
+def affinity(boundary: Tensor, radius: int) -> Tensor:
+    """Return 1 - max of the boundary map on the way to each pixel's partners; differentiable.
+
+    boundary: (B, h, w) in [0, 1]. Returns (B, P, h, w) for the P `offsets(radius)`, 0 where the partner is outside.
+    """
+    return 1 - _PathMax.apply(boundary, radius)
+
+
+# --------------------------------------------------------------------------------------------------------- random walk
+
+
+def transition(boundary: Tensor, radius: int = 5, beta: float = 10.0) -> Tensor:
+    """Return the random walk's matrix (N, N), N = h * w, sparse (CSR), float64: T[i, j] ~ affinity(i, j) ** beta.
+
+    boundary: (h, w) in [0, 1]. A pixel's affinity to itself is 1; rows sum to 1, so `T @ x` replaces each pixel's score
+    by a mean over its neighbourhood. (The released code normalises columns, and multiplies from the left: the same.)
+    """
+    height, width = boundary.shape
+    index = np.arange(height * width).reshape(height, width)
+    weights = affinity(boundary.detach()[None].double().cpu(), radius)[0].pow(beta).numpy()
+    rows, columns, values = [index.ravel()], [index.ravel()], [np.ones(index.size)]
+    for (down, right), weight in zip(offsets(radius), weights, strict=True):
+        source = _window((height, width), down, right)
+        first, second = index[source].ravel(), index[_window((height, width), down, right, down, right)].ravel()
+        rows += [first, second]
+        columns += [second, first]
+        values += [weight[source].ravel()] * 2
+    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    matrix = sparse.csr_matrix(entries, shape=(index.size, index.size))
+    data = matrix.data / np.repeat(np.add.reduceat(matrix.data, matrix.indptr[:-1]), np.diff(matrix.indptr))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        # torch's product with several columns is five times as fast as scipy's.
+        parts = map(torch.from_numpy, (matrix.indptr, matrix.indices, data))
+        return torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=False)
+
+
+def propagate(
+    cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: int = 8, damping: float = 1.0
+) -> Tensor:
+    """Spread maps by 2 ** exp_times steps of the random walk; they start damped, by 1 - damping * boundary.
+
+    cam: (K, h, w), >= 0. boundary: (h, w) in [0, 1]. radius: of a step, exclusive, in cells. Returns (K, h, w) float32.
+    One step costs K multiplications for each pair of neighbours: time and memory are linear in the number of pixels.
+    Walks in float64, where 2^8 steps differ from dense powers by rounding only; on CUDA, else on the CPU.
+    Raises MapError for shapes that do not fit and values that are NaN or out of range.
+    """
+    return walks(cam, boundary, radius, beta, (exp_times,), damping)[0]
+
+
+def walks(
+    cam: Tensor,
+    boundary: Tensor,
+    radius: int = 5,
+    beta: float = 10.0,
+    exp_times: Sequence[int] = (8,),
+    damping: float = 1.0,
+) -> list[Tensor]:
+    """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend."""
+    if cam.ndim != 3 or boundary.shape != cam.shape[1:]:
+        raise MapError(
+            f"maps {tuple(cam.shape)} and boundary {tuple(boundary.shape)} do not fit", "give (K, h, w) and (h, w)"
+        )
+    if boundary.numel() and not (float(boundary.min()) >= 0 and float(boundary.max()) <= 1):
+        raise MapError(
+            f"the boundary has values from {float(boundary.min()):g} to {float(boundary.max()):g}",
+            "give probabilities: the sigmoid of the boundary branch",
+        )
+    if not cam.isfinite().all():
+        raise MapError("the maps hold NaN or infinity", "look at the network that they come from")
+    walked_on = cam.device if cam.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
+    start = cam.to(walked_on).double() * (1 - damping * boundary.to(walked_on).double())
+    scores = start.flatten(1).T.contiguous()
+    matrix = transition(boundary, radius, beta).to(walked_on) if scores.numel() else None
+    found, done = [], 0
+    for power in exp_times:
+        for _ in range(2**power - done if matrix is not None else 0):
+            scores = matrix @ scores
+        done = 2**power
+        found.append(scores.T.reshape(cam.shape).float().to(cam.device))
+    return found
+
+
+def unit_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return scores (K, h, w) >= 0 of an image's classes, resized bilinearly to `size`, in [0, 1]; zeros stay zero.
+
+    They are divided by the maximum of *all* of them, as released: a weak second class stays weak.
+    """
+    if not len(scores):
+        return scores.new_zeros((0, *size), dtype=torch.float32)
+    up = F.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    return (up / up.max().clamp(min=1e-12)).clamp(0, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def confident_labels(foreground: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Join two refined masks (H, W) into one to learn pairs from: what is not confident is 255.
+
+    foreground: argmax with the high background score; its classes are confident. background: argmax with the low one;
+    where *both* are background, it is confident.
+    """
+    if foreground.shape != background.shape:
+        raise MapError(f"masks of {foreground.shape} and {background.shape}", "give two masks of one image")
+    joined = np.where(foreground == 0, IGNORE, foreground).astype(np.uint8)
+    joined[(foreground == 0) & (background == 0)] = 0
+    return joined
+
+
+class PairLabels(NamedTuple):
+    """What is known of pairs of pixels, each (B, P, h, w) booleans; a pair with a pixel of unknown seed is in none.
+
+    foreground: both of one class. background: both background. different: of two classes, or of one and background.
+    """
+
+    foreground: Tensor
+    background: Tensor
+    different: Tensor
+
+
+def pair_labels(seeds: Tensor, radius: int) -> PairLabels:
+    """Compare each pixel's seed with those of its partners at `offsets(radius)`.
+
+    seeds: (B, h, w) integers, 0 background, class index + 1, 255 unknown. The released code leaves out the pairs of the
+    pixels near the border; here every pair inside of the image counts.
+    """
+    size, around = seeds.shape[-2:], offsets(radius)
+    found = [torch.zeros(len(seeds), len(around), *size, dtype=torch.bool, device=seeds.device) for _ in range(3)]
+    for pair, offset in enumerate(around):
+        source = _window(size, *offset)
+        first, second = seeds[:, *source], seeds[:, *_window(size, *offset, *offset)]
+        known, same = (first != IGNORE) & (second != IGNORE), first == second
+        for kind, value in enumerate((known & same & (first > 0), known & same & (first == 0), known & ~same)):
+            found[kind][:, pair][:, *source] = value
+    return PairLabels(*found)
+
+
+class PairLosses(NamedTuple):
+    """The four means that IRN's loss is made of, and `total`, their sum as released."""
+
+    total: Tensor
+    same: Tensor
+    different: Tensor
+    displacement: Tensor
+    displacement_background: Tensor
+
+
+def _mean(values: Tensor, of: Tensor) -> Tensor:
+    return (values * of).sum() / (of.sum().to(values.dtype) + EPSILON)
+
+
+def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius: int) -> PairLosses:
+    """Return IRN's losses of a batch.
+
+    boundary: (B, h, w) in [0, 1]. displacement: (B, 2, h, w), (down, right) in cells.
+    same: -log a over pairs of equal seeds, half foreground and half background. different: -log(1 - a).
+    displacement: |D(i) - D(j) - (j - i)| over foreground pairs of one class (both pixels point to one place);
+    displacement_background: |D(i) - D(j)| over background pairs. total: the mean of the first two and of the last two.
+    """
+    close = affinity(boundary, radius)
+    near, far = -(close + EPSILON).log(), -(1 + EPSILON - close).log()
+    same = (_mean(near, labels.foreground) + _mean(near, labels.background)) / 2
+    different = _mean(far, labels.different)
+    size = boundary.shape[-2:]
+    pulled, still = [], []
+    for pair, offset in enumerate(offsets(radius)):
+        source, target = _window(size, *offset), _window(size, *offset, *offset)
+        move = displacement[:, :, *source] - displacement[:, :, *target]
+        want = move.new_tensor(offset)[:, None, None]
+        pulled.append(((move - want).abs().sum(dim=1) * labels.foreground[:, pair][:, *source]).sum())
+        still.append((move.abs().sum(dim=1) * labels.background[:, pair][:, *source]).sum())
+    counts = [2 * kind.sum().to(displacement.dtype) + EPSILON for kind in labels[:2]]
+    foreground, background = torch.stack(pulled).sum() / counts[0], torch.stack(still).sum() / counts[1]
+    total = (same + different) / 2 + (foreground + background) / 2
+    return PairLosses(total, same, different, foreground, background)
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+
+
+class IRNOutput(NamedTuple):
+    """boundary: logits (B, h, w). displacement: (B, 2, h, w), (down, right) in cells. Both of stride 4."""
+
+    boundary: Tensor
+    displacement: Tensor
+
+
+def _unit(before: int, after: int, groups: int, scale: int = 1) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(before, after, 1, bias=False), nn.GroupNorm(groups, after)]
+    if scale > 1:
+        layers.append(nn.Upsample(scale_factor=scale, mode="bilinear", align_corners=False))
+    return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+
+class IRN(nn.Module):
+    """Boundary and displacement branches on the five stages of a frozen ResNet of stride 16.
+
+    backbone: of `wsolnb.backbones`; its weights and statistics stay as they are. width: channels a stage gives to the
+    boundary branch; the displacement branch has 2 to 8 times as many. 32 is the published size.
+    """
+
+    def __init__(self, backbone: ConvBackbone, width: int = 32):
+        super().__init__()
+        if not isinstance(backbone, ConvBackbone) or backbone.stride != 16:
+            raise ParameterError(
+                f"IRN was given {type(backbone).__name__} of stride {getattr(backbone, 'stride', None)}",
+                "create_backbone with a ResNet and output_stride=16",
+            )
+        if width % 4:
+            raise ParameterError(f"IRN of width {width}", "choose a multiple of 4")
+        self.backbone = backbone.requires_grad_(False)
+        resnet = backbone.resnet
+        stem = resnet.bn1.num_features
+        channels = (stem, *(info["num_chs"] for info in resnet.feature_info[1:]))
+        scales = (1, 1, 2, 4, 4)
+        self.boundary = nn.ModuleList(_unit(c, width, 4, s) for c, s in zip(channels, scales, strict=True))
+        self.boundary_out = nn.Conv2d(5 * width, 1, 1)
+        d = [2 * width, 4 * width, 8 * width]
+        self.displacement = nn.ModuleList(
+            [
+                _unit(channels[0], d[0], 8),
+                _unit(channels[1], d[1], 16),
+                _unit(channels[2], d[2], 16),
+                _unit(channels[3], d[2], 16, 2),
+                _unit(channels[4], d[2], 16, 2),
+            ]
+        )
+        self.displacement_join = _unit(3 * d[2], d[2], 16, 2)
+        self.displacement_out = nn.Sequential(_unit(sum(d), d[2], 16), nn.Conv2d(d[2], 2, 1, bias=False))
+
+    @property
+    def head(self) -> nn.Module:
+        """The displacement branch, which the released code trains at ten times the rate of the boundary branch."""
+        return nn.ModuleList([self.displacement, self.displacement_join, self.displacement_out])
+
+    def train(self, mode: bool = True) -> IRN:
+        """Switch the branches' mode; the backbone's normalisation keeps its statistics."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> IRNOutput:
+        """Run both branches on (B, 3, H, W) normalised images; h, w = H / 4, W / 4, rounded up."""
+        with torch.no_grad():
+            stages = self._stages(images)
+        size = stages[1].shape[-2:]
+
+        def fit(x: Tensor) -> Tensor:  # sides that are no multiple of 16 come out larger
+            return x[..., : size[0], : size[1]]
+
+        edges = [fit(unit(x)) for unit, x in zip(self.boundary, stages, strict=True)]
+        boundary = self.boundary_out(torch.cat(edges, 1))
+        first, second, *deep = (unit(x) for unit, x in zip(self.displacement, stages, strict=True))
+        half = deep[0].shape[-2:]
+        joined = self.displacement_join(torch.cat([x[..., : half[0], : half[1]] for x in deep], 1))
+        displacement = self.displacement_out(torch.cat([first, second, fit(joined)], 1))
+        return IRNOutput(boundary[:, 0], displacement)
+
+    def _stages(self, images: Tensor) -> list[Tensor]:
+        resnet = self.backbone.resnet
+        stages = [resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(images))))]
+        for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+            stages.append(layer(stages[-1]))
+        return stages
+
+
+def boundaries(model: IRN, images: Tensor) -> Tensor:
+    """Return boundary maps (B, h, w) in [0, 1] of (B, 3, H, W): the mean logit of image and mirrored image."""
+    model.eval()
+    with torch.inference_mode():
+        logits = model(torch.cat([images, images.flip(-1)])).boundary.float()
+    plain, mirrored = logits.chunk(2)
+    return ((plain + mirrored.flip(-1)) / 2).sigmoid()
