@@ -1,19 +1,20 @@
 """Class and map of 32 images at 224 px: LocLoc's one pass of the frozen transformer beside PPD's two (listing B.3).
 
 ViT-S/16 with random weights, 200 classes, sizes as published. Data loading is part of both: the images lie as JPEG
-files of 320 x 240 in memory; LocLoc decodes and transforms each once, PPD once for the class (resize, centre crop) and once
-for the map (resize). Time is the median of repeated batches; memory is what one batch adds to the process at its peak (on a
-GPU: to the allocator). FLOPs are counted by torch's counter.
+files of 320 x 240 in memory; LocLoc decodes and transforms each once, PPD once for the class (resize, centre crop) and
+once for the map (resize). Time is the median of repeated batches; memory is what one batch adds to the process at its
+peak (on a GPU: to the allocator). FLOPs are counted by torch's counter.
 """
 
 from __future__ import annotations
 
 import io
-import resource
+import multiprocessing
+import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,15 +95,13 @@ def flops(module_call: Callable[[], object]) -> float:
 
 
 def peak_megabytes(name: str, device) -> float:
-    """What one batch adds to the peak of memory; on the CPU in a process of its own, for its peak never falls."""
+    """What one batch adds to the peak of memory; on the CPU in a process of its own, and on Linux only (else NaN)."""
     if device.type == "cuda":
         locloc, ppd = models(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds(tasks(locloc, ppd, device)[name], device, 1)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    import multiprocessing
-
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (name, torch.get_num_threads()))
 
@@ -111,11 +110,20 @@ def _peak_here(name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     task = tasks(*models(device), device)[name]
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        # Forgets the peak so far, which building the models, or the process that started this one, has set.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kilobytes("VmRSS")
+    except OSError:
+        return float("nan")
     with torch.inference_mode():
         task()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6
+    return (_kilobytes("VmHWM") - before) * 1024 / 1e6
+
+
+def _kilobytes(entry: str) -> int:
+    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1])
 
 
 def main(repeats: int = 3) -> dict:
