@@ -116,7 +116,8 @@ def test_maps_of_masks_and_of_attention(run, splits):
     assert (peak[0] // 8, peak[1] // 8) == (row, column)
 
 
-def test_settings_are_those_used_in_the_run(run):
+def test_settings_are_those_used_in_the_run(tmp_path):
+    run = runs.start("x", {"seed": 0}, tmp_path)
     for notebook in NOTEBOOKS[:2]:
         used = {name: p.default for name, p in notebook_parameters(notebook).items()}
         used |= {"fg_threshold": 0.9} if notebook.startswith("30") else {"channels": 7}
