@@ -1,0 +1,155 @@
+"""Class and map of 32 images at 224 px: LocLoc's one pass of the frozen transformer beside PPD's two (listing B.3).
+
+ViT-S/16 with random weights, 200 classes, sizes as published. Data loading is part of both: the images lie as JPEG
+files of 320 x 240 in memory; LocLoc decodes and transforms each once, PPD once for the class (resize, centre crop) and
+once for the map (resize). Time is the median of repeated batches; memory is what one batch adds to the process at its
+peak (on a GPU: to the allocator). FLOPs are counted by torch's counter.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from wsolnb.backbones import create_backbone
+from wsolnb.data.loading import to_tensor
+from wsolnb.data.sample import Sample
+from wsolnb.data.transforms import Resize, ResizeCenterCrop
+from wsolnb.methods.locloc import GrabCutEnhancedGenerator, LocalFeatureDigging, LocLoc
+from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
+
+BATCH, CLASSES = 32, 200
+
+
+def files() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(BATCH):
+        small = rng.integers(0, 256, (15, 20, 3)).astype(np.uint8)
+        target = io.BytesIO()
+        Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC).save(target, "jpeg", quality=90)
+        found.append(target.getvalue())
+    return found
+
+
+def load(encoded: list[bytes], transform, device) -> torch.Tensor:
+    samples = [transform(Sample(np.asarray(Image.open(io.BytesIO(data))), "", (0,)), None) for data in encoded]
+    return to_tensor(np.stack([sample.image for sample in samples])).to(device)
+
+
+def models(device) -> tuple[LocLoc, PPD]:
+    torch.manual_seed(0)
+    backbone = create_backbone("dino_small")
+    classifier = LocalFeatureDigging(backbone, CLASSES)
+    locloc = LocLoc(backbone, CLASSES, GrabCutEnhancedGenerator(384, CLASSES), classifier)
+    ppd = PPD(backbone, CLASSES, ProxyProbingDecoder(384), LinearProbe(384, CLASSES))
+    return locloc.to(device).eval(), ppd.to(device).eval()
+
+
+def tasks(locloc: LocLoc, ppd: PPD, device) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; each loads its images itself."""
+    encoded = files()
+    once, crop = Resize(224), ResizeCenterCrop(256, 224, keep_aspect=True)
+    frozen = locloc.frozen
+
+    def generate():
+        return locloc.generator(frozen.to_grid(frozen(load(encoded, once, device)).last[-1]))
+
+    return {
+        "LocLoc, classifier": lambda: locloc.classifier(frozen.embed(load(encoded, once, device))),
+        "LocLoc, generator": generate,
+        "LocLoc, total": lambda: locloc(load(encoded, once, device)),
+        "PPD, classifier": lambda: ppd.classify(load(encoded, crop, device)),
+        "PPD, generator": lambda: ppd.draw(load(encoded, once, device)),
+        "PPD, total": lambda: ppd(load(encoded, once, device), load(encoded, crop, device)),
+        "loading once": lambda: load(encoded, once, device),
+    }
+
+
+def seconds(task: Callable[[], object], device, repeats: int) -> float:
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def flops(module_call: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module_call()
+    return counter.get_total_flops()
+
+
+def peak_megabytes(name: str, device) -> float:
+    """What one batch adds to the peak of memory; on the CPU in a process of its own, and on Linux only (else NaN)."""
+    if device.type == "cuda":
+        locloc, ppd = models(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds(tasks(locloc, ppd, device)[name], device, 1)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (name, torch.get_num_threads()))
+
+
+def _peak_here(name: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    task = tasks(*models(device), device)[name]
+    try:
+        # Forgets the peak so far, which building the models, or the process that started this one, has set.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kilobytes("VmRSS")
+    except OSError:
+        return float("nan")
+    with torch.inference_mode():
+        task()
+    return (_kilobytes("VmHWM") - before) * 1024 / 1e6
+
+
+def _kilobytes(entry: str) -> int:
+    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1])
+
+
+def main(repeats: int = 3) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    locloc, ppd = models(device)
+    measured = {name: seconds(task, device, repeats) for name, task in tasks(locloc, ppd, device).items()}
+    for name, value in measured.items():
+        print(f"{device.type}, batch {BATCH}, {name}: {value:.2f} s")
+    result = {"device": device.type, "seconds": measured}
+    result["ratio"] = measured["LocLoc, total"] / measured["PPD, total"]
+    print(f"LocLoc takes {result['ratio']:.2f} times PPD's time (the paper: 13 s / 19 s = 0.68)")
+    result["peak_megabytes"] = {name: peak_megabytes(name, device) for name in ("LocLoc, total", "PPD, total")}
+    for name, value in result["peak_megabytes"].items():
+        print(f"{name}: {value:.0f} MB beside the weights at the peak")
+    features = torch.randn(1, 384, 14, 14, device=device)
+    tokens = torch.randn(1, 197, 384, device=device)
+    parts = {
+        "generator": lambda: locloc.generator(features),
+        "PPD decoder": lambda: ppd.decoder(features),
+        "classifier": lambda: locloc.classifier(tokens),
+    }
+    result["gflops"] = {name: flops(call) / 1e9 for name, call in parts.items()}
+    for name, value in result["gflops"].items():
+        print(f"{name}: {value:.2f} GFLOPs an image (a multiplication and an addition are two)")
+    return result
+
+
+if __name__ == "__main__":
+    main()

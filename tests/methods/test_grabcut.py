@@ -1,0 +1,423 @@
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
+
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.sample import Sample
+from wsolnb.data.transforms import Compose, Resize, shift
+from wsolnb.errors import DataError, MapError, ParameterError
+from wsolnb.methods import grabcut
+from wsolnb.methods.grabcut import BACKGROUND, FOREGROUND, UNCERTAIN, GrabCutConfig, Masked, MaskFolder, enhance, trimap
+
+
+def scene(side=48, noise=12, seed=0):
+    """A red disc before green: image, truth, and an attention that is too wide and blurred."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side]
+    distance = np.hypot(y - side / 2, x - side / 2)
+    truth = distance < side / 4
+    colours = np.where(truth[..., None], (200, 40, 40), (40, 160, 60)) + rng.normal(0, noise, (side, side, 3))
+    attention = np.clip(1 - distance / (side * 0.6), 0, 1).astype(np.float32)
+    return colours.clip(0, 255).astype(np.uint8), truth, attention
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------- tri-map
+
+
+def test_trimap_is_a_comparison_of_every_pixel():
+    attention = np.random.default_rng(1).random((9, 7))
+    attention[0, :3] = 0.6, 0.2, 0.19999
+    found = trimap(attention, 0.6, 0.2)
+    for row in range(9):
+        for column in range(7):
+            value = attention[row, column]
+            expected = FOREGROUND if value >= 0.6 else BACKGROUND if value < 0.2 else UNCERTAIN
+            assert found[row, column] == expected
+    assert list(found[0, :3]) == [FOREGROUND, UNCERTAIN, BACKGROUND]
+
+
+def test_the_values_are_opencvs():
+    assert (BACKGROUND, FOREGROUND, UNCERTAIN) == (cv2.GC_BGD, cv2.GC_FGD, cv2.GC_PR_BGD) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("value", "outcome", "share"), [(0.0, "empty", 0), (0.15, "empty", 0), (0.25, "empty", 1),
+                                                         (1.0, "full", 1)])  # fmt: skip
+def test_constant_attention_falls_back_to_the_threshold(value, outcome, share):
+    image, _, _ = scene()
+    found = enhance(image, np.full((6, 6), value, np.float32), 0.3, 0.1)
+    assert found.outcome == outcome
+    assert found.mask.mean() == share  # the fallback is midway: 0.2
+    assert found.background is None
+    assert found.foreground is None
+
+
+def test_without_sure_background_the_mask_is_the_thresholded_attention():
+    image, _, attention = scene()
+    attention = attention * 0.9 + 0.1
+    found = enhance(image, attention, 0.5, 0.1, fallback=0.7)
+    assert found.outcome == "full"
+    assert np.array_equal(found.mask, attention >= 0.7)
+
+
+def test_no_uncertain_pixel_is_unchanged():
+    image, _, attention = scene()
+    found = enhance(image, attention, 0.5, 0.5)
+    assert found.outcome == "unchanged"
+    assert np.array_equal(found.mask, attention >= 0.5)
+
+
+@pytest.mark.parametrize("uncertain", ["background", "none"])
+def test_all_uncertain_on_one_side_is_unchanged(uncertain):
+    image, _, attention = scene()
+    image[attention >= 0.2] = (200, 40, 40)  # what is uncertain looks like what is sure foreground
+    image[attention < 0.2] = (40, 160, 60)
+    found = enhance(image, attention, 0.8, 0.2, uncertain=uncertain)
+    assert found.outcome == "unchanged"
+    assert np.array_equal(found.mask, attention >= 0.5)
+
+
+@pytest.mark.parametrize("uncertain", ["background", "none"])
+@pytest.mark.parametrize("surer", [FOREGROUND, BACKGROUND])
+def test_one_sure_pixel_is_enough(uncertain, surer):
+    image, _, _ = scene()
+    attention = np.full((48, 48), 0.5, np.float32)
+    attention[:4] = 0.0 if surer == FOREGROUND else 1.0
+    attention[24, 24] = 1.0 if surer == FOREGROUND else 0.0
+    found = enhance(image, attention, 0.9, 0.1, uncertain=uncertain)
+    assert (found.trimap == surer).sum() == 1
+    assert found.mask[24, 24] == (surer == FOREGROUND)
+
+
+def test_the_attention_is_resized_to_the_image():
+    image, _, _ = scene()
+    coarse = np.random.default_rng(2).random((6, 6)).astype(np.float32)
+    found = enhance(image, coarse, 0.7, 0.3)
+    for row, column in [(0, 0), (20, 31), (47, 47), (13, 5)]:
+        y, x = ((v + 0.5) * 6 / 48 - 0.5 for v in (row, column))
+        y0, x0 = int(np.floor(y)), int(np.floor(x))
+        value = 0.0
+        for i, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
+            for j, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
+                value += wy * wx * coarse[min(max(i, 0), 5), min(max(j, 0), 5)]
+        expected = FOREGROUND if value >= 0.7 else BACKGROUND if value < 0.3 else UNCERTAIN
+        assert found.trimap[row, column] == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "error"),
+    [(np.zeros((2, 3, 3)), MapError), (np.zeros((0, 3)), MapError), (np.full((3, 3), 1.5), MapError),
+     (np.full((3, 3), np.nan), MapError), (np.full((3, 3), -0.1), MapError)],
+)  # fmt: skip
+def test_bad_attention_is_named(attention, error):
+    with pytest.raises(error, match="attention"):
+        enhance(scene()[0], attention)
+
+
+def test_bad_arguments_are_named():
+    image, _, attention = scene()
+    with pytest.raises(ParameterError, match="thresholds"):
+        enhance(image, attention, 0.3, 0.5)
+    with pytest.raises(ParameterError, match="0 iterations"):
+        enhance(image, attention, iterations=0)
+    with pytest.raises(MapError, match="float64"):
+        enhance(image / 255, attention)
+    with pytest.raises(ValueError, match="bg_threshold"):
+        GrabCutConfig(fg_threshold=0.1, bg_threshold=0.2)
+
+
+# -------------------------------------------------------------------------------------------------------------- cut
+
+
+@pytest.mark.parametrize("uncertain", ["background", "none"])
+def test_the_cut_finds_the_disc_that_the_attention_only_points_to(uncertain):
+    image, truth, attention = scene()
+    found = enhance(image, attention, 0.75, 0.3, uncertain=uncertain)
+    best = max(iou(attention >= t, truth) for t in np.arange(0.05, 1, 0.05))
+    assert found.outcome == "enhanced"
+    assert iou(found.mask, truth) > 0.98 > best
+    assert found.mask[found.trimap == FOREGROUND].all()
+    assert not found.mask[found.trimap == BACKGROUND].any()
+
+
+def test_the_models_have_the_moments_of_their_pixels():
+    """Weights, means and covariances of a mixture fitted to a set add up to the set's own mean and covariance."""
+    image, _, attention = scene(noise=30)
+    found = enhance(image, attention, 0.75, 0.3, uncertain="none")
+    for mixture, label in ((found.background, BACKGROUND), (found.foreground, FOREGROUND)):
+        pixels = image[found.trimap == label].astype(float)
+        mean = sum(w * m for w, m in zip(mixture.weights, mixture.means, strict=True))
+        spread = np.zeros((3, 3))
+        for w, m, c in zip(mixture.weights, mixture.means, mixture.covariances, strict=True):
+            spread += w * (c + np.outer(m - mean, m - mean))
+        assert mixture.weights.sum() == pytest.approx(1)
+        assert np.allclose(mean, pixels.mean(axis=0))
+        assert np.allclose(spread, np.cov(pixels.T, bias=True), atol=0.1)  # OpenCV adds 0.01 to singular ones
+
+
+def energies(image, start, background, foreground, gamma=50.0):
+    """Capacities of the graph of Rother et al., sec. 3: to the source, to the sink, between neighbours; by loops."""
+    height, width = start.shape
+    pixels = image.astype(float)
+    pairs = [
+        (row, column, row + down, column + right, np.hypot(down, right))
+        for row in range(height)
+        for column in range(width)
+        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1))
+        if row + down < height and 0 <= column + right < width
+    ]
+    squares = [((pixels[a, b] - pixels[c, d]) ** 2).sum() for a, b, c, d, _ in pairs]
+    beta = 1 / (2 * np.mean(squares))
+    links = [gamma / far * np.exp(-beta * s) for (*_, far), s in zip(pairs, squares, strict=True)]
+
+    def cost(colour, mixture):
+        density = 0.0
+        for w, m, c in zip(*mixture, strict=True):
+            if w > 0:
+                d = colour - m
+                density += w / np.sqrt(np.linalg.det(c)) * np.exp(-0.5 * d @ np.linalg.inv(c) @ d)
+        return -np.log(density) if density > 0 else np.inf
+
+    source, sink = np.zeros((height, width)), np.zeros((height, width))
+    for row in range(height):
+        for column in range(width):
+            if start[row, column] == UNCERTAIN:
+                source[row, column] = cost(pixels[row, column], background)
+                sink[row, column] = cost(pixels[row, column], foreground)
+            else:
+                (source if start[row, column] == FOREGROUND else sink)[row, column] = 9 * gamma
+    return source, sink, pairs, links
+
+
+def test_the_mask_is_a_minimum_cut_of_the_published_energy():
+    image, _, attention = scene(side=16, noise=45)
+    found = enhance(image, attention, 0.7, 0.3, uncertain="none")
+    source, sink, pairs, links = energies(image, found.trimap, found.background, found.foreground)
+    assert np.isfinite(source).all()
+    assert np.isfinite(sink).all()
+    # What a pixel costs on either side may be shifted alike: capacities must not be negative.
+    shift_by = np.minimum(source, sink)
+    source, sink = source - shift_by, sink - shift_by
+    energy = sink[found.mask].sum() + source[~found.mask].sum()
+    energy += sum(w for (a, b, c, d, _), w in zip(pairs, links, strict=True) if found.mask[a, b] != found.mask[c, d])
+    scale, size = 1e4, found.mask.size
+    graph = np.zeros((size + 2, size + 2), np.int64)
+    for (a, b, c, d, _), w in zip(pairs, links, strict=True):
+        i, j = a * 16 + b, c * 16 + d
+        graph[i, j] = graph[j, i] = round(w * scale)
+    graph[size, :size], graph[:size, size + 1] = np.rint(source * scale).ravel(), np.rint(sink * scale).ravel()
+    least = maximum_flow(csr_matrix(graph.astype(np.int32)), size, size + 1).flow_value / scale
+    assert found.outcome == "enhanced"
+    assert energy == pytest.approx(least, rel=1e-4)
+    # The thresholded attention is no minimum, so the comparison can fail.
+    other = attention >= 0.5
+    worse = sink[other].sum() + source[~other].sum()
+    worse += sum(w for (a, b, c, d, _), w in zip(pairs, links, strict=True) if other[a, b] != other[c, d])
+    assert worse > 1.01 * least
+
+
+def test_released_counts_the_uncertain_as_background_first():
+    """A ring of one more colour, uncertain: whether it belongs to the background's model decides what becomes of it."""
+    image, _, attention = scene(noise=15)
+    ring = (attention < 0.75) & (attention >= 0.45)
+    image[ring] = np.clip(image[ring] * 0.1 + (190, 80, 40), 0, 255)  # nearer to the disc than to the ground
+    released, paper = (enhance(image, attention, 0.75, 0.3, uncertain=u) for u in ("background", "none"))
+    assert paper.mask[ring].mean() > 0.9
+    assert released.outcome == "unchanged", "nothing was added to the sure foreground"
+    nearest = [np.abs(m.background.means - (195, 90, 44)).max(axis=1).min() for m in (released, paper)]
+    assert nearest[0] < 20 < 60 < nearest[1]
+
+
+def test_equal_arguments_give_equal_masks_in_any_order():
+    images = [scene(noise=60, seed=s) for s in range(4)]
+    first = [enhance(i, a, 0.7, 0.2).mask for i, _, a in images]
+    cv2.setRNGSeed(77)
+    again = [enhance(i, a, 0.7, 0.2).mask for i, _, a in reversed(images)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_class_token_map_takes_layers_and_heads():
+    attention = torch.rand(2, 3, 4, 6)
+    last, mean = (grabcut.class_token_map(attention, (2, 3), layers, 2) for layers in ("last", "mean"))
+    for image in range(2):
+        for found, rows in ((last, attention[image, 2:]), (mean, attention[image])):
+            plain = sum(rows[layer, head] for layer in range(len(rows)) for head in range(2))
+            plain = (plain - plain.min()) / (plain.max() - plain.min())
+            assert torch.allclose(found[image].flatten(), plain, atol=1e-5)
+    with pytest.raises(ParameterError, match="5 heads"):
+        grabcut.class_token_map(attention, (2, 3), heads=5)
+
+
+def test_presets_differ_where_the_sources_differ():
+    paper, released = GrabCutConfig.paper(), GrabCutConfig.released(iterations=2)
+    assert (paper.uncertain, paper.heads) == ("none", 0)
+    assert (released.uncertain, released.heads, released.iterations) == ("background", 3, 2)
+    assert (released.fg_threshold, released.bg_threshold, released.size) == (0.1, 0.03, 256)
+
+
+# ------------------------------------------------------------------------------------------------- masks of a data set
+
+
+class Discs(LocalizationDataset):
+    """Six scenes in memory; counts what is read."""
+
+    name, root, split, class_names = "discs", Path("."), "train", ("disc",)
+
+    def __init__(self, count=6):
+        self.scenes = [scene(seed=s) for s in range(count)]
+        self.image_ids = tuple(f"disc {s}" for s in range(count))
+        self.labels = ((0,),) * count
+        self.asked = []
+
+    def read(self, index, truth=True):
+        assert not truth, "masks are made without looking at the truth"
+        self.asked.append(index)
+        return Sample(self.scenes[index][0], self.image_ids[index], (0,))
+
+
+CONFIG = GrabCutConfig(fg_threshold=0.75, bg_threshold=0.3, size=48)
+
+
+def attend(samples):
+    return np.stack([scene(seed=int(s.image_id.split()[1]))[2] for s in samples])
+
+
+def test_masks_are_those_of_enhance_and_are_read_back(tmp_path):
+    discs = Discs()
+    store = grabcut.generate(discs, attend, CONFIG, tmp_path, jobs=2, chunk=4, progress=False)
+    for index, (image, _, attention) in enumerate(discs.scenes):
+        expected = enhance(image, attention, 0.75, 0.3)
+        found = store.read(index, discs.image_ids[index])
+        assert np.array_equal(found.mask, expected.mask)
+        assert found.outcome == expected.outcome
+    assert store.report(discs.image_ids) == {"images": 6, "enhanced": 6, "unchanged": 0, "empty": 0, "full": 0}
+    alone = grabcut.generate(Discs(), attend, CONFIG, tmp_path / "alone", jobs=1, chunk=1, progress=False)
+    assert all(alone.path(i).read_bytes() == store.path(i).read_bytes() for i in range(6))
+
+
+def test_the_report_counts_what_fell_back(tmp_path):
+    discs = Discs(3)
+    maps = {"disc 0": 0.0, "disc 1": 1.0}
+
+    def odd(samples):
+        return np.stack([np.full((6, 6), maps[s.image_id]) if s.image_id in maps else attend([s])[0][::8, ::8]
+                         for s in samples])  # fmt: skip
+
+    store = grabcut.generate(discs, odd, CONFIG, tmp_path, progress=False)
+    assert store.report(discs.image_ids) == {"images": 3, "enhanced": 1, "unchanged": 0, "empty": 1, "full": 1}
+
+
+def test_an_interrupted_run_goes_on_without_redoing_or_losing(tmp_path):
+    discs = Discs()
+
+    def interrupted(samples):
+        if samples[0].image_id == "disc 4":
+            raise KeyboardInterrupt
+        return attend(samples)
+
+    with pytest.raises(KeyboardInterrupt):
+        grabcut.generate(discs, interrupted, CONFIG, tmp_path, jobs=1, chunk=2, progress=False)
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.png")}
+    assert len(kept) == 4
+    again = Discs()
+    store = grabcut.generate(again, attend, CONFIG, tmp_path, jobs=1, chunk=2, progress=False)
+    assert sorted(again.asked) == [4, 5]
+    assert all((path.read_bytes(), path.stat().st_mtime_ns) == state for path, state in kept.items())
+    assert store.to_do(discs.image_ids) == []
+    assert not list(tmp_path.rglob(".*png*")), "half-written files are left"
+
+
+def test_a_finished_folder_asks_for_nothing(tmp_path):
+    grabcut.generate(Discs(), attend, CONFIG, tmp_path, progress=False)
+    again = Discs()
+    grabcut.generate(again, None, CONFIG, tmp_path, progress=False)
+    assert again.asked == []
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def flip_pixel(path):
+    """A valid PNG whose pixels are not those that were stored."""
+    image = Image.open(path)
+    text = image.text
+    values = np.array(image)
+    values[0, 0] = ~values[0, 0]
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.fromarray(values.astype(np.uint8) * 255).convert("1").save(path, pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bit, flip_pixel, lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.write_bytes(b""),
+     lambda p: p.write_bytes(b"no png"), lambda p: p.unlink(),
+     lambda p: p.write_bytes(p.with_name("000003.png").read_bytes())],
+    ids=["bit", "pixel", "truncated", "empty", "other", "missing", "of another image"],
+)  # fmt: skip
+def test_a_damaged_mask_is_detected_and_redone(tmp_path, damage):
+    discs = Discs()
+    store = grabcut.generate(discs, attend, CONFIG, tmp_path, progress=False)
+    whole = store.path(2).read_bytes()
+    damage(store.path(2))
+    with pytest.raises(DataError, match="000002"):
+        store.read(2, "disc 2")
+    assert store.to_do(discs.image_ids) == [2]
+    again = Discs()
+    grabcut.generate(again, attend, CONFIG, tmp_path, progress=False)
+    assert again.asked == [2]
+    assert store.path(2).read_bytes() == whole
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    MaskFolder(tmp_path, CONFIG)
+    with pytest.raises(DataError, match="made otherwise"):
+        MaskFolder(tmp_path, CONFIG.model_copy(update={"iterations": 2}))
+    (tmp_path / "format.json").write_text("{")
+    with pytest.raises(DataError, match="format"):
+        MaskFolder(tmp_path, CONFIG)
+
+
+def test_the_format_is_the_documented_one(tmp_path):
+    store = MaskFolder(tmp_path, CONFIG)
+    mask = np.random.default_rng(0).random((5, 9)) > 0.5
+    store.write(1234, "a/b.jpg", mask, "unchanged")
+    head = json.loads((tmp_path / "format.json").read_text())
+    assert head == {"format": 1, "config": CONFIG.model_dump()}
+    with Image.open(tmp_path / "001" / "001234.png") as image:
+        assert image.mode == "1"
+        assert image.size == (9, 5)
+        assert image.text["image_id"] == "a/b.jpg"
+        assert image.text["outcome"] == "unchanged"
+        assert np.array_equal(np.asarray(image, bool), mask)
+
+
+def test_masked_samples_carry_the_generated_mask_and_no_truth(tmp_path):
+    discs = Discs()
+    config = CONFIG.model_copy(update={"size": 24})
+    masked = Masked(discs, grabcut.generate(discs, attend, config, tmp_path, progress=False))
+    sample = masked[1]
+    small = masked.masks.read(1, "disc 1").mask
+    assert sample.mask.shape == (48, 48)
+    assert np.array_equal(sample.mask, np.kron(small, np.ones((2, 2))))
+    assert len(sample.boxes) == 0
+    assert sample.parts is None
+    assert masked.read(1, truth=False).mask is None
+    moved = shift(sample, 5, -3)
+    assert np.array_equal(moved.mask[5:, :-3], sample.mask[:-5, 3:])
+    assert Compose([Resize(24)])(sample).mask.shape == (24, 24)

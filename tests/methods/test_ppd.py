@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wsolnb.backbones import create_backbone
+from wsolnb.errors import ParameterError
+from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder, attention_objective
+from wsolnb.training import TrainingConfig, train
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def mini(seed=0):
+    torch.manual_seed(seed)
+    return create_backbone("vit_mini_dino", image_size=64)
+
+
+def whole():
+    return PPD(mini(), 5, ProxyProbingDecoder(96, 16, 8), LinearProbe(96, 5)).eval()
+
+
+def test_parameters_of_the_published_sizes():
+    """Written out; the paper's 16.76 M are the decoder's divided by 2^20, its 0.30 M the probe's without patches."""
+    decoder = 9 * 384 * 2048 + 2 * 2048 + 16 * 256 * (2048 + 256 + 256) + 3 * 2 * 256 + 257
+    assert count(ProxyProbingDecoder(384)) == decoder == 17_569_537
+    assert decoder / 2**20 == pytest.approx(16.756, abs=5e-4)
+    assert count(LinearProbe(384, 200)) == (5 * 384 + 1) * 200 == 384_200
+    assert count(LinearProbe(384, 200, pool=False)) == (4 * 384 + 1) * 200 == 307_400
+
+
+@pytest.mark.parametrize(("side", "out"), [(14, 56), (16, 64), (28, 112), (7, 32)])
+def test_the_map_has_four_times_the_grid(side, out):
+    decoder = ProxyProbingDecoder(12, 8, 4).eval()
+    assert decoder(torch.randn(2, 12, side, side)).shape == (2, out, out)
+
+
+def test_the_decoder_follows_the_written_out_layers():
+    torch.manual_seed(0)
+    decoder = ProxyProbingDecoder(6, 5, 4).double().eval()
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    first, norm, _, _, up, last = decoder.layers
+    y = (F.conv2d(x, first.weight, padding=1) / (1 + norm.eps) ** 0.5).clamp(min=0)
+    padded = F.pad(y, (1, 1, 1, 1), value=-np.inf)
+    y = torch.zeros(2, 5, 4, 4, dtype=torch.float64)
+    for i in range(4):
+        for j in range(4):
+            y[:, :, i, j] = padded[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].amax((2, 3))
+    for layer in range(3):
+        weight, side = up[3 * layer].weight, y.shape[2]
+        spread = torch.zeros(2, weight.shape[1], 2 * side + 2, 2 * side + 2, dtype=torch.float64)
+        for i in range(side):
+            for j in range(side):
+                spread[:, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] += torch.einsum(
+                    "bc,cohw->bohw", y[:, :, i, j], weight
+                )
+        y = (spread[:, :, 1:-1, 1:-1] / (1 + up[3 * layer + 1].eps) ** 0.5).clamp(min=0)
+    expected = torch.einsum("bchw,c->bhw", y, last.weight[0, :, 0, 0]) + last.bias
+    assert torch.allclose(decoder(x), expected, atol=1e-10)
+
+
+def test_the_probe_reads_class_tokens_of_four_blocks_and_the_mean_patch():
+    model = whole()
+    images = torch.randn(2, 3, 64, 64)
+    vit, backbone = model.frozen.backbone.vit, model.frozen.backbone
+    with torch.no_grad():
+        x = vit._pos_embed(vit.patch_embed(images))
+        features = []
+        for block, mask in zip(vit.blocks, backbone.masks, strict=True):
+            x = block(x, attn_mask=mask)
+            features.append(vit.norm(x)[:, 0])
+        features.append(vit.norm(x)[:, 1:].sum(dim=1) / 64)
+        expected = torch.cat(features, dim=1) @ model.probe.linear.weight.T + model.probe.linear.bias
+        assert torch.allclose(model(images).logits, expected, atol=1e-5)
+
+
+def test_class_and_map_are_separate_passes_over_separate_images():
+    model, runs = whole(), []
+    model.frozen.backbone.vit.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    images, class_images = torch.randn(2, 2, 3, 64, 64).unbind(0)
+    with torch.inference_mode():
+        output = model(images, class_images)
+        assert len(runs) == 2
+        assert torch.equal(output.logits, model.classify(class_images))
+        assert torch.equal(output.proxy, model.draw(images))
+        assert not torch.allclose(output.logits, model(images).logits)
+    found = model.localize(output, torch.tensor([0, 3]))["proxy"]
+    assert torch.equal(found, output.proxy)
+
+
+def test_parts_can_be_missing():
+    images = torch.randn(2, 3, 64, 64)
+    only = PPD(mini(), 5, decoder=ProxyProbingDecoder(96, 16, 8)).eval()
+    assert only(images).logits.tolist() == torch.zeros(2, 5).tolist()
+    assert only.head is only.decoder
+    only = PPD(mini(), 5, probe=LinearProbe(96, 5)).eval()
+    output = only(images)
+    assert output.proxy is None
+    assert only.head is only.probe
+    assert only.localize(output, torch.tensor([0, 1]))["proxy"].abs().sum() == 0
+    with pytest.raises(ParameterError, match="neither"):
+        PPD(mini(), 5)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_the_objective_is_half_the_squared_error_to_the_attention(threshold):
+    model = PPD(mini(), 5, decoder=ProxyProbingDecoder(96, 16, 8)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    loss = attention_objective(threshold)(model, {"image": images}, None)
+    with torch.no_grad():
+        rows = model.frozen.backbone(images).attention[:, -1].mean(dim=1).view(2, 8, 8)
+        drawn = model(images).proxy
+    plain = 0.0
+    for image in range(2):
+        target = (rows[image] - rows[image].min()) / (rows[image].max() - rows[image].min())
+        target = F.interpolate(target[None, None], size=(32, 32), mode="bilinear")[0, 0]
+        for row in range(32):
+            for column in range(32):
+                wanted = float(target[row, column])
+                wanted = wanted if threshold is None else float(wanted >= threshold)
+                plain += (float(drawn[image, row, column]) - wanted) ** 2
+    assert float(loss) == pytest.approx(0.5 * plain / (2 * 32 * 32), rel=1e-4)
+
+
+def test_decoder_and_probe_learn_through_the_shared_loop(tmp_path):
+    torch.manual_seed(3)
+    images, labels = torch.randn(16, 3, 64, 64), torch.arange(16) % 2
+    images[labels == 1] += 2
+    loader = [{"image": images[:8], "label": labels[:8]}, {"image": images[8:], "label": labels[8:]}]
+    config = TrainingConfig(epochs=8, lr=0.01, device="cpu", precision="fp32")
+    model = PPD(mini(), 2, decoder=ProxyProbingDecoder(96, 16, 8))
+    before = {k: v.clone() for k, v in model.frozen.state_dict().items()}
+    history = train(model, loader, config, tmp_path / "decoder", progress=False, objective=attention_objective())
+    assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
+    model.probe = LinearProbe(96, 2)
+    model.decoder = None
+    history = train(model, loader, config, tmp_path / "probe", progress=False)
+    assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
+    assert all(torch.equal(v, before[k]) for k, v in model.frozen.state_dict().items())

@@ -1,0 +1,136 @@
+"""Proxy probing decoder (Xu et al., ACM MM 2022): frozen tokens, decoded to their attention, probed for the class.
+
+The baseline of LocLoc. As the listing of LocLoc's supplement (B.3) has it, class and map come from separate passes of
+the frozen transformer over images that are loaded separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsolnb.backbones import TransformerBackbone
+from wsolnb.errors import ParameterError
+from wsolnb.maps import normalise
+from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.frozen import FrozenBackbone, deconvolutions, half_squared_error
+
+
+class ProxyProbingDecoder(nn.Module):
+    """Feature map (B, D, h, w) -> map (B, 4h, 4w), unbounded: 3x3 convolution, pooling by 2, three times up by 2.
+
+    dim: channels D of the tokens. hidden: of the first convolution. channels: of the transposed convolutions.
+    The pooling halves h and w, rounded up, so the map of 14 x 14 tokens is 56 x 56.
+    """
+
+    def __init__(self, dim: int, hidden: int = 2048, channels: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(dim, hidden, 3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            deconvolutions(hidden, channels, 3),
+            nn.Conv2d(channels, 1, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the map of each image."""
+        return self.layers(features)[:, 0]
+
+
+class LinearProbe(nn.Module):
+    """Linear classifier of the class tokens of the last blocks and, with `pool`, of the last one's mean patch token."""
+
+    def __init__(self, dim: int, num_classes: int, blocks: int = 4, pool: bool = True):
+        super().__init__()
+        self.blocks, self.pool = blocks, pool
+        self.linear = nn.Linear(dim * (blocks + pool), num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, last: list[Tensor]) -> Tensor:
+        """Return logits (B, C) from the normalised outputs (B, 1 + N, D) of the last blocks, in their order."""
+        features = [tokens[:, 0] for tokens in last[-self.blocks :]]
+        if self.pool:
+            features.append(last[-1][:, 1:].mean(dim=1))
+        return self.linear(torch.cat(features, dim=-1))
+
+
+class PPDOutput(NamedTuple):
+    """logits: (B, C), zeros without a probe. proxy: (B, h, w), the decoder's map; None without a decoder."""
+
+    logits: Tensor
+    proxy: Tensor | None
+
+
+class PPD(LocalizationModel):
+    """Frozen transformer, decoder and probe; either of the two may be missing, so that each is trained alone."""
+
+    maps = ("proxy",)
+
+    def __init__(
+        self,
+        backbone: TransformerBackbone,
+        num_classes: int,
+        decoder: ProxyProbingDecoder | None = None,
+        probe: LinearProbe | None = None,
+    ):
+        super().__init__()
+        if decoder is None and probe is None:
+            raise ParameterError("a PPD of neither decoder nor probe", "give one of them, or both")
+        self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
+        self.decoder, self.probe = decoder, probe
+
+    @property
+    def head(self) -> nn.Module:
+        """The probe, or without one the decoder."""
+        return self.decoder if self.probe is None else self.probe
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return logits (B, C): one pass of the transformer, then the probe."""
+        if self.probe is None:
+            return images.new_zeros(len(images), self.num_classes)
+        last = self.frozen(images, self.probe.blocks).last
+        return self.probe([self.frozen.normalise(tokens) for tokens in last])
+
+    def draw(self, images: Tensor) -> Tensor | None:
+        """Return maps (B, h, w): another pass of the transformer, then the decoder."""
+        if self.decoder is None:
+            return None
+        tokens = self.frozen.normalise(self.frozen(images).last[-1])
+        return self.decoder(self.frozen.to_grid(tokens))
+
+    def forward(self, images: Tensor, class_images: Tensor | None = None) -> PPDOutput:
+        """Classify `class_images` (B, 3, H, W), by default the images, and draw the maps of `images` (B, 3, H, W)."""
+        return PPDOutput(self.classify(images if class_images is None else class_images), self.draw(images))
+
+    def localize(self, output: PPDOutput, classes: Tensor) -> dict[str, Tensor]:
+        """The decoder's map, the same for every class; uniform (so no box) without a decoder."""
+        empty = output.logits.new_zeros(len(classes), *self.frozen.grid)
+        return {"proxy": empty if output.proxy is None else output.proxy.float()}
+
+
+def attention_objective(threshold: float | None = None) -> Callable:
+    """Return the objective of the decoder for `wsolnb.training.train`: half squared error to the attention map.
+
+    The target is the class token's attention of the same frozen transformer, last layer, mean over heads, min-max
+    normalised, resized bilinearly to the decoder's grid. threshold: makes it 0 and 1 (>= threshold); None: it is soft.
+    """
+
+    def objective(model: PPD, batch: dict, config) -> Tensor:
+        drawn = model(batch["image"]).proxy
+        with torch.no_grad():
+            backbone = model.frozen.backbone
+            attention = backbone(batch["image"]).attention[:, -1].mean(dim=1)
+            target = normalise(attention.unflatten(1, backbone.grid))
+            target = F.interpolate(target[:, None], size=drawn.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+            if threshold is not None:
+                target = (target >= threshold).float()
+        return half_squared_error(drawn, target)
+
+    return objective
