@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from wsolnb import multilabel, runs
+from wsolnb import multilabel, runs, training
 from wsolnb.data import IGNORE, Sample, aviary
 from wsolnb.data.aviary import AviaryConfig
 from wsolnb.errors import MapError, ParameterError
@@ -62,9 +62,7 @@ def test_the_long_side_crop_moves_truth_with_the_image(size):
     assert len(seen) > 5
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"optimizer": "sgd", "momentum": 0.9}, {"method": "mctformer", "backbone": "vit_mini"}]
-)
+@pytest.mark.parametrize("change", [{}, {"method": "mctformer", "backbone": "vit_mini"}])
 def test_a_classifier_is_trained_once_and_read_back(change, splits, tmp_path, capsys):
     run = runs.start("x", {"run_folder": str(tmp_path)})
     recipe = small(**change)
@@ -84,11 +82,14 @@ def test_a_classifier_is_trained_once_and_read_back(change, splits, tmp_path, ca
 
 
 def test_sgd_follows_the_polynomial(splits, tmp_path):
-    recipe = small(optimizer="sgd")
+    recipe = small()
     loader = multilabel.make_loader(splits.train, recipe.train_transform(), 4, shuffle=True, drop_last=True)
     model, twin = recipe.build(3), recipe.build(3)
-    config = TrainingConfig(epochs=1, lr=0.05, head_lr=0.5, weight_decay=1e-2, precision="fp32", device="cpu")
-    multilabel.train_sgd(model, loader, config, 0.0, tmp_path, lambda _m: {}, progress=False)
+    config = TrainingConfig(
+        epochs=1, lr=0.05, head_lr=0.5, weight_decay=1e-2, precision="fp32", device="cpu",
+        optimizer="sgd", momentum=0.0, schedule="poly", warmup=0.0, clip=0.0,
+    )  # fmt: skip
+    training.train(model, loader, config, tmp_path, progress=False)
     loader.set_epoch(0)
     twin.train()
     for step, batch in enumerate(loader):
@@ -99,7 +100,8 @@ def test_sgd_follows_the_polynomial(splits, tmp_path):
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
                 rate = (0.5 if name.startswith("classifier") else 0.05) * factor
-                parameter -= rate * (parameter.grad + 1e-2 * parameter)
+                decay = 1e-2 if parameter.ndim > 1 else 0.0
+                parameter -= rate * (parameter.grad + decay * parameter)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 

@@ -9,30 +9,25 @@ The loop is that of all classifiers (`wsolnb.training`); validation is by mean a
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from wsolnb import backbones, conformer, data, errors, experiment, training, weights
 from wsolnb.data import CONTEXT, IGNORE, LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import IMAGENET_MEAN, make_loader
-from wsolnb.errors import MapError, ParameterError, TrainingError, nearest
+from wsolnb.errors import MapError, ParameterError, nearest
 from wsolnb.experiment import Splits
 from wsolnb.methods import base, cam, mctformer
 from wsolnb.methods.base import LocalizationModel
@@ -94,8 +89,6 @@ class ClassifierRecipe(BaseModel):
     long_side: range of the longer side before the crop (`RandomLongSideCrop`); None resizes the whole image and moves
     it by up to `shift` pixels.
     brightness: half-width of the random factor on the light. options: of the method's model.
-    optimizer: `adamw`, the shared loop (`wsolnb.training`), or `sgd`, the lineage's: polynomial decay with power 0.9
-        and no warm-up. momentum: of SGD.
     training: the loop's hyperparameters; its `select` is `map`, the mean average precision on validation images.
     """
 
@@ -113,8 +106,6 @@ class ClassifierRecipe(BaseModel):
     brightness: float = Field(0.2, ge=0, lt=1)
     num_workers: int = Field(0, ge=0)
     options: dict[str, Any] = {}
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = Field(0.0, ge=0, lt=1)
     training: TrainingConfig
 
     def train_transform(self) -> transforms.Transform:
@@ -216,65 +207,12 @@ def fit(
             return {"map": float(np.nanmean(average_precision(*predict(trained, splits.val, recipe.image_size))))}
 
         model, objective = recipe.build(classes), METHODS[recipe.method][2]
-        if recipe.optimizer == "sgd":
-            train_sgd(model, loader, recipe.training, recipe.momentum, folder, validate, progress, objective)
-        else:
-            training.train(model, loader, recipe.training, folder, validate, progress, objective)
+        training.train(model, loader, recipe.training, folder, validate, progress, objective)
 
     folder = run.cached(name, inputs, [*CODE, *METHODS[recipe.method][1]], build)
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
     model = training.load_checkpoint(empty, folder, "last")
     return model.to(training.pick_device(recipe.training.device)), folder
-
-
-def train_sgd(
-    model: LocalizationModel,
-    loader: Iterable[dict],
-    config: TrainingConfig,
-    momentum: float,
-    folder: Path,
-    evaluate: Callable[[LocalizationModel], dict[str, float]],
-    progress: bool = True,
-    objective: Objective = training.classify,
-) -> None:
-    """Train `model` in place by SGD whose rates fall as (1 - step / steps) ** 0.9; arguments as of `training.train`.
-
-    Writes `last.safetensors` and `history.csv` at the end; an interrupted training starts again.
-    Raises TrainingError when the loss is not finite.
-    """
-    device = training.pick_device(config.device)
-    bf16 = training.pick_precision(config.precision, device) == "bf16"
-    training.set_seed(config.seed)
-    groups = training.parameter_groups(model.to(device), config)
-    for group in groups:  # the lineage decays every parameter
-        group["weight_decay"] = config.weight_decay
-    optimizer = torch.optim.SGD(groups, momentum=momentum)
-    steps, history = config.epochs * len(loader), []
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - min(step, steps) / steps) ** 0.9)
-    for epoch in range(config.epochs):
-        loader.set_epoch(epoch)
-        model.train()
-        started, total = time.perf_counter(), 0.0
-        for batch in tqdm(loader, disable=not progress, leave=False, mininterval=1.0, desc=f"epoch {epoch + 1}"):
-            batch = {name: value.to(device) for name, value in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = objective(model, batch, config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                raise TrainingError(
-                    f"the loss is {float(loss.detach())} in epoch {epoch + 1}", f"lower lr ({config.lr})"
-                )
-        seconds = time.perf_counter() - started
-        history.append({"epoch": epoch + 1, "loss": total / len(loader), "seconds": seconds, **evaluate(model)})
-    model.eval()
-    save_file(
-        {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "last.safetensors"
-    )
-    pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
 
 
 def _photographs(dataset: str, root: Path, train_list: str) -> Splits:
@@ -300,9 +238,11 @@ def described(settings: dict[str, Any], seed: int | None = None, **override: Any
         splits = _photographs(p["dataset"], resolve(p["data_root"]), p["train_list"])
     else:
         splits = experiment.load_splits(p["dataset"], p["data_root"], p["seed"], **dials)
-    loop = {name: p[name] for name in ("epochs", "lr", "head_lr", "weight_decay", "precision", "device")}
+    loop = {name: p[name] for name in ("epochs", "lr", "head_lr", "weight_decay", "precision", "device", "optimizer")}
     loop |= {"seed": p["train_seed"] if seed is None else seed, "select": "map"}
-    names = ("method", "backbone", "pretrained", "image_size", "output_stride", "batch_size", "shift", "optimizer")
+    if p["optimizer"] == "sgd":  # as the lineage trains: plain steps whose rate falls as (1 - progress) ** 0.9
+        loop |= {"momentum": 0.0, "schedule": "poly", "warmup": 0.0, "clip": 0.0}
+    names = ("method", "backbone", "pretrained", "image_size", "output_stride", "batch_size", "shift")
     names = (*names, "num_workers")
     recipe = {name: p[name] for name in names} | {"long_side": tuple(p["long_side"]) or None}
     return splits, ClassifierRecipe(**recipe, training=TrainingConfig(**loop))
