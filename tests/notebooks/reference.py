@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
 # Rendered images and hand-made maps give the same numbers everywhere, up to JPEG decoders and the last float digit.
 ROOM = {"01_data": 0.01, "02_metrics": 0.02, "03_cam_and_tscam": 0.05, "04_pretraining": 0.06,
-        "10_scm_diffusion": 0.02, "11_scm_training": 0.08, "12_scm_results": 0.08}  # fmt: skip
+        "10_scm_diffusion": 0.02, "11_scm_training": 0.08, "12_scm_results": 0.08, "30_locloc_grabcut": 0.03,
+        "31_locloc_generator": 0.08, "32_locloc_classifier": 0.12, "33_locloc_results": 0.12}  # fmt: skip
 NOT_COMPARED = {"threshold", "seed"}
 
 
