@@ -132,7 +132,7 @@ def main(repeats: int = 3) -> dict:
     measured = {name: seconds(task, device, repeats) for name, task in tasks(locloc, ppd, device).items()}
     for name, value in measured.items():
         print(f"{device.type}, batch {BATCH}, {name}: {value:.2f} s")
-    result = {"device": device.type, "seconds": measured}
+    result = {"device": device.type, "threads": torch.get_num_threads(), "seconds": measured}
     result["ratio"] = measured["LocLoc, total"] / measured["PPD, total"]
     print(f"LocLoc takes {result['ratio']:.2f} times PPD's time (the paper: 13 s / 19 s = 0.68)")
     result["peak_megabytes"] = {name: peak_megabytes(name, device) for name in ("LocLoc, total", "PPD, total")}
