@@ -17,13 +17,19 @@ NOT_COMPARED = {"threshold", "seed"}
 
 
 def spread_over_seeds(notebook: str, recorded: pd.DataFrame, column: str) -> list[float] | float:
-    """Three standard deviations over training seeds, per row of notebook 03: another processor rounds differently,
-    which is to a training what another seed is."""
-    if notebook != "03_cam_and_tscam":
+    """Three standard deviations over training seeds, per row of notebooks 03 and 04: another processor, or another
+    number of threads, rounds differently, which is to a training what another seed is."""
+    if notebook == "03_cam_and_tscam":
+        seeds, row = pd.read_csv(REFERENCE / "03_seeds.csv"), ["method", "map"]
+        seeds = seeds[seeds.epoch == "last"]
+    elif notebook == "04_pretraining":
+        seeds, row = pd.read_csv(REFERENCE / "04_seeds.csv"), ["backbone", "map", "split"]
+    else:
         return 0.0
-    seeds = pd.read_csv(REFERENCE / "03_seeds.csv")
-    last = seeds[seeds.epoch == "last"].groupby(["method", "map"])[column].std()
-    return [3 * last.get((row["method"], row["map"]), 0.0) for _, row in recorded.iterrows()]
+    if column not in seeds:
+        return 0.0
+    spread = seeds.groupby(row)[column].std()
+    return [3 * spread.get(tuple(values), 0.0) for values in recorded[row].itertuples(index=False)]
 
 
 def compare(notebook: str) -> None:
