@@ -142,3 +142,11 @@ def test_rows_are_measured_once(run):
     assert [shared.cached_rows(run, "rows", {"x": 1}, measure) for _ in range(2)] == [[{"a": 0.5, "b": "x"}]] * 2
     shared.cached_rows(run, "rows", {"x": 2}, measure)
     assert len(calls) == 2
+
+
+def test_parameters_of_the_classifier_do_not_change_the_generator():
+    without = {name: value for name, value in SETTINGS.items() if name != "drop_path"}
+    for part in ("generator", "decoder"):
+        assert shared.plan(SETTINGS, part, 0) == shared.plan({**SETTINGS, "drop_path": 0.3}, part, 0)
+        assert shared.plan(without, part, 0) == shared.plan(SETTINGS, part, 0)
+    assert shared.plan({**SETTINGS, "drop_path": 0.3}, "classifier", 0).config.drop_path == 0.3

@@ -172,7 +172,7 @@ def plan(settings: Mapping[str, Any], part: Part, seed: int, **changes: Any) -> 
     changes = dict(changes)
     threshold = changes.pop("threshold", settings["ppd_threshold"] or None)
     sizes = {name: settings[name] for name in ("channels", "momentum")}
-    if "drop_path" in settings:
+    if part == "classifier":  # of no other part: what does not change it must not make it train again
         sizes["drop_path"] = settings["drop_path"]
     preset = changes.pop("preset", settings["preset"])
     config = getattr(LocLocConfig, preset)(**sizes, **changes)
