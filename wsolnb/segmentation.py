@@ -133,10 +133,6 @@ class RandomScaleCrop:
         return RandomLongSideCrop((side, side), self.crop)(sample, rng)
 
 
-
-
-
-
 class MaskRecipe(BaseModel):
     """How a network is trained on masks.
 

@@ -10,9 +10,9 @@ REFERENCE = ROOT / "outputs" / "reference"
 # Rendered images and hand-made maps give the same numbers everywhere, up to JPEG decoders and the last float digit.
 ROOM = {"01_data": 0.01, "02_metrics": 0.02, "03_cam_and_tscam": 0.05, "04_pretraining": 0.06,
         "10_scm_diffusion": 0.02, "11_scm_training": 0.08, "12_scm_results": 0.08,
-        "20_lpcam_classifier": 0.08, "21_lpcam_prototypes": 0.15, "22_lpcam_results": 0.15, "23_lpcam_segmentation": 0.12,
-        "30_locloc_grabcut": 0.03, "31_locloc_generator": 0.08, "32_locloc_classifier": 0.12,
-        "33_locloc_results": 0.12}  # fmt: skip
+        "20_lpcam_classifier": 0.08, "21_lpcam_prototypes": 0.15, "22_lpcam_results": 0.15,
+        "23_lpcam_segmentation": 0.12, "30_locloc_grabcut": 0.03, "31_locloc_generator": 0.08,
+        "32_locloc_classifier": 0.12, "33_locloc_results": 0.12}  # fmt: skip
 NOT_COMPARED = {"threshold", "seed"}
 
 

@@ -14,8 +14,18 @@ from sample import Repository
 from wsolnb import pipeline
 
 ROOT = Path(__file__).parents[2]
-# In the order of their needs, so that a notebook finds what another one has trained.
-NOTEBOOKS = [ROOT / "notebooks" / f"{step.notebook}.ipynb" for step in pipeline.plan("mini")]
+
+
+def by_depth(steps):
+    """Return the notebooks in the order of their needs, those far from each other's side by side: two workers that run
+    neighbours of one chain would wait for each other's training."""
+    depth = {}
+    for step in steps:
+        depth[step.notebook] = 1 + max((depth[need] for need in step.needs), default=0)
+    return [ROOT / "notebooks" / f"{name}.ipynb" for name in sorted(depth, key=depth.get)]
+
+
+NOTEBOOKS = by_depth(pipeline.plan("mini"))
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
