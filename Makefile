@@ -8,11 +8,12 @@ JOBS ?= 2
 # Tests side by side, a core each: two trainings on one thread each finish sooner than one after the other on two.
 WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1
 
-.PHONY: help setup reproduce test unit notebooks lab bench lint clean
+.PHONY: help setup reproduce test test-full unit lab bench lint clean
 
 help:
 	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets|seeds) and print the table of metrics"
-	@echo "make test        unit tests, then nbval over every notebook, then the regression of the numbers"
+	@echo "make test        lint, unit tests, every notebook against its stored outputs and recorded numbers; five long ones in small"
+	@echo "make test-full   the same with the long ones as they are: half an hour on two cores"
 	@echo "make unit        the fast part of the tests"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       speed and memory claims, measured side by side"
@@ -25,6 +26,9 @@ reproduce: setup
 	$(RUN)/wsolnb reproduce --profile $(PROFILE) --jobs $(JOBS) $(ARGS)
 
 test: setup lint
+	$(RUN)/python -m pytest tests -m "not long" $(WORKERS)
+
+test-full: setup lint
 	$(RUN)/python -m pytest tests $(WORKERS)
 
 unit: setup

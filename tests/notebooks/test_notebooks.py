@@ -1,5 +1,6 @@
 """Every numbered notebook is run with its defaults: its outputs equal the stored, its numbers the recorded ones."""
 
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,8 @@ def by_depth(steps):
 
 
 NOTEBOOKS = by_depth(pipeline.plan("mini"))
+LONG = ("11_scm_training", "12_scm_results", "23_lpcam_segmentation", "32_locloc_classifier", "33_locloc_results")
+"""Together ten minutes of two cores: `make test` runs them in small, `make test-full` as they are."""
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
@@ -39,8 +42,12 @@ def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
+def marked(path: Path):
+    return pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(marked, NOTEBOOKS))
 def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path):
     done = nbval(path, root=ROOT)
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
@@ -48,6 +55,18 @@ def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path):
     # One test, so that the comparison comes after the run also where workers share the tests out.
     if path.stem in reference.ROOM:
         reference.compare(path.stem)
+
+
+@pytest.mark.slow
+def test_the_long_notebooks_run_in_small(tmp_path):
+    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
+    command += ["--outputs", str(tmp_path)]
+    environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [word for name in LONG for word in ("--only", name)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
+    assert set(LONG) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
 
 
 def test_every_notebook_is_a_step_of_the_default_run_and_every_table_is_recorded():
