@@ -35,8 +35,12 @@ def _whole(path: Path, cells: list[dict]) -> Iterator[str]:
     if kernel != "python3":
         yield f"its kernel is {kernel!r} instead of 'python3': run `wsolnb refresh {path.stem}`"
     try:
-        if "run_folder" not in params.notebook_parameters(path):
+        declared = params.notebook_parameters(path)
+        if "run_folder" not in declared:
             yield "it has no parameter `run_folder`"
+        for parameter in declared.values():
+            if "=" in parameter.help:
+                yield f"the comment of {parameter.name!r} holds a `=`, which papermill cannot read and warns of"
     except ParameterError as error:
         yield str(error)
     for name in re.findall(r"\b(?:collect|start)\(\s*['\"](\w+)['\"]", "\n".join(map(_source, cells))):

@@ -100,6 +100,7 @@ def test_a_good_notebook_has_no_problem(tmp_path, good):
         (0, code("1", 0), "does not say the question"),
         (1, code("a: int = 1  # a", 1), "0 code cells with the tag `parameters`"),
         (1, code("a: int = 1  # a", 1, tags=["parameters"]), "no parameter `run_folder`"),
+        (1, code("a: int = 1  # 0 = all", 1, tags=["parameters"]), "the comment of 'a' holds a `=`"),
         (2, code(START.replace("03_cam", "02_cam"), 2), "calls itself '02_cam'"),
         (3, code("print(1)", 5), "not run once each from top to bottom"),
         (3, code("print(1)", None), "not run once each from top to bottom"),
