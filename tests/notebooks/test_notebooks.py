@@ -42,23 +42,8 @@ def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-def marked(path: Path):
-    return pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("path", map(marked, NOTEBOOKS))
-def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path):
-    done = nbval(path, root=ROOT)
-    tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
-    assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
-    # One test, so that the comparison comes after the run also where workers share the tests out.
-    if path.stem in reference.ROOM:
-        reference.compare(path.stem)
-
-
-@pytest.mark.slow
-def test_the_long_notebooks_run_in_small(tmp_path):
+def test_the_long_notebooks_run_in_small(tmp_path):  # first, as it takes longest
     command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
     command += ["--outputs", str(tmp_path)]
     environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -67,6 +52,21 @@ def test_the_long_notebooks_run_in_small(tmp_path):
     assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
     assert set(LONG) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
+
+
+def marked(path: Path):
+    return pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
+def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path):
+    done = nbval(path, root=ROOT)
+    tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
+    assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
+    # One test, so that the comparison comes after the run also where workers share the tests out.
+    if path.stem in reference.ROOM:
+        reference.compare(path.stem)
 
 
 def test_every_notebook_is_a_step_of_the_default_run_and_every_table_is_recorded():
