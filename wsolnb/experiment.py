@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -159,9 +159,33 @@ def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) 
 def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = True) -> tuple[LocalizationModel, Path]:
     """Return the model trained by `recipe` on `splits.train`, at its last epoch, and the folder of its checkpoints.
 
+    Trains once per run folder, as `train_once`. Selection (`best`) uses validation images only.
+    """
+
+    def validate(trained: LocalizationModel) -> dict[str, float]:
+        found = evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True)
+        return found.summary() | trained.scalars()
+
+    code = [*CODE, *METHODS[recipe.method][1]]
+    return train_once(run, name, recipe, splits, code, validate, progress=progress)
+
+
+def train_once(
+    run: Run,
+    name: str,
+    recipe: Any,
+    splits: Splits,
+    code: Sequence[ModuleType],
+    validate: Callable[[LocalizationModel], dict[str, float]],
+    objective: Callable[..., Any] = training.classify,
+    progress: bool = True,
+) -> tuple[LocalizationModel, Path]:
+    """Return the model that a recipe trains on `splits.train`, at its last epoch, and the folder of its checkpoints.
+
     Trains once per run folder: the artefact is found again by the hash of the recipe, the data, the code and
     the weights that it starts from.
-    name: how the artefact is called in the run folder. Selection (`best`) uses validation images only.
+    name: how the artefact is called in the run folder. recipe: a `Recipe`, or one with the same methods and fields.
+    code: modules that the artefact depends on. validate: gives the columns of the history after each epoch.
     """
     classes = len(splits.train.class_names)
     inputs = {
@@ -180,14 +204,9 @@ def fit(run: Run, name: str, recipe: Recipe, splits: Splits, progress: bool = Tr
             num_workers=recipe.num_workers,
             drop_last=True,
         )
+        training.train(recipe.build(classes), loader, recipe.training, folder, validate, progress, objective)
 
-        def validate(trained: LocalizationModel) -> dict[str, float]:
-            found = evaluation.evaluate(trained, splits.val, recipe.test_transform(), quick=True)
-            return found.summary() | trained.scalars()
-
-        training.train(recipe.build(classes), loader, recipe.training, folder, validate, progress)
-
-    folder = run.cached(name, inputs, [*CODE, *METHODS[recipe.method][1]], build)
+    folder = run.cached(name, inputs, list(code), build)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
     model = training.load_checkpoint(empty, folder, "last")

@@ -31,10 +31,10 @@ from wsolnb.errors import MapError, ParameterError, nearest
 from wsolnb.experiment import Splits
 from wsolnb.methods import base, cam, mctformer
 from wsolnb.methods.base import LocalizationModel
-from wsolnb.runs import Run, fingerprint, resolve
+from wsolnb.runs import Run, resolve
 from wsolnb.training import TrainingConfig
 
-CODE = (backbones, conformer, data, errors, training, base, sys.modules[__name__])
+CODE = (backbones, conformer, data, errors, experiment, training, base, sys.modules[__name__])
 """What every trained classifier depends on, next to the module of its method."""
 
 Objective = Callable[[nn.Module, dict, TrainingConfig], Tensor]
@@ -185,34 +185,12 @@ def fit(
     Trains once per run folder, as `experiment.fit`: the hash covers recipe, start, data and code. The folder's
     `history.csv` has the loss and the mean average precision (`map`) on `splits.val` of each epoch.
     """
-    classes = len(splits.train.class_names)
-    inputs = {
-        "recipe": recipe.model_dump(),
-        "weights": recipe.weights_hash(),
-        "data": [splits.train.name, splits.train.root.name, *(fingerprint(part.image_ids) for part in splits)],
-    }
 
-    def build(folder: Path) -> None:
-        loader = make_loader(
-            splits.train,
-            recipe.train_transform(),
-            recipe.batch_size,
-            shuffle=True,
-            seed=recipe.training.seed,
-            num_workers=recipe.num_workers,
-            drop_last=True,
-        )
+    def validate(trained: LocalizationModel) -> dict[str, float]:
+        return {"map": float(np.nanmean(average_precision(*predict(trained, splits.val, recipe.image_size))))}
 
-        def validate(trained: LocalizationModel) -> dict[str, float]:
-            return {"map": float(np.nanmean(average_precision(*predict(trained, splits.val, recipe.image_size))))}
-
-        model, objective = recipe.build(classes), METHODS[recipe.method][2]
-        training.train(model, loader, recipe.training, folder, validate, progress, objective)
-
-    folder = run.cached(name, inputs, [*CODE, *METHODS[recipe.method][1]], build)
-    empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
-    model = training.load_checkpoint(empty, folder, "last")
-    return model.to(training.pick_device(recipe.training.device)), folder
+    _, modules, objective = METHODS[recipe.method]
+    return experiment.train_once(run, name, recipe, splits, [*CODE, *modules], validate, objective, progress)
 
 
 def _photographs(dataset: str, root: Path, train_list: str) -> Splits:
