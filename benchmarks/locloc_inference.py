@@ -129,12 +129,16 @@ def _kilobytes(entry: str) -> int:
 def main(repeats: int = 3) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     locloc, ppd = models(device)
-    measured = {name: seconds(task, device, repeats) for name, task in tasks(locloc, ppd, device).items()}
-    for name, value in measured.items():
-        print(f"{device.type}, batch {BATCH}, {name}: {value:.2f} s")
-    result = {"device": device.type, "threads": torch.get_num_threads(), "seconds": measured}
-    result["ratio"] = measured["LocLoc, total"] / measured["PPD, total"]
-    print(f"LocLoc takes {result['ratio']:.2f} times PPD's time (the paper: 13 s / 19 s = 0.68)")
+    result, all_threads = {"device": device.type, "seconds": {}, "ratio": {}}, torch.get_num_threads()
+    for threads in sorted({1, all_threads}):
+        torch.set_num_threads(threads)
+        measured = {name: seconds(task, device, repeats) for name, task in tasks(locloc, ppd, device).items()}
+        for name, value in measured.items():
+            print(f"{device.type}, {threads} thread(s), batch {BATCH}, {name}: {value:.2f} s")
+        result["seconds"][str(threads)] = measured
+        result["ratio"][str(threads)] = ratio = measured["LocLoc, total"] / measured["PPD, total"]
+        print(f"{threads} thread(s): LocLoc takes {ratio:.2f} times PPD's time (the paper: 13 s / 19 s = 0.68)")
+    torch.set_num_threads(all_threads)
     result["peak_megabytes"] = {name: peak_megabytes(name, device) for name in ("LocLoc, total", "PPD, total")}
     for name, value in result["peak_megabytes"].items():
         print(f"{name}: {value:.0f} MB beside the weights at the peak")

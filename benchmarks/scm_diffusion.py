@@ -125,14 +125,19 @@ def share_of_step(images) -> dict[str, float]:
 
 def main() -> dict:
     result = {}
+    all_threads = torch.get_num_threads()
     for side, claim, repeats in ((14, 10, 5), (28, 100, 1)):
         leaves = inputs(side)
         pairs = zip(step(stencil, leaves), step(dense, leaves), strict=True)
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-        fast, slow = seconds(stencil, leaves, 5), seconds(dense, leaves, repeats)
-        result[f"{side}x{side}"] = {"ratio": slow / fast, "gradient_error": error}
-        print(f"{side} x {side}: dense {slow:.3f} s, stencil {fast:.4f} s, ratio {slow / fast:.0f} "
-              f"(claim >= {claim}); largest relative difference of gradients {error:.1e}")  # fmt: skip
+        result[f"{side}x{side}"] = {"gradient_error": error}
+        for threads in sorted({1, all_threads}):
+            torch.set_num_threads(threads)
+            fast, slow = seconds(stencil, leaves, 9), seconds(dense, leaves, repeats)
+            result[f"{side}x{side}"][f"ratio, {threads} thread(s)"] = slow / fast
+            print(f"{side} x {side}, {threads} thread(s): dense {slow:.3f} s, stencil {fast:.4f} s, ratio "
+                  f"{slow / fast:.0f} (claim >= {claim}); largest relative difference of gradients {error:.1e}")  # fmt: skip
+        torch.set_num_threads(all_threads)
     for name, diffuse in (("stencil", stencil), ("dense", dense)):
         small, large = kept_megabytes(diffuse, 14), kept_megabytes(diffuse, 28)
         result[f"kept_growth_{name}"] = large / small
