@@ -96,9 +96,9 @@ def main() -> dict:
                 "images_per_processor_second": spent,
                 "two_cores": rates[2] / rates[1],
             }
-            print(f"{SIDE} px, {name}, {result[name]['uncertain']:.0%} of the pixels uncertain: {rates[1]:.1f} images/s "
-                  f"on one core ({spent:.1f} a second of processor time; claim >= 10), with two jobs on {os.cpu_count()} "
-                  f"cores {rates[2] / rates[1]:.2f} times that (claim 1.7)")  # fmt: skip
+            share, pace = result[name]["uncertain"], f"{rates[1]:.1f} images/s on one core (claim >= 10)"
+            print(f"{SIDE} px, {name}, {share:.0%} uncertain: {pace}, {spent:.1f} a second of processor time")
+            print(f"two jobs on {os.cpu_count()} cores: {rates[2] / rates[1]:.2f} times that (claim 1.7)")
         result["two_cores_of_plain_work"] = max(both_busy() for _ in range(3))
         print(f"sorting gets {result['two_cores_of_plain_work']:.2f} times from two threads here")
     finally:
