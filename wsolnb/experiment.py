@@ -96,11 +96,7 @@ class Recipe(BaseModel):
 
     def weights_hash(self) -> str:
         """Hash of the file that the weights start from; empty for random and for published weights."""
-        if self.checkpoint:
-            path = resolve(self.checkpoint)
-            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        embedded = self.pretrained and self.backbone in weights.embedded()
-        return weights.read_card(self.backbone)["sha256"] if embedded else ""
+        return hash_of_start(self.backbone, self.pretrained, self.checkpoint)
 
     def _uncropped(self) -> int:
         return round(self.image_size * 8 / 7)  # 256 for 224
@@ -129,6 +125,14 @@ class Recipe(BaseModel):
                 )
             backbone.vit.blocks[self.tuned_layers :].requires_grad_(False)
         return METHODS[self.method][0](backbone, num_classes, **self.options)
+
+
+def hash_of_start(backbone: str, pretrained: bool, checkpoint: str | None) -> str:
+    """Return the hash of the file that a backbone's weights start from; empty for random and for published weights."""
+    if checkpoint:
+        path = resolve(checkpoint)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return weights.read_card(backbone)["sha256"] if pretrained and backbone in weights.embedded() else ""
 
 
 def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) -> Splits:

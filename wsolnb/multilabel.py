@@ -8,7 +8,6 @@ The loop is that of all classifiers (`wsolnb.training`); validation is by mean a
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from wsolnb import backbones, conformer, data, errors, experiment, training, weights
+from wsolnb import backbones, conformer, data, errors, experiment, training
 from wsolnb.data import CONTEXT, IGNORE, LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import IMAGENET_MEAN, make_loader
 from wsolnb.errors import MapError, ParameterError, nearest
@@ -124,11 +123,7 @@ class ClassifierRecipe(BaseModel):
 
     def weights_hash(self) -> str:
         """Hash of the file that the weights start from; empty for random and for published weights."""
-        if self.checkpoint:
-            path = resolve(self.checkpoint)
-            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        embedded = self.pretrained and self.backbone in weights.embedded()
-        return weights.read_card(self.backbone)["sha256"] if embedded else ""
+        return experiment.hash_of_start(self.backbone, self.pretrained, self.checkpoint)
 
     def build(self, num_classes: int) -> LocalizationModel:
         """Return the model with fresh (seeded) or pretrained weights.
