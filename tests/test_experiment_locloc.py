@@ -92,12 +92,26 @@ def test_scores_are_those_of_the_shared_evaluation(run, splits):
     transform = shared.recipe_of(SETTINGS).test_transform()
     expected = evaluation.evaluate(whole, splits.val, transform)
     found = shared.predict(whole, splits.val, transform)
-    scored = shared.score(found.maps, shared.read_samples(splits.val, transform), found.logits)
+    scored = shared.score(found.maps, shared.Transformed(splits.val, transform), found.logits)
     assert scored.table(scored) == expected.table(expected)
-    aside = shared.score(found.maps, shared.read_samples(splits.val, transform))
+    aside = shared.score(found.maps, shared.Transformed(splits.val, transform))
     row = aside.table(aside)[0]
     assert row["top1"] == 1
     assert row["gt_known"] == row["top1_loc"] == expected.table(expected)[0]["gt_known"]
+
+
+def test_maps_beyond_the_memory_are_the_same(run, splits, monkeypatch):
+    planned, transform = shared.plan(SETTINGS, "decoder", 0), shared.recipe_of(SETTINGS).test_transform()
+    model = planned.build(shared.open_backbone(planned.recipe, "cpu"), 4).eval()
+    config = shared.grabcut_config(SETTINGS)
+    within = shared.predict(model, splits.val, transform), shared.attention_maps(planned.recipe, config, splits.val)
+    monkeypatch.setattr(shared, "IN_MEMORY", 0)
+    beyond = shared.predict(model, splits.val, transform), shared.attention_maps(planned.recipe, config, splits.val)
+    assert isinstance(beyond[1], np.memmap)
+    assert np.array_equal(within[1], beyond[1])
+    for name, maps in within[0].maps.items():
+        assert isinstance(beyond[0].maps[name], np.memmap)
+        assert np.array_equal(maps, beyond[0].maps[name])
 
 
 def test_maps_of_masks_and_of_attention(run, splits):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -239,6 +240,10 @@ def fit(
 # ------------------------------------------------------------------------------------------------------------- scores
 
 
+IN_MEMORY = 2**31
+"""Bytes up to which the maps of a split are kept in memory; larger ones lie in a temporary file of the system."""
+
+
 class Predictions(NamedTuple):
     """What a model makes of a split: maps by name (n, H, W) in [0, 1], of the true class, and logits (n, C)."""
 
@@ -246,69 +251,103 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
+class Transformed(Sequence[Sample]):
+    """The samples of a split, transformed, with their truth; each is read when asked for."""
+
+    def __init__(self, dataset: LocalizationDataset, transform: transforms.Transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(self.dataset[index], None)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+
+def _room(count: int, like: np.ndarray) -> np.ndarray:
+    """Return an array (count, ...) for parts like (b, ...), beyond `IN_MEMORY` on disk: ILSVRC's maps are 10 GB."""
+    shape = (count, *like.shape[1:])
+    if like[0].nbytes * count <= IN_MEMORY:
+        return np.empty(shape, like.dtype)
+    with tempfile.TemporaryFile() as file:  # the mapping keeps it alive
+        return np.memmap(file, like.dtype, "w+", shape=shape)
+
+
 def predict(model: LocalizationModel, dataset: LocalizationDataset, transform: transforms.Transform) -> Predictions:
     """Run a model over a data set; maps are upsampled to the image and min-max normalised."""
-    device, found, logits = next(model.parameters()).device, [], []
+    device, logits, done = next(model.parameters()).device, [], 0
+    maps: dict[str, np.ndarray] = {}
     model.eval()
     for batch in make_loader(dataset, transform, 50):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
             named = model.localize(output, batch["label"].to(device))
-            found.append({name: upsample(m, batch["image"].shape[2:]).cpu().numpy() for name, m in named.items()})
+            for name, found in named.items():
+                whole = upsample(found, batch["image"].shape[2:]).cpu().numpy()
+                if name not in maps:
+                    maps[name] = _room(len(dataset), whole)
+                maps[name][done : done + len(whole)] = whole
             logits.append(output.logits.float().cpu().numpy())
-    return Predictions({name: np.concatenate([f[name] for f in found]) for name in found[0]}, np.concatenate(logits))
+        done += len(logits[-1])
+    return Predictions(maps, np.concatenate(logits))
 
 
 def score(maps: Mapping[str, np.ndarray], samples: Sequence[Sample], logits: np.ndarray | None = None) -> Evaluation:
-    """Score named maps (n, H, W) of transformed samples with all of their truth.
+    """Score named maps (n, H, W) of transformed samples with all of their truth; each sample is read once.
 
     logits: (n, C); None sets classification aside: every image counts as rightly classified.
     """
-    classes = 1 + max(sample.label for sample in samples) if logits is None else logits.shape[1]
-    groups: tuple[dict[str, Any], ...] = ({}, {}, {}, {}, {})
-    for name, values in maps.items():
-        metrics = (LocalizationAccuracy(THRESHOLDS), MaxBoxAcc(THRESHOLDS), MaxBoxAcc(THRESHOLDS, multi_contour=True))
-        pixels, parts = PxAP(), PartCoverage(THRESHOLDS)
-        for index, (score_map, sample) in enumerate(zip(values, samples, strict=True)):
+    boxed = {
+        name: (LocalizationAccuracy(THRESHOLDS), MaxBoxAcc(THRESHOLDS), MaxBoxAcc(THRESHOLDS, multi_contour=True))
+        for name in maps
+    }
+    pixels, parts = {name: PxAP() for name in maps}, {name: PartCoverage(THRESHOLDS) for name in maps}
+    masked = parted = False
+    for index, sample in enumerate(samples):
+        masked, parted = masked or sample.mask is not None, parted or sample.parts is not None
+        for name, values in maps.items():
             if len(sample.boxes):
-                own = np.eye(classes)[sample.label] if logits is None else logits[index]
-                metrics[0].update(score_map, sample.boxes, sample.label, own)
-                for metric in metrics[1:]:
-                    metric.update(score_map, sample.boxes)
+                own = np.eye(sample.label + 1)[sample.label] if logits is None else logits[index]
+                accuracy, *others = boxed[name]
+                accuracy.update(values[index], sample.boxes, sample.label, own)
+                for metric in others:
+                    metric.update(values[index], sample.boxes)
             if sample.mask is not None:
-                pixels.update(score_map, sample.mask)
+                pixels[name].update(values[index], sample.mask)
             if sample.parts is not None:
-                parts.update(score_map, sample.parts)
-        for group, metric in zip(groups, metrics, strict=False):
-            group[name] = metric.compute()
-        if any(sample.mask is not None for sample in samples):
-            groups[3][name] = pixels.compute()
-        if any(sample.parts is not None for sample in samples):
-            groups[4][name] = parts.compute()
-    return Evaluation(*groups)
-
-
-def read_samples(dataset: LocalizationDataset, transform: transforms.Transform) -> list[Sample]:
-    """Return all samples of a split, transformed, with their truth."""
-    return [transform(dataset[index], None) for index in range(len(dataset))]
+                parts[name].update(values[index], sample.parts)
+    groups = [{name: boxed[name][place].compute() for name in maps} for place in range(3)]
+    groups.append({name: pixels[name].compute() for name in maps} if masked else {})
+    return Evaluation(*groups, {name: parts[name].compute() for name in maps} if parted else {})
 
 
 def mask_maps(dataset: LocalizationDataset, stored: MaskFolder, transform: transforms.Transform) -> np.ndarray:
     """Return the stored masks of a split as maps (n, H, W) of 0 and 1, moved as the transform moves the images."""
-    return np.stack([transform(s, None).mask == 1 for s in Masked(dataset, stored)]).astype(np.float32)
+    whole = None
+    for index, sample in enumerate(Masked(dataset, stored)):
+        found = (transform(sample, None).mask == 1).astype(np.float32)
+        whole = _room(len(dataset), found[None]) if whole is None else whole
+        whole[index] = found
+    return whole
 
 
 def attention_maps(
     recipe: Recipe, config: GrabCutConfig, dataset: LocalizationDataset, device: str = "auto"
 ) -> np.ndarray:
     """Return the class token's attention of a split's transformed images, as maps (n, H, W) in [0, 1]."""
-    backbone, found = open_backbone(recipe, device), []
+    backbone, whole, done = open_backbone(recipe, device), None, 0
     for batch in make_loader(dataset, recipe.test_transform(), 50):
         with torch.inference_mode():
             rows = backbone(batch["image"].to(next(backbone.parameters()).device)).attention
             maps: Tensor = grabcut.class_token_map(rows, backbone.grid, config.layers, config.heads)
-            found.append(upsample(maps, batch["image"].shape[2:]).cpu().numpy())
-    return np.concatenate(found)
+            found = upsample(maps, batch["image"].shape[2:]).cpu().numpy()
+        whole = _room(len(dataset), found) if whole is None else whole
+        whole[done : done + len(found)] = found
+        done += len(found)
+    return whole
 
 
 def cached_rows(run: Run, name: str, inputs: Any, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
