@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -13,15 +14,20 @@ from wsolnb.methods.tscam import TSCAM
 GRIDS = [(14, 14), (6, 7), (28, 28)]
 
 
-def reference_laplacian(tokens, lam):
-    """Eq. 3 and 4 as matrices: (B, Q, h, w) -> (B, N, N)."""
-    rows, columns = tokens.shape[2:]
+@functools.cache
+def reference_adjacency(rows, columns):
     size = rows * columns
     adjacency = torch.zeros(size, size, dtype=torch.float64)
     for i in range(size):
         for j in range(size):
             apart = abs(i // columns - j // columns) + abs(i % columns - j % columns)
             adjacency[i, j] = float(apart == 1)
+    return adjacency
+
+
+def reference_laplacian(tokens, lam):
+    """Eq. 3 and 4 as matrices: (B, Q, h, w) -> (B, N, N)."""
+    adjacency = reference_adjacency(*tokens.shape[2:])
     degree = torch.diag(adjacency.sum(dim=1))
     vectors = tokens.flatten(2).transpose(1, 2)
     lengths = (vectors * vectors).sum(dim=2).sqrt()
@@ -84,9 +90,8 @@ def relative(found, expected):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("constant_start", [False, True])
 def test_diffusion_and_its_gradients_equal_the_dense_form(grid, constant_start):
-    most = 8 if grid != (28, 28) else 4
-    for steps in range(most + 1):
-        attention, tokens = maps(grid, steps)
+    for steps in range(9):
+        attention, tokens = maps(grid, steps, batch=1 if grid == (28, 28) else 2)
         lam = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
         direction = torch.randn(attention.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         values, gradients = [], []
@@ -103,6 +108,33 @@ def test_diffusion_and_its_gradients_equal_the_dense_form(grid, constant_start):
                 assert found.abs().max() < 1e-12
             else:
                 assert relative(found, expected) <= 1e-9, steps
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_one_block_and_its_gradients_equal_the_dense_form(preset, grid):
+    # With the paper's weak alpha and small attention nothing would pass its filter.
+    config = getattr(SCMConfig, preset)(lam=1.2, beta=0.4, **({"alpha": 0.02} if preset == "paper" else {}))
+    for first in (False, True):
+        attention, tokens = maps(grid, 5, batch=1 if grid == (28, 28) else 2)
+        with torch.no_grad():
+            attention *= 4 if preset == "paper" else 1
+        block = ActivationDiffusionBlock(config, first).double()
+        lam, beta = (p.detach().clone().requires_grad_() for p in (block.lam, block.beta))
+        steps = config.first_steps if first else config.steps
+        directions = [maps(grid, 6, len(attention))[i].detach() for i in (0, 1)]
+        sides = (
+            (block(attention, tokens), (attention, tokens, block.lam, block.beta)),
+            (reference_block(attention, tokens, lam, beta, steps, config), (attention, tokens, lam, beta)),
+        )
+        gradients = []
+        for maps_out, leaves in sides:
+            loss = sum((m * d).sum() for m, d in zip(maps_out, directions, strict=True))
+            gradients.append(torch.autograd.grad(loss, leaves))
+        for found, expected in zip(sides[0][0], sides[1][0], strict=True):
+            assert relative(found, expected) <= 1e-9
+        for name, found, expected in zip(("F", "S", "lambda", "beta"), *gradients, strict=True):
+            assert relative(found, expected) <= 1e-9, name
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
