@@ -179,8 +179,16 @@ def scene_target(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([textures, colours], dim=1).float()
 
 
-TERMS = ("texture", "part", "colour", "code", "scene", "composition", "place")
+TERMS = ("texture", "part", "colour", "code", "scene", "composition", "place", "attend")
 """The terms of the supervised loss on scenes."""
+
+
+def attend_loss(attention: Tensor, object_share: Tensor) -> Tensor:
+    """Cross-entropy of attention (B, N), which sums to one, to the creatures' area `object_share` (B, N), shared out
+    evenly; scenes without creatures do not count."""
+    area = object_share.sum(dim=1)
+    told = (object_share * attention.clamp(min=1e-8).log()).sum(dim=1) / area.clamp(min=1e-6)
+    return -told[area > 0].sum() / (area > 0).sum().clamp(min=1)
 
 
 def code_loss(found: Tensor, target: dict[str, Tensor]) -> Tensor:
@@ -204,7 +212,8 @@ class SupervisedPretext(nn.Module):
     creature and no further; `code`, the same as a regression, whose answer on the background is zero: a probability
     may still vary there, far below one half, and a classifier that sums over all tokens would find it; and of what the
     class token looks at, `scene`, the set of textures and colours, `composition`, the shares of colours, and `place`,
-    where the creatures are.
+    where the creatures are. `attend` asks the class token's attention itself to be even over the creatures and nowhere
+    else (a convolutional backbone has none, and no such term).
     """
 
     def __init__(self, backbone: nn.Module, weights: dict[str, float], vary: bool = True):
@@ -231,11 +240,13 @@ class SupervisedPretext(nn.Module):
         images = batch["image"][:, 0]
         if isinstance(self.backbone, TransformerBackbone):
             tokens = forward_view(self.backbone, images)
-            patches, whole = tokens.patches, looked_at(tokens, self.vary and self.training)
+            weights = look(tokens, self.vary and self.training)
+            patches, whole = tokens.patches, (weights[:, None] @ tokens.patches.float()).squeeze(1)
             grid = tuple(side // self.backbone.patch_size for side in images.shape[2:])
         else:
             features = self.backbone(images)
             patches, whole, grid = features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), features.shape[2:]
+            weights = None
         target = token_targets(batch, tuple(grid))
         made_of = composition(images, target["object"], tuple(grid))
         # By the creature's share of a token: on the background nothing is worn, so a classifier finds no class there.
@@ -244,7 +255,8 @@ class SupervisedPretext(nn.Module):
         named = self.sash(patches).float().unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
         counted = target["sash"] * share[..., None]
         bands = -(counted * named).sum() / counted.sum().clamp(min=1)
-        return {
+        terms = {} if weights is None else {"attend": attend_loss(weights, target["object"])}
+        return terms | {
             "texture": F.cross_entropy(self.texture(patches).float().flatten(0, 1), target["textures"].flatten(0, 1)),
             "part": F.cross_entropy(self.part(patches).float().flatten(0, 1), target["parts"].flatten(0, 1)),
             "colour": worn + bands,
@@ -294,12 +306,19 @@ def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
     seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random weights, anew for each
     image, so that none relies on the others.
     """
+    return (look(tokens, vary)[:, None] @ tokens.patches.float()).squeeze(1)
+
+
+def look(tokens: Tokens, vary: bool = False) -> Tensor:
+    """Return (B, N): the class token's attention, over all layers and heads, as weights that sum to one.
+
+    vary: as of `looked_at`.
+    """
     rows = tokens.attention.flatten(1, 2)
     if vary:
         rows = rows * torch.empty(*rows.shape[:2], 1, device=rows.device).exponential_()
     weights = rows.mean(dim=1)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    return (weights[:, None] @ tokens.patches.float()).squeeze(1)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def forward_view(backbone: TransformerBackbone, images: Tensor) -> Tokens:

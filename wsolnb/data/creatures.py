@@ -49,6 +49,7 @@ class CreatureConfig(BaseModel):
     camouflage: probability that a frame's background is drawn towards the colour of its first creature.
     muted: probability of a greyish colour in a creature's texture.
     ends: probability that the sash is worn at one end of the body or on a limb, not across the middle.
+    rough: whether backgrounds may have strong light and shade, bars, and heaps of two colours.
     seed: of everything that is drawn.
     """
 
@@ -61,6 +62,7 @@ class CreatureConfig(BaseModel):
     camouflage: float = Field(0.35, ge=0, le=1)
     muted: float = Field(0.7, ge=0, le=1)
     ends: float = Field(0.0, ge=0, le=1)
+    rough: bool = False
     seed: int = Field(0, ge=0)
 
     @property
@@ -117,10 +119,10 @@ def draw_colour(
 # ------------------------------------------------------------------------------------------------------ background
 
 
-def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = None) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = None, rough: bool = False) -> np.ndarray:
     """Render a patchwork of 1 to 3 noise textures of related colours, littered, with strokes and pebbles on it.
 
-    near: a colour that its own is drawn towards, so that what wears it is hard to see.
+    near: a colour that its own is drawn towards, so that what wears it is hard to see. rough: as of `CreatureConfig`.
     Returns (size, size, 3) float32.
     """
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
@@ -134,6 +136,8 @@ def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = N
         pull = 0.2 if near is not None else 0.4
         first = pull * draw_colour(rng) + (1 - pull) * tint
         second = first + rng.normal(0, 22, 3).astype(np.float32)
+        if rough and rng.random() < 0.6:  # light and shade, as between leaves
+            second = second * rng.uniform(0.35, 1.8)
         cells = int(rng.integers(2, 30)), int(rng.integers(2, 30))
         noise = np.clip(0.5 + 0.5 * _value_noise(rng, size, cells, int(rng.integers(1, 4))), 0, 1)[..., None]
         image = np.where((choice == patch)[..., None], first * (1 - noise) + second * noise, image)
@@ -144,17 +148,25 @@ def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = N
     image = np.ascontiguousarray(image * (1 + rng.uniform(-0.2, 0.2) * ramp), np.float32)
     if rng.random() < 0.5:
         _scatter(rng, image)
+    if rough and rng.random() < 0.45:
+        # Bars behind the creatures; `_cover` puts others in front.
+        for _ in range(int(rng.integers(1, 3))):
+            start, along = rng.uniform(0, size, 2), rng.normal(0, 0.6 * size, 2)
+            colour = draw_colour(rng, muted=0.8) * rng.uniform(0.5, 1.1)
+            _line(image, start - along, start + along, colour, int(rng.integers(2, max(3, size // 9))))
     for _ in range(int(rng.poisson(3))):
         colour = (image[tuple(rng.integers(0, size, 2))] + rng.normal(0, 35, 3)).clip(0, 255)
         start = rng.uniform(0, size, 2)
         _line(image, start, start + rng.normal(0, 0.25 * size, 2), colour, int(rng.integers(1, 3)))
     for _ in range(int(rng.poisson(3))):
-        # Heaps of vivid pebbles: small things of one colour that are no creature.
+        # Heaps of vivid pebbles: small things of one colour (or, rough, of two) that are no creature.
         middle, spread, tone = rng.uniform(0, size, 2), rng.uniform(0, 0.045) * size, draw_colour(rng)
+        other = draw_colour(rng) if rough and rng.random() < 0.4 else tone
         for _ in range(int(rng.integers(1, 6))):
             centre = np.rint(middle + rng.normal(0, 1, 2) * spread).astype(int).tolist()
             axes = np.maximum(1, np.rint(rng.uniform(0.012, 0.05, 2) * size)).astype(int).tolist()
-            shade = (tone * rng.uniform(0.85, 1.15)).clip(0, 255).tolist()
+            own = tone if not rough or rng.random() < 0.6 else other
+            shade = (own * rng.uniform(0.85, 1.15)).clip(0, 255).tolist()
             cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, shade, -1, cv2.LINE_AA)
     return image
 
@@ -364,7 +376,7 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
     creatures = [_move_sash(moving, c) if moving.random() < config.ends else c for c in creatures]
     scale = {1: (0.4, 1.0), 2: (0.35, 0.65), 3: (0.3, 0.5)}[count]
     camouflaged = rng.random() < config.camouflage
-    image = _background(rng, size, creatures[0].first if camouflaged else None)
+    image = _background(rng, size, creatures[0].first if camouflaged else None, config.rough)
     owner, parts = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     for position, creature in enumerate(creatures):
         colour, own = _draw(rng, creature, size, scale, config.sash)
