@@ -89,6 +89,9 @@ class Mixing(NamedTuple):
 PLAIN = Mixing(local_layers=0, sees_class=True, bound=None)
 """Every token attends to every other, with unbounded scores: an ordinary transformer."""
 
+MIXING = {"vit_mini": Mixing(local_layers=4), "vit_mini_dino": Mixing(), "vit_mini_plain": PLAIN}
+"""How the mini transformers exchange tokens unless told otherwise: as their embedded weights were made."""
+
 
 class BoundedNorm(nn.Module):
     """Scale queries or keys (..., d) to one length, so that |q . k| / sqrt(d) <= bound."""
@@ -295,8 +298,7 @@ def create_backbone(
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input; default 224, for the mini ones 112. Position embeddings are resized to it.
     output_stride: stride of a ResNet's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
-    mixing: of the mini transformers; default `PLAIN` for `vit_mini_plain`, else what the embedded weights were made
-        with.
+    mixing: of the mini transformers; default that of `MIXING`.
 
     Raises ParameterError for unknown names, WeightsError when weights are missing or do not fit.
     """
@@ -315,7 +317,7 @@ def create_backbone(
         backbone = ConvBackbone(model, name, output_stride)
     elif name in MINI:
         size = image_size or 112
-        mixing = mixing or (PLAIN if name == "vit_mini_plain" else Mixing())
+        mixing = mixing or MIXING[name]
         model = VisionTransformer(
             img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=0, global_pool="token",
             embed_layer=ConvStem, drop_path_rate=drop_path,
