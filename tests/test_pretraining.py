@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wsolnb import backbones, pretraining, runs, weights
-from wsolnb.backbones import Mixing, create_backbone
+from wsolnb.backbones import create_backbone
 from wsolnb.data import aviary, creatures, open_dataset
 from wsolnb.data.creatures import CreatureConfig
 from wsolnb.errors import ParameterError, WeightsError
@@ -145,6 +145,36 @@ def test_codes_are_the_colours_on_objects_and_zero_on_the_background():
     assert float(pretraining.code_loss(exact, target)) == pytest.approx(0, abs=1e-9)
 
 
+def test_attention_is_asked_for_all_of_the_creatures_area(scenes):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(3, 5, generator=generator).softmax(dim=1)
+    share = torch.tensor([[0.0, 1.0, 0.5, 0.0, 0.0], [0.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.25]])
+    terms = []
+    for image in (0, 2):  # the second scene has no creature
+        told = sum(float(share[image, n]) * math.log(float(weights[image, n])) for n in range(5))
+        terms.append(-told / float(share[image].sum()))
+    assert float(pretraining.attend_loss(weights, share)) == pytest.approx(sum(terms) / 2, rel=1e-5)
+    assert float(pretraining.attend_loss(weights[:1], torch.zeros(1, 5))) == 0
+    even = share[:1] / share[:1].sum()  # nothing is better than attention shared out evenly
+    assert pretraining.attend_loss(even, share[:1]) < pretraining.attend_loss(weights[:1], share[:1])
+
+
+def test_dropped_patches_are_not_looked_at():
+    torch.manual_seed(0)
+    tokens = backbones.Tokens(torch.randn(40, 50, 3), torch.zeros(40, 3), torch.rand(40, 2, 2, 50))
+    whole, part = pretraining.look(tokens), pretraining.look(tokens, drop=0.6)
+    torch.testing.assert_close(part.sum(dim=1), torch.ones(40))
+    assert float((part == 0).float().mean()) == pytest.approx(0.6, abs=0.05)
+    kept = part > 0
+    scale = (part / whole)[kept] / (part / whole).amax(dim=1, keepdim=True).expand_as(part)[kept]
+    torch.testing.assert_close(scale, torch.ones_like(scale))  # what is left keeps its proportions
+    expected = (part[:, :, None] * tokens.patches).sum(dim=1)
+    torch.manual_seed(0)
+    tokens = backbones.Tokens(torch.randn(40, 50, 3), torch.zeros(40, 3), torch.rand(40, 2, 2, 50))
+    pretraining.look(tokens)
+    torch.testing.assert_close(pretraining.looked_at(tokens, drop=0.6), expected)
+
+
 def test_varied_layers_and_heads_mix_what_each_looks_at():
     torch.manual_seed(0)
     patches, attention = torch.randn(2, 5, 3), torch.rand(2, 2, 2, 5)
@@ -228,9 +258,10 @@ def seen(backbone, image):
     return (total / weight)[None]
 
 
-def test_the_contrast_equals_loops_over_pairs(scenes):
+@pytest.mark.parametrize("across", [False, True])
+def test_the_contrast_equals_loops_over_pairs(scenes, across):
     torch.manual_seed(0)
-    config = SelfDistillation(local_crops=1, momentum=1.0)
+    config = SelfDistillation(local_crops=1, momentum=1.0, across=across)
     model = SelfDistilled(create_backbone("vit_mini"), config, steps=10, seed=0).eval()
     images = next(iter(SceneLoader(scenes, 3, seed=0, truth=False)))["image"]
     wide, narrow = model.views(images)
@@ -240,7 +271,7 @@ def test_the_contrast_equals_loops_over_pairs(scenes):
         terms = []
         for i in range(2):
             for j in range(3):
-                if i == j:
+                if i == j or (across and (i, j) == (0, 2)):  # the first global and the local view show the first frame
                     continue
                 for scene in range(3):
                     scores = [float(student[j][scene] @ teacher[i][other]) / config.temperature for other in range(3)]
@@ -399,7 +430,7 @@ def test_file_card_and_code_agree(name):
     recipe = pretraining.PretrainingConfig.model_validate(card["recipe"])
     assert recipe == RECIPES[name], "the card tells of another recipe than the code"
     assert card["scenes_format"] == creatures.FORMAT, "the renderer has changed since the pretraining"
-    assert recipe.mixing == Mixing(), "embedded weights are loaded with the default mixing"
+    assert name not in backbones.MIXING or recipe.mixing == backbones.MIXING[name], "loaded with another mixing"
     assert card["bytes"] == path.stat().st_size
     model = create_backbone(name, pretrained=True)
     own = (model.vit if name.startswith("vit") else model.resnet).state_dict()

@@ -101,6 +101,14 @@ def test_camouflage_brings_the_background_near_the_creature():
     assert contrast(1.0) < 0.7 * contrast(0.0)
 
 
+def test_rough_backgrounds_have_more_light_and_shade():
+    def spread(rough):
+        grounds = [creatures._background(np.random.default_rng(i), 112, None, rough) for i in range(80)]
+        return np.mean([creatures.to_lab(g.clip(0, 255).astype(np.uint8))[..., 0].std() for g in grounds])
+
+    assert spread(True) > 1.2 * spread(False)
+
+
 def test_images_are_the_same_every_time_and_depend_on_the_seed():
     again = creatures.render(CONFIG, 7, 1)
     np.testing.assert_array_equal(again.image, creatures.render(CONFIG, 7, 1).image)

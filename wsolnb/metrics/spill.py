@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from wsolnb.errors import MapError
@@ -14,7 +15,7 @@ class Spill(NamedTuple):
     """Means of a map in [0, 1].
 
     object, background: over the pixels of the object and of the rest. frame: mean over the background of the outermost
-    ring minus that over the inner background; NaN when either is empty. Positive: the border lights up.
+    ring minus that over the inner background, NaN when either is empty. Positive: the border lights up.
     """
 
     object: float
@@ -22,10 +23,13 @@ class Spill(NamedTuple):
     frame: float
 
 
-def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8) -> Spill:
+def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8, away: int = 0) -> Spill:
     """Return where a map (H, W) in [0, 1] lies, given a mask (H, W): 0 background, 255 not counted, else object.
 
     ring: width of the outermost ring in pixels, the side of a patch for a transformer's map.
+    away: how far from the object, in pixels along rows and columns, background begins to count for `frame`. A map that
+        is blurred, by a 3x3 head on coarse tokens, say, has a halo around the object, and the inner background holds
+        more of it than the ring: without a distance, `frame` tells of halo and border at once.
     Raises MapError for a map or mask that is none, or when the mask lacks object or background.
     """
     check_score_map(score_map)
@@ -38,6 +42,7 @@ def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8) -> Spill:
         )
     inner = np.zeros(mask.shape, bool)
     inner[ring:-ring, ring:-ring] = True
-    edge, middle = background & ~inner, background & inner
+    far = background & (cv2.dilate(thing.astype(np.uint8), np.ones((2 * away + 1, 2 * away + 1), np.uint8)) == 0)
+    edge, middle = far & ~inner, far & inner
     frame = float(score_map[edge].mean() - score_map[middle].mean()) if edge.any() and middle.any() else float("nan")
     return Spill(float(score_map[thing].mean()), float(score_map[background].mean()), frame)
