@@ -299,27 +299,25 @@ class LabelPretext(nn.Module):
         return F.cross_entropy(self.classifier(whole).float(), batch["label"])
 
 
-def looked_at(tokens: Tokens, vary: bool = False, drop: float = 0.0) -> Tensor:
+def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
     """Return (B, D): the mean of the patch tokens, weighted by what the class token attends to in all layers and heads.
 
     Classifying this, instead of the class token, makes attention answer for the classification: what it misses is not
     seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random weights, anew for each
-    image, so that none relies on the others. drop: share of the patches that do not count, drawn anew for each image.
+    image, so that none relies on the others.
     """
-    return (look(tokens, vary, drop)[:, None] @ tokens.patches.float()).squeeze(1)
+    return (look(tokens, vary)[:, None] @ tokens.patches.float()).squeeze(1)
 
 
-def look(tokens: Tokens, vary: bool = False, drop: float = 0.0) -> Tensor:
+def look(tokens: Tokens, vary: bool = False) -> Tensor:
     """Return (B, N): the class token's attention, over all layers and heads, as weights that sum to one.
 
-    vary, drop: as of `looked_at`.
+    vary: as of `looked_at`.
     """
     rows = tokens.attention.flatten(1, 2)
     if vary:
         rows = rows * torch.empty(*rows.shape[:2], 1, device=rows.device).exponential_()
     weights = rows.mean(dim=1)
-    if drop:
-        weights = weights * (torch.rand_like(weights) >= drop)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
@@ -391,9 +389,6 @@ class SelfDistillation(BaseModel):
     they show. local_crops: number of local views. jitter: strength of the changes of light.
     momentum: of the teacher at the start; rises to 1. temperature: divides the student's cosines;
     teacher_temperature: the teacher's (`prototypes` only).
-    across: whether, with several frames, only views of different frames are compared: two views of one frame share its
-    background, too. drop: share of the patches, drawn anew for each view, that the student's class token may not look
-    at: what it knows a creature by must then be found on all of the creature.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -409,8 +404,6 @@ class SelfDistillation(BaseModel):
     momentum: float = Field(0.99, ge=0, le=1)
     temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.05, gt=0)
-    across: bool = False
-    drop: float = Field(0.0, ge=0, lt=1)
 
 
 class SelfDistilled(nn.Module):
@@ -463,16 +456,11 @@ class SelfDistilled(nn.Module):
         answers = []
         for group in (wide, narrow):
             if group:
-                seen = forward_view(self.backbone, torch.cat(group))
-                tokens = looked_at(seen, self.vary and self.training, c.drop if self.training else 0.0)
+                tokens = looked_at(forward_view(self.backbone, torch.cat(group)), self.vary and self.training)
                 answers += self.projection(tokens).float().chunk(len(group))
         self.step += 1
         terms = []
-        count = batch["image"].shape[1]
-        frame = [index % count for group in (wide, narrow) for index in range(len(group))]
         for i, j in ((i, j) for i in range(2) for j in range(len(answers)) if i != j):
-            if c.across and count > 1 and frame[i] == frame[j]:
-                continue
             if c.loss == "contrast":
                 own = torch.arange(len(said[i]), device=said[i].device)
                 terms.append(F.cross_entropy(answers[j] @ said[i].T / c.temperature, own))
