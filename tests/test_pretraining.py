@@ -438,6 +438,21 @@ def test_the_cards_scores_are_the_recorded_ones(name):
     assert weights.read_card(name)["scores"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_the_scores_of_the_resnets_card_are_the_recorded_ones():
+    reference = Path(__file__).parents[1] / "outputs" / "reference"
+    table = pd.read_csv(reference / "04_seeds.csv")
+    rows = table[(table.backbone == "resnet_mini") & (table["map"] == "cam") & (table.split == "test")]
+    photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc
+    expected = {
+        "tuned_top1_test": rows.top1.mean(),
+        "tuned_cam_gt_known_test": rows.gt_known.mean(),
+        "tuned_cam_auc_test": rows.auc.mean(),
+        "activation_auc_photographs": photographs["resnet_mini", False],
+        "activation_auc_photographs_off_centre": photographs["resnet_mini", True],
+    }
+    assert weights.read_card("resnet_mini")["scores"] == pytest.approx(expected, abs=2e-3)
+
+
 def test_all_embedded_files_are_small_and_have_cards():
     assert weights.embedded() == list(EMBEDDED)
     assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= 12e6
