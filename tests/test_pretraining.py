@@ -262,6 +262,130 @@ def test_the_contrast_equals_loops_over_pairs(scenes):
         assert float(model({"image": images})) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
+def slow_co_attention(attention, patches, others, width, steepness):
+    """What `co_attention` says, patch by patch, in float64."""
+    attention, patches = attention.double().numpy(), patches.double().numpy()
+    rows, count, _ = patches.shape
+    batch = rows // 2
+
+    def cosine(a, b):
+        return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+    def standardised(values):
+        mean = sum(values) / len(values)
+        return [(v - mean) / math.sqrt(sum((w - mean) ** 2 for w in values) / (len(values) - 1)) for v in values]
+
+    mean = patches.reshape(-1, patches.shape[2]).mean(axis=0)
+    result = []
+    for row in range(rows):
+        frame, scene = divmod(row, batch)
+        common = []
+        for patch in patches[row]:
+            best = []
+            for shift in range(others + 1):  # the scene's own other frame first, then those of scenes before it
+                there = patches[(1 - frame) * batch + (scene - shift) % batch]
+                best.append(max(cosine(patch, other) for other in there))
+            common.append(best[0] - sum(best[1:]) / others)
+        looked = standardised([math.log(a) for a in attention[row]])
+        score = [a + b for a, b in zip(looked, standardised(common), strict=True)]
+        handed = []
+        for patch in patches[row]:
+            likeness = [math.exp(cosine(patch - mean, other - mean) / width) for other in patches[row]]
+            handed.append(sum(w * v for w, v in zip(likeness, score, strict=True)) / sum(likeness))
+        score = standardised(handed)
+        low, high = min(score), max(score)
+        for _ in range(8):
+            upper = [v for v in score if v > (low + high) / 2]
+            lower = [v for v in score if v <= (low + high) / 2]
+            low, high = sum(lower) / len(lower), sum(upper) / len(upper)
+        member = [1 / (1 + math.exp(-steepness * (v - (low + high) / 2) / (high - low))) for v in score]
+        result.append([m / sum(member) for m in member])
+        assert len(result[-1]) == count
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def test_co_attention_equals_loops_over_patches():
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(8, 12, generator=generator).softmax(dim=1)
+    patches = torch.randn(8, 12, 6, generator=generator)
+    found = pretraining.co_attention(attention, patches, others=3, width=0.3, steepness=4.0)
+    expected = slow_co_attention(attention, patches, 3, 0.3, 4.0)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_co_attention_is_even_over_what_both_frames_have():
+    generator = torch.Generator().manual_seed(1)
+    scenes, patches_each, dim = 12, 30, 32
+    ground = torch.randn(2 * scenes, 1, dim, generator=generator).repeat(1, patches_each, 1)  # of each frame its own
+    ground = ground + 0.3 * torch.randn(ground.shape, generator=generator)
+    creature = torch.randn(scenes, 1, dim, generator=generator).repeat(2, 1, 1)
+    truth = torch.zeros(2 * scenes, patches_each, dtype=torch.bool)
+    for row in range(2 * scenes):
+        truth[row, torch.randperm(patches_each, generator=generator)[:8]] = True
+    noise = 0.3 * torch.randn(ground.shape, generator=generator)
+    patches = torch.where(truth[..., None], creature + noise, ground)
+    attention = (0.1 * torch.randn(truth.shape, generator=generator)).softmax(dim=1)  # it knows nothing
+    told = pretraining.co_attention(attention, patches)
+    assert (told * truth).sum(dim=1).min() > 0.95
+    on = told[truth].view(2 * scenes, 8)
+    assert (on.amax(dim=1) / on.amin(dim=1)).max() < 1.2
+    # Without anything in common there is nothing to find: no more there than the share of its area.
+    blind = pretraining.co_attention(attention, ground)
+    assert abs(float((blind * truth).sum(dim=1).mean()) - 8 / patches_each) < 0.1
+
+
+def test_co_attention_needs_pairs_and_other_scenes():
+    patches = torch.randn(8, 12, 6)
+    with pytest.raises(ParameterError, match="more than 8 scenes"):
+        pretraining.co_attention(torch.rand(8, 12), patches)
+    with pytest.raises(ParameterError, match="two frames"):
+        pretraining.co_attention(torch.rand(7, 12), patches[:7], others=2)
+    with pytest.raises(ParameterError, match="4 layers"):
+        pretraining.forward_halfway(create_backbone("vit_mini"), torch.rand(1, 3, 112, 112), 4)
+    recipe = RECIPES["vit_mini_dino"].model_dump()
+    for change in ({"scenes": {**recipe["scenes"], "frames": 1}}, {"photographs": "tiny_imagenet"}):
+        with pytest.raises(ValueError, match="two frames"):
+            pretraining.PretrainingConfig.model_validate(recipe | change)
+    assert pretraining.on_photographs("vit_mini_dino", "tiny_imagenet").distillation.common == 0
+
+
+def test_what_frames_have_in_common_tells_attention_where(tmp_path):
+    scenes = creatures.load(TINY.model_copy(update={"scenes": 12}), tmp_path, workers=1)
+    images = next(iter(SceneLoader(scenes, 12, seed=0, truth=False)))["image"]
+    values, grads = {}, {}
+    for common in (0.0, 2.0):
+        torch.manual_seed(0)
+        config = SelfDistillation(momentum=1.0, common=common)
+        model = SelfDistilled(create_backbone("vit_mini"), config, steps=20, seed=0).eval()
+        loss = model({"image": images})
+        loss.backward()
+        values[common] = float(loss.detach())
+        grads[common] = model.backbone.vit.blocks[3].attn.qkv.weight.grad.clone()
+        assert all(p.grad is None for p in model.teacher.parameters())
+    model.step.zero_()
+    wide = torch.cat(model.views(images)[0])
+    with torch.no_grad():
+        tokens, halfway = pretraining.forward_halfway(model.teacher[0], wide, 2)
+        told = pretraining.co_attention(pretraining.look(tokens), halfway)
+        missed = -(told * pretraining.look(pretraining.forward_view(model.backbone, wide)).log()).sum(dim=1).mean()
+    assert halfway.shape == (24, (wide.shape[-1] // 8) ** 2, model.backbone.dim)
+    # One step of two that lead to the full weight, which is 2.
+    assert values[2.0] - values[0.0] == pytest.approx(2.0 * 0.5 * float(missed), rel=1e-4)
+    assert (grads[2.0] - grads[0.0]).abs().sum() > 0
+
+
+def test_halfway_patches_are_those_between_two_layers():
+    backbone = create_backbone("vit_mini", pretrained=True).eval()
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens, halfway = pretraining.forward_halfway(backbone, images, 3)
+        x = torch.cat([torch.zeros(2, 1, backbone.dim), halfway], dim=1)
+        # Patches do not read the class token, so the rest of the network can go on without it.
+        x = backbones._run_block(backbone.vit.blocks[3], x, backbone.masks[3])[0]
+        torch.testing.assert_close(backbone.vit.norm(x)[:, 1:], tokens.patches, atol=1e-4, rtol=1e-4)
+    assert not backbone.vit.blocks[3].norm1._forward_pre_hooks
+
+
 def test_the_teacher_is_the_moving_average_of_the_student(scenes):
     model = SelfDistilled(create_backbone("vit_mini"), SelfDistillation(momentum=0.9), steps=10, seed=0)
     with torch.no_grad():

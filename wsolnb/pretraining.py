@@ -18,14 +18,14 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -339,6 +339,71 @@ def _masks(mixing: Mixing, grid: int, depth: int, device: torch.device) -> list[
     return [mask if mask is None else mask.to(device) for mask in mixing.masks(grid, grid, depth)]
 
 
+def forward_halfway(backbone: TransformerBackbone, images: Tensor, layers: int) -> tuple[Tokens, Tensor]:
+    """Run `forward_view`; returns its tokens and the patches (B, N, D) as they are after so many layers."""
+    if layers >= backbone.depth:
+        raise ParameterError(f"{backbone.name} has {backbone.depth} layers, got {layers}", "give a smaller number")
+    halfway = []
+    hook = backbone.vit.blocks[layers].norm1.register_forward_pre_hook(lambda _, x: halfway.append(x[0][:, 1:]))
+    try:
+        return forward_view(backbone, images), halfway[0]
+    finally:
+        hook.remove()
+
+
+def co_attention(
+    attention: Tensor, patches: Tensor, others: int = 8, width: float = 0.2, steepness: float = 10.0
+) -> Tensor:
+    """Return where attention should be, (2B, N), rows summing to one: on what both frames of a scene have in common.
+
+    attention: (2B, N), where it is. patches: (2B, N, D), what is there. The first B rows are one frame of each scene,
+    the others another frame of the same scenes. A patch is common as far as some patch of its scene's other frame is
+    more like it (cosine) than one of `others` other scenes is, on average. To that the attention is added (its
+    logarithm; both standardised within the image), and the sum is handed on between patches that are alike
+    (temperature `width`), so that what is found in one part of a creature is found in all of it. Two means then divide
+    an image's patches in two; a logistic of `steepness` between the means keeps those of the higher one, all alike.
+    """
+    batch = len(patches) // 2
+    if len(attention) != len(patches) or len(patches) != 2 * batch or batch <= others:
+        raise ParameterError(
+            f"co_attention was given {tuple(attention.shape)} attention and {tuple(patches.shape)} patches",
+            f"give two frames of each scene, and more than {others} scenes",
+        )
+    with torch.autocast(patches.device.type, enabled=False):
+        patches = patches.float()
+        unit = F.normalize(patches, dim=-1)
+        score = _standardised(attention.float().clamp(min=1e-8).log())
+        score = score + _standardised(
+            torch.cat(
+                [_commonness(unit[:batch], unit[batch:], others), _commonness(unit[batch:], unit[:batch], others)]
+            )
+        )
+        unit = F.normalize(patches - patches.mean(dim=(0, 1)), dim=-1)
+        alike = (unit @ unit.transpose(1, 2) / width).softmax(dim=-1)
+        score = _standardised((alike @ score[..., None]).squeeze(-1))
+        low, high = _two_means(score)
+        member = (steepness * (score - (low + high) / 2) / (high - low).clamp(min=1e-6)).sigmoid()
+        return member / member.sum(dim=1, keepdim=True)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def _commonness(unit: Tensor, other: Tensor, others: int) -> Tensor:
+    best = [(unit @ other.roll(shift, 0).transpose(1, 2)).amax(dim=-1) for shift in range(1 + others)]
+    return best[0] - torch.stack(best[1:]).mean(dim=0)
+
+
+def _two_means(score: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
+    low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
+    for _ in range(rounds):
+        above = (score > (low + high) / 2).float()
+        high = (score * above).sum(dim=1, keepdim=True) / above.sum(dim=1, keepdim=True).clamp(min=1)
+        low = (score * (1 - above)).sum(dim=1, keepdim=True) / (1 - above).sum(dim=1, keepdim=True).clamp(min=1)
+    return low, high
+
+
 class DistillationHead(nn.Module):
     """DINO's projection: an MLP to a unit vector and, if there are prototypes, its cosine to each of them."""
 
@@ -389,6 +454,9 @@ class SelfDistillation(BaseModel):
     they show. local_crops: number of local views. jitter: strength of the changes of light.
     momentum: of the teacher at the start; rises to 1. temperature: divides the student's cosines;
     teacher_temperature: the teacher's (`prototypes` only).
+    common: weight of the term that asks the student's attention to be where the teacher finds what both frames of a
+    scene have in common (`co_attention`), reached after a tenth of the training. common_layer: after how many layers
+    the teacher's patches are compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -404,6 +472,8 @@ class SelfDistillation(BaseModel):
     momentum: float = Field(0.99, ge=0, le=1)
     temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.05, gt=0)
+    common: float = Field(0.0, ge=0)
+    common_layer: int = Field(2, ge=0)
 
 
 class SelfDistilled(nn.Module):
@@ -411,7 +481,9 @@ class SelfDistilled(nn.Module):
 
     Called with a batch, returns its loss: the mean cross-entropy between what the teacher says of one global view and
     what the student says of every other view of the scene, global or local. The teacher is the moving average of the
-    student. With several frames per scene the views come from different frames.
+    student. With several frames per scene the views come from different frames. With `common` the teacher also says
+    where in the global views to look: neither labels nor masks tell it, but that a scene's frames show the same
+    creatures before different backgrounds.
     """
 
     def __init__(
@@ -450,14 +522,18 @@ class SelfDistilled(nn.Module):
         wide, narrow = self.views(batch["image"])
         with torch.no_grad():
             self.teacher.eval()
-            said = self.teacher[1](looked_at(forward_view(self.teacher[0], torch.cat(wide)))).float().chunk(2)
+            seen, halfway = forward_halfway(self.teacher[0], torch.cat(wide), c.common_layer)
+            said = self.teacher[1](looked_at(seen)).float().chunk(2)
+            told = co_attention(look(seen), halfway) if c.common else None
             if c.loss == "prototypes":
                 targets = [sinkhorn(view / c.teacher_temperature) for view in said]
-        answers = []
+        answers, vary = [], self.vary and self.training
         for group in (wide, narrow):
             if group:
-                tokens = looked_at(forward_view(self.backbone, torch.cat(group)), self.vary and self.training)
-                answers += self.projection(tokens).float().chunk(len(group))
+                seen = forward_view(self.backbone, torch.cat(group))
+                if group is wide and told is not None:
+                    missed = -(told * look(seen, vary).clamp(min=1e-8).log()).sum(dim=1).mean()
+                answers += self.projection(looked_at(seen, vary)).float().chunk(len(group))
         self.step += 1
         terms = []
         for i, j in ((i, j) for i in range(2) for j in range(len(answers)) if i != j):
@@ -466,7 +542,11 @@ class SelfDistilled(nn.Module):
                 terms.append(F.cross_entropy(answers[j] @ said[i].T / c.temperature, own))
             else:
                 terms.append(F.cross_entropy(answers[j] / c.temperature, targets[i]))
-        return sum(terms) / len(terms)
+        loss = sum(terms) / len(terms)
+        if told is None:
+            return loss
+        # At the start the teacher's patches tell little.
+        return loss + c.common * min(1.0, int(self.step) / max(1, 0.1 * self.steps)) * missed
 
     @torch.no_grad()
     def _move_teacher(self) -> None:
@@ -508,6 +588,12 @@ class PretrainingConfig(BaseModel):
     batch_size: int = Field(16, ge=2)
     training: TrainingConfig
 
+    @model_validator(mode="after")
+    def _needs_frames(self) -> Self:
+        if self.recipe == "distilled" and self.distillation.common and (self.photographs or self.scenes.frames < 2):
+            raise ValueError("common > 0 needs two frames of each scene: set scenes.frames=2, or common=0")
+        return self
+
     def build(self, steps: int, num_classes: int = 0) -> SupervisedPretext | LabelPretext | SelfDistilled:
         """Return the backbone with random weights inside of what trains it for `steps` steps.
 
@@ -524,22 +610,22 @@ class PretrainingConfig(BaseModel):
 
 
 SCENES = CreatureConfig(scenes=8000, frames=2, ends=0.8)
-PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4, "ends": 0.0})
-"""Scenes in which creatures are easier to see: without labels, what cannot be seen cannot be learnt."""
+ROUGH = SCENES.model_copy(update={"rough": True})
 
 RECIPES: dict[str, PretrainingConfig] = {
     "vit_mini": PretrainingConfig(
         recipe="supervised",
         backbone="vit_mini",
         mixing=backbones.MIXING["vit_mini"],
-        scenes=SCENES.model_copy(update={"rough": True}),
+        scenes=ROUGH,
         weights={**dict.fromkeys(TERMS, 1.0), "colour": 3.0},
         training=TrainingConfig(epochs=28, lr=2e-3),
     ),
     "vit_mini_dino": PretrainingConfig(
         recipe="distilled",
         backbone="vit_mini_dino",
-        scenes=PLAIN_SIGHT,
+        scenes=ROUGH,
+        distillation=SelfDistillation(common=1.0),
         batch_size=32,
         training=TrainingConfig(epochs=24, lr=1.5e-3),
     ),
@@ -570,7 +656,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sashes at ends and on limbs": ("vit_mini", {"scenes": {"ends": 0.0}}),
     "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
     "nothing (self-distilled)": ("vit_mini_dino", {}),
-    "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}}),
+    "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}, "distillation": {"common": 0.0}}),
+    "what frames have in common": ("vit_mini_dino", {"distillation": {"common": 0.0}}),
     "local crops": ("vit_mini_dino", {"distillation": {"local_crops": 0}}),
     "scenes as prototypes": ("vit_mini_dino", {"distillation": {"loss": "prototypes"}}),
 }
@@ -595,10 +682,11 @@ def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
 def on_photographs(name: str, dataset: str) -> PretrainingConfig:
     """Return the recipe `name` of `RECIPES` for the photographs of a data set: as many epochs, one frame, wider crops.
 
-    One image has but one background, so views that share less of it are compared. Untuned: a start, no result.
+    One image has but one background, so views that share less of it are compared, and what they have in common is no
+    object (`co_attention` is left out). Untuned: a start, no result.
     """
     recipe = RECIPES[name]
-    wider = {"global_scale": (0.4, 1.0), "local_scale": (0.15, 0.4), "jitter": 0.4}
+    wider = {"global_scale": (0.4, 1.0), "local_scale": (0.15, 0.4), "jitter": 0.4, "common": 0.0}
     distillation = recipe.distillation.model_copy(update=wider)
     return recipe.model_copy(update={"photographs": dataset, "distillation": distillation})
 
