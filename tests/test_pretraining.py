@@ -336,17 +336,20 @@ def test_co_attention_is_even_over_what_both_frames_have():
 
 def test_co_attention_needs_pairs_and_other_scenes():
     patches = torch.randn(8, 12, 6)
-    with pytest.raises(ParameterError, match="more than 8 scenes"):
-        pretraining.co_attention(torch.rand(8, 12), patches)
+    with pytest.raises(ParameterError, match="more than one scene"):
+        pretraining.co_attention(torch.rand(2, 12), patches[:2])
     with pytest.raises(ParameterError, match="two frames"):
-        pretraining.co_attention(torch.rand(7, 12), patches[:7], others=2)
+        pretraining.co_attention(torch.rand(7, 12), patches[:7])
+    attention = torch.rand(8, 12)  # of four scenes: three others, whatever is asked for
+    all_others = pretraining.co_attention(attention, patches, others=3)
+    torch.testing.assert_close(pretraining.co_attention(attention, patches), all_others)
     with pytest.raises(ParameterError, match="4 layers"):
         pretraining.forward_halfway(create_backbone("vit_mini"), torch.rand(1, 3, 112, 112), 4)
-    recipe = RECIPES["vit_mini_dino"].model_dump()
+    recipe = RECIPES["vit_mini_dino_co"].model_dump()
     for change in ({"scenes": {**recipe["scenes"], "frames": 1}}, {"photographs": "tiny_imagenet"}):
         with pytest.raises(ValueError, match="two frames"):
             pretraining.PretrainingConfig.model_validate(recipe | change)
-    assert pretraining.on_photographs("vit_mini_dino", "tiny_imagenet").distillation.common == 0
+    assert pretraining.on_photographs("vit_mini_dino_co", "tiny_imagenet").distillation.common == 0
 
 
 def test_what_frames_have_in_common_tells_attention_where(tmp_path):
@@ -431,7 +434,7 @@ def test_views_of_another_size_use_the_resized_position_embedding():
     assert backbone.vit.pos_embed.shape == (1, 197, 96)
 
 
-@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino"])
+@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino", "vit_mini_dino_co"])
 def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, name):
     monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
     run = runs.start("04_pretraining", {"run_folder": str(tmp_path / "run"), "seed": 0})
@@ -526,7 +529,7 @@ def test_ablations_change_one_thing_and_unknown_ones_are_named():
 
 # ------------------------------------------------------------------------------------------------- shipped files
 
-EMBEDDED = ("resnet_mini", "vit_mini", "vit_mini_dino")
+EMBEDDED = ("resnet_mini", "vit_mini", "vit_mini_dino", "vit_mini_dino_co")
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -547,7 +550,7 @@ def test_file_card_and_code_agree(name):
         torch.testing.assert_close(own[key], value.to(own[key].dtype), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino"])
+@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino", "vit_mini_dino_co"])
 def test_the_cards_scores_are_the_recorded_ones(name):
     # The recorded table is what notebook 04 measures on the shipped files; tests/notebooks measure it again.
     reference = Path(__file__).parents[1] / "outputs" / "reference"

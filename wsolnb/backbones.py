@@ -33,10 +33,11 @@ TRANSFORMERS = {
     "dino_small": "vit_small_patch16_224.dino",
 }
 RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
-MINI = ("vit_mini", "vit_mini_dino", "vit_mini_plain", "resnet_mini")
+MINI = ("vit_mini", "vit_mini_dino", "vit_mini_dino_co", "vit_mini_plain", "resnet_mini")
 """Backbones small enough for two CPU cores. All but `vit_mini_plain` have embedded pretrained weights
-(`wsolnb.weights`). `vit_mini_dino` is `vit_mini` with self-distilled weights; `vit_mini_plain` is an ordinary small
-vision transformer, in which every token attends to every other, to be trained from scratch."""
+(`wsolnb.weights`). `vit_mini_dino` and `vit_mini_dino_co` have self-distilled weights, the latter with attention that
+was told what two frames have in common; `vit_mini_plain` is an ordinary small vision transformer, in which every token
+attends to every other, to be trained from scratch."""
 
 CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 12, 6)}
 """First stage's channels, token width, depth and heads."""
@@ -89,7 +90,12 @@ class Mixing(NamedTuple):
 PLAIN = Mixing(local_layers=0, sees_class=True, bound=None)
 """Every token attends to every other, with unbounded scores: an ordinary transformer."""
 
-MIXING = {"vit_mini": Mixing(local_layers=4), "vit_mini_dino": Mixing(), "vit_mini_plain": PLAIN}
+MIXING = {
+    "vit_mini": Mixing(local_layers=4),
+    "vit_mini_dino": Mixing(),
+    "vit_mini_dino_co": Mixing(),
+    "vit_mini_plain": PLAIN,
+}
 """How the mini transformers exchange tokens unless told otherwise: as their embedded weights were made."""
 
 

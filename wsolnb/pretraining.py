@@ -358,26 +358,27 @@ def co_attention(
 
     attention: (2B, N), where it is. patches: (2B, N, D), what is there. The first B rows are one frame of each scene,
     the others another frame of the same scenes. A patch is common as far as some patch of its scene's other frame is
-    more like it (cosine) than one of `others` other scenes is, on average. To that the attention is added (its
-    logarithm; both standardised within the image), and the sum is handed on between patches that are alike
-    (temperature `width`), so that what is found in one part of a creature is found in all of it. Two means then divide
-    an image's patches in two; a logistic of `steepness` between the means keeps those of the higher one, all alike.
+    more like it (cosine) than one of `others` other scenes (in a smaller batch: of all) is, on average. To that the
+    attention is added (its logarithm; both standardised within the image), and the sum is handed on between patches
+    that are alike (temperature `width`), so that what is found in one part of a creature is found in all of it. Two
+    means then divide an image's patches in two; a logistic of `steepness` between the means keeps those of the higher
+    one, all alike.
+
+    Raises ParameterError for anything but two frames of two or more scenes.
     """
     batch = len(patches) // 2
-    if len(attention) != len(patches) or len(patches) != 2 * batch or batch <= others:
+    if len(attention) != len(patches) or len(patches) != 2 * batch or batch < 2:
         raise ParameterError(
             f"co_attention was given {tuple(attention.shape)} attention and {tuple(patches.shape)} patches",
-            f"give two frames of each scene, and more than {others} scenes",
+            "give two frames of each scene, and more than one scene",
         )
+    others = min(others, batch - 1)
     with torch.autocast(patches.device.type, enabled=False):
         patches = patches.float()
         unit = F.normalize(patches, dim=-1)
         score = _standardised(attention.float().clamp(min=1e-8).log())
-        score = score + _standardised(
-            torch.cat(
-                [_commonness(unit[:batch], unit[batch:], others), _commonness(unit[batch:], unit[:batch], others)]
-            )
-        )
+        frames = (unit[:batch], unit[batch:]), (unit[batch:], unit[:batch])
+        score = score + _standardised(torch.cat([_commonness(*pair, others) for pair in frames]))
         unit = F.normalize(patches - patches.mean(dim=(0, 1)), dim=-1)
         alike = (unit @ unit.transpose(1, 2) / width).softmax(dim=-1)
         score = _standardised((alike @ score[..., None]).squeeze(-1))
@@ -611,6 +612,8 @@ class PretrainingConfig(BaseModel):
 
 SCENES = CreatureConfig(scenes=8000, frames=2, ends=0.8)
 ROUGH = SCENES.model_copy(update={"rough": True})
+PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4, "ends": 0.0})
+"""Scenes in which creatures are easier to see: without labels, what cannot be seen cannot be learnt."""
 
 RECIPES: dict[str, PretrainingConfig] = {
     "vit_mini": PretrainingConfig(
@@ -624,6 +627,13 @@ RECIPES: dict[str, PretrainingConfig] = {
     "vit_mini_dino": PretrainingConfig(
         recipe="distilled",
         backbone="vit_mini_dino",
+        scenes=PLAIN_SIGHT,
+        batch_size=32,
+        training=TrainingConfig(epochs=24, lr=1.5e-3),
+    ),
+    "vit_mini_dino_co": PretrainingConfig(
+        recipe="distilled",
+        backbone="vit_mini_dino_co",
         scenes=ROUGH,
         distillation=SelfDistillation(common=1.0),
         batch_size=32,
@@ -655,11 +665,11 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "camouflage": ("vit_mini", {"scenes": {"camouflage": 0.0}}),
     "sashes at ends and on limbs": ("vit_mini", {"scenes": {"ends": 0.0}}),
     "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
-    "nothing (self-distilled)": ("vit_mini_dino", {}),
-    "the second frame": ("vit_mini_dino", {"scenes": {"frames": 1}, "distillation": {"common": 0.0}}),
-    "what frames have in common": ("vit_mini_dino", {"distillation": {"common": 0.0}}),
-    "local crops": ("vit_mini_dino", {"distillation": {"local_crops": 0}}),
-    "scenes as prototypes": ("vit_mini_dino", {"distillation": {"loss": "prototypes"}}),
+    "nothing (self-distilled)": ("vit_mini_dino_co", {}),
+    "what frames have in common": ("vit_mini_dino_co", {"distillation": {"common": 0.0}}),
+    "the second frame": ("vit_mini_dino_co", {"scenes": {"frames": 1}, "distillation": {"common": 0.0}}),
+    "local crops": ("vit_mini_dino_co", {"distillation": {"local_crops": 0}}),
+    "scenes as prototypes": ("vit_mini_dino_co", {"distillation": {"loss": "prototypes"}}),
 }
 """What notebook 04 leaves out, one ingredient at a time: the recipe, and what is changed in it."""
 
