@@ -349,6 +349,8 @@ def test_co_attention_needs_pairs_and_other_scenes():
     for change in ({"scenes": {**recipe["scenes"], "frames": 1}}, {"photographs": "tiny_imagenet"}):
         with pytest.raises(ValueError, match="two frames"):
             pretraining.PretrainingConfig.model_validate(recipe | change)
+    with pytest.raises(ValueError, match="resnet_mini has no position embedding"):
+        pretraining.PretrainingConfig.model_validate(RECIPES["resnet_mini"].model_dump() | {"positions": 0.5})
     assert pretraining.on_photographs("vit_mini_dino_co", "tiny_imagenet").distillation.common == 0
 
 
@@ -434,6 +436,34 @@ def test_views_of_another_size_use_the_resized_position_embedding():
     assert backbone.vit.pos_embed.shape == (1, 197, 96)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_positions_shrink_towards_their_mean(share):
+    backbone = create_backbone("vit_mini")
+    before = backbone.vit.pos_embed.detach().double().clone()
+    pretraining.shrink_positions(backbone, share)
+    after = backbone.vit.pos_embed.detach().double()
+    assert torch.equal(after[:, 0], before[:, 0]), "the class token has no place"
+    for column in range(before.shape[2]):
+        values = before[0, 1:, column].tolist()
+        mean = sum(values) / len(values)
+        expected = torch.tensor([mean + share * (value - mean) for value in values], dtype=torch.float64)
+        torch.testing.assert_close(after[0, 1:, column], expected, atol=1e-7, rtol=0)
+
+
+@torch.no_grad()
+def test_without_positions_attention_does_not_know_the_place():
+    backbone = create_backbone("vit_mini_dino_co", pretrained=True).eval()
+    image = torch.full((1, 3, 112, 112), 0.3)
+
+    def unevenness():
+        inner = backbone(image).attention.mean(dim=(1, 2)).unflatten(1, (14, 14))[0, 5:9, 5:9]  # far from the border
+        return float((inner.max() - inner.min()) / inner.mean())
+
+    known = unevenness()
+    pretraining.shrink_positions(backbone, 0.0)
+    assert unevenness() < 0.05 * known
+
+
 @pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino", "vit_mini_dino_co"])
 def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, name):
     monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
@@ -445,6 +475,10 @@ def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, na
     again, same_folder = pretraining.pretrain(run, name, config, progress=False)
     assert folder == same_folder
     torch.testing.assert_close(again.vit.pos_embed, backbone.vit.pos_embed)
+    whole, same_folder = pretraining.pretrain(run, name, config.model_copy(update={"positions": 1.0}), progress=False)
+    assert folder == same_folder, "trained again, though the positions are shrunk afterwards"
+    spread = whole.vit.pos_embed[0, 1:].std(dim=0)
+    torch.testing.assert_close(backbone.vit.pos_embed[0, 1:].std(dim=0), config.positions * spread)
 
     card = pretraining.export(backbone, name, config, tmp_path, minutes=0.1, scores={"auc": 0.51234})
     facts = weights.read_card(name, tmp_path)
@@ -555,9 +589,15 @@ def test_the_cards_scores_are_the_recorded_ones(name):
     # The recorded table is what notebook 04 measures on the shipped files; tests/notebooks measure it again.
     reference = Path(__file__).parents[1] / "outputs" / "reference"
     table = pd.read_csv(reference / "04_pretraining.csv")
-    rows = table[(table.backbone == name) & ~table.tuned].set_index("split")
+    table = table[(table.backbone == name) & ~table.tuned]
+    rows = table[table["map"] == "attention"].set_index("split")
     photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc
     expected = {f"attention_{key}_{split}": rows.loc[split, key] for split in rows.index for key in ("gt_known", "auc")}
+    chosen = table[table.split == "val"].sort_values(["gt_known", "auc"])["map"].iloc[-1]
+    rows = table[table["map"] == chosen].set_index("split")
+    expected |= {
+        f"{chosen}: {key}_{split}": rows.loc[split, key] for split in rows.index for key in ("gt_known", "auc")
+    }
     expected |= {
         "attention_auc_photographs": photographs[name, False],
         "attention_auc_photographs_off_centre": photographs[name, True],

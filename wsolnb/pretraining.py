@@ -572,7 +572,8 @@ class PretrainingConfig(BaseModel):
     recipe: `supervised` or `distilled`. backbone: a name of `wsolnb.backbones`. mixing: of a mini transformer.
     scenes: what is rendered. photographs: name of a data set whose training images are used instead, such as
     `tiny_imagenet`; empty = scenes. vary: whether a transformer's layers and heads count by random weights in training
-    (`looked_at`). weights: of the supervised losses on scenes. distillation: of the self-distilled recipe.
+    (`looked_at`). positions: how much of the position embedding is left after the training (`shrink_positions`).
+    weights: of the supervised losses on scenes. distillation: of the self-distilled recipe.
     batch_size: scenes per step. training: the loop's hyperparameters.
     """
 
@@ -584,15 +585,18 @@ class PretrainingConfig(BaseModel):
     scenes: CreatureConfig
     photographs: str = ""
     vary: bool = True
+    positions: float = Field(1.0, ge=0, le=1)
     weights: dict[str, float] = {**dict.fromkeys(TERMS, 1.0), "attend": 0.0}
     distillation: SelfDistillation = SelfDistillation()
     batch_size: int = Field(16, ge=2)
     training: TrainingConfig
 
     @model_validator(mode="after")
-    def _needs_frames(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.recipe == "distilled" and self.distillation.common and (self.photographs or self.scenes.frames < 2):
             raise ValueError("common > 0 needs two frames of each scene: set scenes.frames=2, or common=0")
+        if self.positions < 1 and self.backbone not in backbones.MIXING:
+            raise ValueError(f"{self.backbone} has no position embedding to shrink: set positions=1")
         return self
 
     def build(self, steps: int, num_classes: int = 0) -> SupervisedPretext | LabelPretext | SelfDistilled:
@@ -635,6 +639,7 @@ RECIPES: dict[str, PretrainingConfig] = {
         recipe="distilled",
         backbone="vit_mini_dino_co",
         scenes=ROUGH,
+        positions=0.5,
         distillation=SelfDistillation(common=1.0),
         batch_size=32,
         training=TrainingConfig(epochs=24, lr=1.5e-3),
@@ -667,6 +672,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "the sash (no head-like part)": ("vit_mini", {"scenes": {"sash": False}}),
     "nothing (self-distilled)": ("vit_mini_dino_co", {}),
     "what frames have in common": ("vit_mini_dino_co", {"distillation": {"common": 0.0}}),
+    "halving the positions": ("vit_mini_dino_co", {"positions": 1.0}),
     "the second frame": ("vit_mini_dino_co", {"scenes": {"frames": 1}, "distillation": {"common": 0.0}}),
     "local crops": ("vit_mini_dino_co", {"distillation": {"local_crops": 0}}),
     "scenes as prototypes": ("vit_mini_dino_co", {"distillation": {"loss": "prototypes"}}),
@@ -701,17 +707,28 @@ def on_photographs(name: str, dataset: str) -> PretrainingConfig:
     return recipe.model_copy(update={"photographs": dataset, "distillation": distillation})
 
 
+@torch.no_grad()
+def shrink_positions(backbone: TransformerBackbone, share: float) -> None:
+    """Draw the position embedding of the patches towards its mean over all places: `share` of the difference is left.
+
+    Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and can only
+    learn it from the position embedding. 1 changes nothing; with 0 the patches do not know where they are.
+    """
+    patches = backbone.vit.pos_embed[:, backbone.vit.num_prefix_tokens :]
+    patches.lerp_(patches.mean(dim=1, keepdim=True), 1 - share)
+
+
 def pretrain(
     run: Run, name: str, config: PretrainingConfig, data_root: str = "", progress: bool = True
 ) -> tuple[nn.Module, Path]:
     """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
 
     Trains once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. Of a
-    self-distilled one the teacher is returned.
+    self-distilled one the teacher is returned. The folder holds the training's end, before `shrink_positions`.
     data_root: folder of the photographs, if the recipe names any.
     Raises TrainingError, DataError and ParameterError as the loop, the renderer and the readers do.
     """
-    inputs, classes = config.model_dump(), 0
+    inputs, classes = config.model_dump(exclude={"positions"}), 0  # which are changed after the training
     if config.photographs:
         dataset = open_dataset(config.photographs, resolve(data_root), "train")
         inputs["images"], classes = fingerprint(dataset.image_ids), len(dataset.class_names)
@@ -729,7 +746,10 @@ def pretrain(
     code = [backbones, creatures, training, sys.modules[__name__]]
     folder = run.cached(name, inputs, code, build)
     model = training.load_checkpoint(config.build(steps, classes), folder, "last")
-    return (model.backbone if truth else model.teacher[0]), folder
+    backbone = model.backbone if truth else model.teacher[0]
+    if config.positions < 1:
+        shrink_positions(backbone, config.positions)
+    return backbone, folder
 
 
 def _objective(model: nn.Module, batch: dict[str, Tensor], _config: TrainingConfig) -> Tensor:
