@@ -596,7 +596,9 @@ def test_the_cards_scores_are_the_recorded_ones(name):
     chosen = table[table.split == "val"].sort_values(["gt_known", "auc"])["map"].iloc[-1]
     rows = table[table["map"] == chosen].set_index("split")
     expected |= {
-        f"{chosen}: {key}_{split}": rows.loc[split, key] for split in rows.index for key in ("gt_known", "auc")
+        f"{chosen.replace(' ', '_')}_{key}_{split}": rows.loc[split, key]
+        for split in rows.index
+        for key in ("gt_known", "auc")
     }
     expected |= {
         "attention_auc_photographs": photographs[name, False],
