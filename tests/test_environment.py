@@ -121,7 +121,7 @@ def test_what_the_package_imports_is_declared():
 
 
 def test_the_command_is_the_one_of_the_package():
-    assert PROJECT["scripts"] == {"wsolnb": "wsolnb.cli:app"}
+    assert PROJECT["scripts"] == {"wsolnb": "wsolnb.notebook.cli:app"}
     from wsolnb import __version__
 
     assert __version__ == PROJECT["version"]

@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsolnb import experiment, runs
+from wsolnb import experiment
 from wsolnb.backbones import create_backbone
 from wsolnb.data import transforms
 from wsolnb.errors import DataError, ParameterError
 from wsolnb.experiment import Recipe
 from wsolnb.methods.scm import SCMConfig
-from wsolnb.params import notebook_parameters
-from wsolnb.training import TrainingConfig, load_checkpoint
+from wsolnb.notebook import runs
+from wsolnb.notebook.params import notebook_parameters
+from wsolnb.train.loop import TrainingConfig, load_checkpoint
 
 
 @pytest.fixture

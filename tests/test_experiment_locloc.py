@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from wsolnb import evaluation, experiment, runs
+from wsolnb import experiment
 from wsolnb import experiment_locloc as shared
 from wsolnb.errors import ParameterError
 from wsolnb.methods.locloc import LocLoc
-from wsolnb.params import notebook_parameters
+from wsolnb.notebook import runs
+from wsolnb.notebook.params import notebook_parameters
+from wsolnb.train import evaluation
 
 NOTEBOOKS = ("30_locloc_grabcut", "31_locloc_generator", "32_locloc_classifier")
 SETTINGS = {

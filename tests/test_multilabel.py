@@ -3,13 +3,15 @@ import pandas as pd
 import pytest
 import torch
 
-from wsolnb import multilabel, runs, training
+from wsolnb import multilabel
 from wsolnb.data import IGNORE, Sample, aviary
 from wsolnb.data.aviary import AviaryConfig
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.experiment import Splits
 from wsolnb.multilabel import ClassifierRecipe, RandomLongSideCrop
-from wsolnb.training import TrainingConfig, load_checkpoint
+from wsolnb.notebook import runs
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_sgd_follows_the_polynomial(splits, tmp_path):
         epochs=1, lr=0.05, head_lr=0.5, weight_decay=1e-2, precision="fp32", device="cpu",
         optimizer="sgd", momentum=0.0, schedule="poly", warmup=0.0, clip=0.0,
     )  # fmt: skip
-    training.train(model, loader, config, tmp_path, progress=False)
+    loop.train(model, loader, config, tmp_path, progress=False)
     loader.set_epoch(0)
     twin.train()
     for step, batch in enumerate(loader):

@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wsolnb import runs, seeds
+from wsolnb import seeds
 from wsolnb import segmentation as module
 from wsolnb.backbones import create_backbone
-from wsolnb.crf import CRFConfig
 from wsolnb.data import IGNORE, Sample, aviary
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.errors import DataError, ParameterError, WeightsError
 from wsolnb.methods import irn
+from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.irn import IRN, IRNConfig
 from wsolnb.metrics import SegmentationScores
+from wsolnb.notebook import runs
 from wsolnb.seeds import SeedMaps, seed_mask
 from wsolnb.segmentation import (
     DeepLabV2,
@@ -31,7 +32,7 @@ from wsolnb.segmentation import (
     write_irn_labels,
     write_true_masks,
 )
-from wsolnb.training import TrainingConfig
+from wsolnb.train.loop import TrainingConfig
 
 NO_CRF = CRFConfig(backend="none")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wsolnb import pipeline
+from wsolnb.notebook import pipeline
 
 if __name__ == "__main__":
     root = Path(__file__).parents[1] / "outputs"

@@ -41,6 +41,10 @@ class TrainingError(WsolnbError):
     """Training cannot go on (loss not finite, out of memory, damaged checkpoint)."""
 
 
+class RunError(WsolnbError):
+    """A run folder cannot be written, or what should go into it cannot be stored."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint ` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -17,17 +17,19 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsolnb import backbones, conformer, data, errors, evaluation, maps, metrics, training, weights
+from wsolnb import backbones, conformer, data, errors, maps, metrics, weights
 from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
 from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
+from wsolnb.files import fingerprint, resolve
 from wsolnb.methods import base, cam, scm, tscam
 from wsolnb.methods.base import LocalizationModel
-from wsolnb.params import notebook_parameters
-from wsolnb.runs import Run, fingerprint, resolve
-from wsolnb.training import TrainingConfig
+from wsolnb.notebook.params import notebook_parameters
+from wsolnb.notebook.runs import Run
+from wsolnb.train import evaluation, loop
+from wsolnb.train.loop import TrainingConfig
 
-CODE = (backbones, conformer, data, errors, evaluation, maps, metrics, training, base, sys.modules[__name__])
+CODE = (backbones, conformer, data, errors, evaluation, maps, metrics, loop, base, sys.modules[__name__])
 """What every trained artefact depends on, next to the module of its method."""
 
 METHODS: dict[str, tuple[Callable[..., LocalizationModel], tuple[ModuleType, ...]]] = {
@@ -109,7 +111,7 @@ class Recipe(BaseModel):
         if self.method not in METHODS:
             hint = nearest(self.method, METHODS)
             raise ParameterError(f"unknown method {self.method!r}{hint}", f"one of {', '.join(METHODS)}")
-        training.set_seed(self.training.seed)
+        loop.set_seed(self.training.seed)
         backbone = backbones.create_backbone(
             self.backbone,
             pretrained=self.pretrained,
@@ -181,7 +183,7 @@ def train_once(
     splits: Splits,
     code: Sequence[ModuleType],
     validate: Callable[[LocalizationModel], dict[str, float]],
-    objective: Callable[..., Any] = training.classify,
+    objective: Callable[..., Any] = loop.classify,
     progress: bool = True,
 ) -> tuple[LocalizationModel, Path]:
     """Return the model that a recipe trains on `splits.train`, at its last epoch, and the folder of its checkpoints.
@@ -208,13 +210,13 @@ def train_once(
             num_workers=recipe.num_workers,
             drop_last=True,
         )
-        training.train(recipe.build(classes), loader, recipe.training, folder, validate, progress, objective)
+        loop.train(recipe.build(classes), loader, recipe.training, folder, validate, progress, objective)
 
     folder = run.cached(name, inputs, list(code), build)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
-    model = training.load_checkpoint(empty, folder, "last")
-    return model.to(training.pick_device(recipe.training.device)), folder
+    model = loop.load_checkpoint(empty, folder, "last")
+    return model.to(loop.pick_device(recipe.training.device)), folder
 
 
 def history(folder: Path) -> pd.DataFrame:

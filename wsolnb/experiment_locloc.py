@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsolnb import experiment, training
+from wsolnb import experiment
 from wsolnb.backbones import TransformerBackbone, create_backbone
 from wsolnb.data import LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import make_loader, to_tensor
 from wsolnb.errors import ParameterError
-from wsolnb.evaluation import THRESHOLDS, Evaluation
 from wsolnb.experiment import Recipe, Splits
+from wsolnb.files import fingerprint, resolve, to_json, write_atomically
 from wsolnb.maps import upsample
 from wsolnb.methods import frozen, grabcut, locloc, ppd
 from wsolnb.methods.base import LocalizationModel
@@ -31,8 +31,10 @@ from wsolnb.methods.grabcut import GrabCutConfig, Masked, MaskFolder
 from wsolnb.methods.locloc import Enhance, GrabCutEnhancedGenerator, LocalFeatureDigging, LocLoc, LocLocConfig
 from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
 from wsolnb.metrics import LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP
-from wsolnb.runs import Run, fingerprint, resolve, to_json, write_atomically
-from wsolnb.training import TrainingConfig, pick_device
+from wsolnb.notebook.runs import Run
+from wsolnb.train import loop
+from wsolnb.train.evaluation import THRESHOLDS, Evaluation
+from wsolnb.train.loop import TrainingConfig, pick_device
 
 CODE = (*experiment.CODE, frozen, grabcut, locloc, ppd, sys.modules[__name__])
 """What every artefact of these notebooks depends on."""
@@ -145,7 +147,7 @@ class Plan(NamedTuple):
 
     def build(self, backbone: TransformerBackbone, num_classes: int) -> LocalizationModel:
         """Return the model with the part alone, its new weights seeded."""
-        training.set_seed(self.recipe.training.seed)
+        loop.set_seed(self.recipe.training.seed)
         if self.part == "generator":
             return LocLoc(backbone, num_classes, GrabCutEnhancedGenerator(backbone.dim, num_classes, self.config))
         if self.part == "classifier":
@@ -159,7 +161,7 @@ class Plan(NamedTuple):
         """The loss of a batch."""
         if self.part == "generator":
             return locloc.learn_masks
-        return ppd.attention_objective(self.threshold) if self.part == "decoder" else training.classify
+        return ppd.attention_objective(self.threshold) if self.part == "decoder" else loop.classify
 
 
 def plan(settings: Mapping[str, Any], part: Part, seed: int, **changes: Any) -> Plan:
@@ -229,11 +231,11 @@ def fit(
             drop_last=True,
         )
         model = planned.build(open_backbone(recipe, recipe.training.device), classes)
-        training.train(model, loader, recipe.training, folder, None, progress, planned.objective())
+        loop.train(model, loader, recipe.training, folder, None, progress, planned.objective())
 
     folder = run.cached(name, inputs, CODE, build)
     empty = planned.build(open_backbone(recipe, recipe.training.device), classes)
-    model = training.load_checkpoint(empty, folder, "last")
+    model = loop.load_checkpoint(empty, folder, "last")
     return model.to(pick_device(recipe.training.device)), folder
 
 

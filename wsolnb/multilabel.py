@@ -3,7 +3,7 @@
     splits, recipe = multilabel.described(settings)      # the parameters of notebook 20
     model, folder = multilabel.fit(run, "classifier-0", recipe, splits)
 
-The loop is that of all classifiers (`wsolnb.training`); validation is by mean average precision.
+The loop is that of all classifiers (`wsolnb.train.loop`); validation is by mean average precision.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from wsolnb import backbones, conformer, data, errors, experiment, training
+from wsolnb import backbones, conformer, data, errors, experiment
 from wsolnb.data import CONTEXT, IGNORE, LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import IMAGENET_MEAN, make_loader
 from wsolnb.errors import MapError, ParameterError, nearest
 from wsolnb.experiment import Splits
+from wsolnb.files import resolve
 from wsolnb.methods import base, cam, mctformer
 from wsolnb.methods.base import LocalizationModel
-from wsolnb.runs import Run, resolve
-from wsolnb.training import TrainingConfig
+from wsolnb.notebook.runs import Run
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig
 
-CODE = (backbones, conformer, data, errors, experiment, training, base, sys.modules[__name__])
+CODE = (backbones, conformer, data, errors, experiment, loop, base, sys.modules[__name__])
 """What every trained classifier depends on, next to the module of its method."""
 
 Objective = Callable[[nn.Module, dict, TrainingConfig], Tensor]
 
 METHODS: dict[str, tuple[Callable[..., LocalizationModel], tuple[ModuleType, ...], Objective]] = {
-    "cam": (cam.CAMClassifier, (cam,), training.classify),
+    "cam": (cam.CAMClassifier, (cam,), loop.classify),
     "mctformer": (mctformer.MCTformer, (mctformer,), mctformer.objective),
 }
 """What builds a classifier, the modules that its trained artefacts depend on, and its loss."""
@@ -133,7 +135,7 @@ class ClassifierRecipe(BaseModel):
         if self.method not in METHODS:
             hint = nearest(self.method, METHODS)
             raise ParameterError(f"unknown classifier {self.method!r}{hint}", f"one of {', '.join(METHODS)}")
-        training.set_seed(self.training.seed)
+        loop.set_seed(self.training.seed)
         backbone = backbones.create_backbone(
             self.backbone,
             pretrained=self.pretrained,

@@ -32,13 +32,14 @@ from wsolnb.data import CONTEXT, DISCRIMINATIVE, IGNORE, REST, LocalizationDatas
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, MapError, ParameterError, nearest
+from wsolnb.files import fingerprint, write_atomically
 from wsolnb.methods import lpcam
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.metrics import PartCoverage, SeedScores
 from wsolnb.metrics.parts import Coverage
 from wsolnb.metrics.segmentation import SeedSegmentation
-from wsolnb.runs import Run, fingerprint, write_atomically
+from wsolnb.notebook.runs import Run
 
 KINDS = ("cam", "lpcam-f", "lpcam")
 """CAM (eq. 1), LPCAM without its context term, LPCAM (eq. 6)."""

@@ -27,23 +27,25 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from wsolnb import backbones, crf, data, errors, multilabel, seeds, training
+from wsolnb import backbones, data, errors, multilabel, seeds
 from wsolnb.backbones import ConvBackbone, TransformerBackbone, create_backbone
-from wsolnb.crf import CRFConfig
 from wsolnb.data import IGNORE, LocalizationDataset, Sample, transforms
 from wsolnb.data.base import read_label_map
 from wsolnb.data.loading import make_loader, to_tensor
 from wsolnb.errors import ParameterError, WeightsError
-from wsolnb.methods import irn
+from wsolnb.files import fingerprint, resolve
+from wsolnb.methods import crf, irn
+from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.irn import IRN, IRNConfig
 from wsolnb.metrics import SegmentationScores
 from wsolnb.metrics.segmentation import Segmentation
 from wsolnb.multilabel import ClassifierRecipe, RandomLongSideCrop
-from wsolnb.runs import Run, fingerprint, resolve
+from wsolnb.notebook.runs import Run
 from wsolnb.seeds import SeedMaps, seed_mask
-from wsolnb.training import TrainingConfig
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig
 
-CODE = (backbones, crf, data, errors, irn, multilabel, seeds, training, sys.modules[__name__])
+CODE = (backbones, crf, data, errors, irn, multilabel, seeds, loop, sys.modules[__name__])
 """What every artefact of this pipeline depends on."""
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -180,7 +182,7 @@ class MaskRecipe(BaseModel):
 
         Raises ParameterError and WeightsError as `create_backbone` and the networks do.
         """
-        training.set_seed(self.training.seed)
+        loop.set_seed(self.training.seed)
         if self.method == "upernet":
             if self.checkpoint:
                 raise ParameterError("UPerNet takes no checkpoint", "set pretrained, or load weights into the network")
@@ -451,12 +453,12 @@ def fit(run: Run, name: str, recipe: MaskRecipe, dataset: WithMasks, progress: b
             drop_last=len(dataset) >= recipe.batch_size,
         )
         objective = recipe.objective()
-        training.train(recipe.build(classes), loader, recipe.training, folder, None, progress, objective)
+        loop.train(recipe.build(classes), loader, recipe.training, folder, None, progress, objective)
 
     folder = run.cached(name, inputs, CODE, build)
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
-    model = training.load_checkpoint(empty, folder, "last")
-    return model.to(training.pick_device(recipe.training.device)), folder
+    model = loop.load_checkpoint(empty, folder, "last")
+    return model.to(loop.pick_device(recipe.training.device)), folder
 
 
 # ----------------------------------------------------------------------------------------------------------- inference

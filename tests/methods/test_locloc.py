@@ -21,7 +21,7 @@ from wsolnb.methods.locloc import (
     blacken,
     learn_masks,
 )
-from wsolnb.training import TrainingConfig, load_checkpoint, parameter_groups, train
+from wsolnb.train.loop import TrainingConfig, load_checkpoint, parameter_groups, train
 
 
 def count(module):

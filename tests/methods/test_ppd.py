@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
 from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder, attention_objective
-from wsolnb.training import TrainingConfig, train
+from wsolnb.train.loop import TrainingConfig, train
 
 
 def count(module):

@@ -1,12 +1,11 @@
 import cv2
 import numpy as np
-import plain_metrics as plain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsolnb.errors import MapError, ParameterError
-from wsolnb.metrics import TSCAM, WSOLEVALUATION, BoxProtocol, box_iou, boxes_from_score_map
+from wsolnb.metrics import TSCAM, WSOLEVALUATION, BoxProtocol, box_iou, boxes_from_score_map, plain
 from wsolnb.metrics.boxes import ground_truth, published_boxes
 
 

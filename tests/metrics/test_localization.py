@@ -1,9 +1,8 @@
 import numpy as np
-import plain_metrics as plain
 import pytest
 
 from wsolnb.errors import MapError, ParameterError
-from wsolnb.metrics import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc
+from wsolnb.metrics import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc, plain
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.05), 2)
 

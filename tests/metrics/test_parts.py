@@ -1,10 +1,9 @@
 import numpy as np
-import plain_metrics as plain
 import pytest
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST
 from wsolnb.errors import MapError
-from wsolnb.metrics import PartCoverage
+from wsolnb.metrics import PartCoverage, plain
 
 THRESHOLDS = np.round(np.arange(0, 1.01, 0.1), 2)
 VALUES = {"discriminative": [DISCRIMINATIVE], "rest": [REST], "object": [DISCRIMINATIVE, REST], "context": [CONTEXT]}

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsolnb import params
 from wsolnb.errors import ParameterError
+from wsolnb.notebook import params
 
 MAX_BYTES = 900_000
 MAX_LINES = 30

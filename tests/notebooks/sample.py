@@ -14,7 +14,7 @@ data_root: str | None = None  # folder of photographs
 run_folder: str = "outputs/mini"  # where results go"""
 
 START = """\
-from wsolnb import params, runs
+from wsolnb.notebook import params, runs
 parameters = params.collect("{name}", globals())
 run = runs.start("{name}", parameters)"""
 

@@ -12,7 +12,7 @@ import pytest
 import reference
 from sample import Repository
 
-from wsolnb import pipeline
+from wsolnb.notebook import pipeline
 
 ROOT = Path(__file__).parents[2]
 

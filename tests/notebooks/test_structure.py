@@ -7,7 +7,7 @@ import pytest
 from checks import problems
 from sample import Repository
 
-from wsolnb import params, pipeline
+from wsolnb.notebook import params, pipeline
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -44,7 +44,7 @@ def test_every_notebook_is_a_step_of_the_default_profile(root):
 # The checks themselves
 
 OPENING = "# Title\nWhich map is best? Read 02_metrics first. 3 minutes on a CPU. Downloads nothing."
-START = 'from wsolnb import params, runs\nparameters = params.collect("03_cam", globals())'
+START = 'from wsolnb.notebook import params, runs\nparameters = params.collect("03_cam", globals())'
 
 
 def code(source, count, *outputs, tags=()):

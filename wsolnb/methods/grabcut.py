@@ -31,8 +31,8 @@ from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, MapError, ParameterError
+from wsolnb.files import write_atomically
 from wsolnb.maps import normalise
-from wsolnb.runs import write_atomically
 
 BACKGROUND, FOREGROUND, UNCERTAIN = cv2.GC_BGD, cv2.GC_FGD, cv2.GC_PR_BGD
 """Values of a tri-map, which are OpenCV's: 0, 1, 2."""

@@ -226,7 +226,7 @@ class LocLoc(LocalizationModel):
 
 
 def learn_masks(model: LocLoc, batch: dict, config) -> Tensor:
-    """Objective of the generator for `wsolnb.training.train`: half squared error to the masks of `batch["samples"]`."""
+    """Objective of the generator: half squared error to the masks of `batch["samples"]`."""
     generated = model(batch["image"]).generated
     target, known = (part.to(generated.device) for part in map_targets(batch["samples"], generated.shape[1:]))
     return half_squared_error(generated, target, known)

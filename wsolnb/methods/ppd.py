@@ -116,7 +116,7 @@ class PPD(LocalizationModel):
 
 
 def attention_objective(threshold: float | None = None) -> Callable:
-    """Return the objective of the decoder for `wsolnb.training.train`: half squared error to the attention map.
+    """Return the objective of the decoder for `wsolnb.train.loop.train`: half squared error to the attention map.
 
     The target is the class token's attention of the same frozen transformer, last layer, mean over heads, min-max
     normalised, resized bilinearly to the decoder's grid. threshold: makes it 0 and 1 (>= threshold); None: it is soft.

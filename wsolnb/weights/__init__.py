@@ -1,4 +1,6 @@
-"""The embedded backbones: of each a safetensors file in half precision and a model card, made by `wsolnb.pretraining`.
+"""The embedded backbones: of each a safetensors file in half precision and a model card.
+
+`wsolnb.pretraining.recipes` made them.
 
 A card is a Markdown file whose YAML front matter is what programs read: the recipe, the hash of the file, the scores.
 """

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsolnb import viz
 from wsolnb.data import aviary
 from wsolnb.data.aviary import AviaryConfig
+from wsolnb.notebook import viz
 
 matplotlib.use("Agg")
 

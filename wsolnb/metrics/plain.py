@@ -36,11 +36,13 @@ def overlap(a, b):
 
 
 def iou(a, b):
+    """IoU of two boxes with inclusive ends."""
     inter, area_a, area_b = overlap(a, b)
     return inter / (area_a + area_b - inter)
 
 
 def truth(gt_boxes, size, protocol):
+    """True boxes as the protocol sees them: clipped, and truncated for `tscam`."""
     height, width = size
     if protocol == "tscam":
         last = [width - 1, height - 1] * 2
@@ -49,6 +51,7 @@ def truth(gt_boxes, size, protocol):
 
 
 def best_iou(score_map, gt_boxes, threshold, multi=False, protocol="wsolevaluation"):
+    """Largest IoU of any predicted with any true box at one threshold."""
     gt = truth(gt_boxes, score_map.shape, protocol)
     return max(iou(a, b) for a in boxes(score_map, threshold, multi, protocol) for b in gt)
 

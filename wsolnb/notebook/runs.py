@@ -18,13 +18,11 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,7 +30,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wsolnb.errors import WsolnbError
+from wsolnb.errors import RunError
+from wsolnb.files import fingerprint, plain, repository_root, resolve, to_json, write_atomically
 
 try:
     import fcntl
@@ -41,113 +40,6 @@ except ImportError:  # Windows: two processes that build the same checkpoint at 
 
 DEFAULT_RUN_FOLDER = "outputs/mini"
 PACKAGES = ("wsolnb", "torch", "torchvision", "timm", "numpy", "opencv-python", "scikit-learn")
-
-
-class RunError(WsolnbError):
-    """A run folder cannot be written, or what should go into it cannot be stored."""
-
-
-# Paths
-
-
-def repository_root() -> Path:
-    """Return the root of the repository, the folder with `pyproject.toml` and `notebooks/`.
-
-    Looked for in this order: the environment variable WSOLNB_ROOT, the working folder and those above it, the checkout
-    that this package is imported from. Where there is none of them it is the working folder.
-
-    Raises:
-        RunError: WSOLNB_ROOT is set and is no folder.
-    """
-    if named := os.environ.get("WSOLNB_ROOT"):
-        if not Path(named).is_dir():
-            raise RunError(f"WSOLNB_ROOT is {named!r}, which is no folder", "set it to the repository, or unset it")
-        return Path(named).resolve()
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
-            return folder
-    return here
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """Return `path` as an absolute path: a relative one starts at the root of the repository, `~` is home."""
-    return Path(os.path.normpath(repository_root() / Path(path).expanduser()))
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it.
-
-    Folders that are missing are made. Text is written as UTF-8.
-
-    Raises:
-        RunError: the folder cannot be made or written.
-    """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror or error}", "choose a writable run folder, or free space there"
-        ) from error
-    return path
-
-
-# Values
-
-
-def plain(value: Any, where: str = "") -> Any:
-    """Return `value` as what JSON can hold.
-
-    Scalars and arrays of NumPy and torch become numbers and lists, tables a list of rows, dataclasses and pydantic
-    models dictionaries, paths text. NaN and infinities become None: JSON has no word for them.
-
-    Raises:
-        RunError: the value, or one inside it (which is named), is none of these.
-    """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return Path(value).as_posix()
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, where)
-    for convert in (
-        lambda: value.to_dict(orient="records"),  # a table of pandas
-        lambda: value.tolist(),  # arrays, series, tensors and their scalars
-        lambda: value.model_dump(),  # pydantic
-    ):
-        with contextlib.suppress(AttributeError, TypeError):
-            return plain(convert(), where)
-    raise RunError(
-        f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold",
-        "store numbers, text, lists, dictionaries, arrays or tables",
-    )
-
-
-def to_json(value: Any) -> str:
-    """Return `value` as readable JSON text, converted by `plain`."""
-    return json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def fingerprint(value: Any) -> str:
-    """Return the SHA-256 of `value` in canonical JSON: equal values have equal fingerprints, whatever their order."""
-    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_fingerprint(code: Sequence[ModuleType | str | os.PathLike[str]]) -> str:

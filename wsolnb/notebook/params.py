@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
-from wsolnb import runs
 from wsolnb.errors import ParameterError, nearest
+from wsolnb.notebook import runs
 
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"

@@ -53,7 +53,7 @@ def reproduce(
     Relative paths in parameters start at the root of the repository. Ends with 0 when every notebook is done, with 1
     when one failed, with 2 when a parameter is wrong (then nothing was run), with 130 when interrupted.
     """
-    from wsolnb import pipeline
+    from wsolnb.notebook import pipeline
 
     summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
@@ -62,7 +62,7 @@ def reproduce(
 @app.command()
 def parameters(notebook: str) -> None:
     """List the parameters of a notebook: name, type, default, meaning."""
-    from wsolnb import params
+    from wsolnb.notebook import params
 
     rows = [(p.name, p.type, repr(p.default), p.help) for p in params.notebook_parameters(notebook).values()]
     rows.insert(0, ("name", "type", "default", "meaning"))
@@ -74,8 +74,8 @@ def parameters(notebook: str) -> None:
 @app.command()
 def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
     """Print the metrics of a run folder again."""
-    from wsolnb import pipeline
-    from wsolnb.runs import RunError
+    from wsolnb.notebook import pipeline
+    from wsolnb.notebook.runs import RunError
 
     folder = pipeline.run_folder(profile, outputs)
     if not any((folder / "metrics").glob("*.json")):
@@ -86,7 +86,7 @@ def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
 @app.command()
 def refresh(notebooks: list[str]) -> None:
     """Execute notebooks in place with their defaults, and store the outputs."""
-    from wsolnb import pipeline
+    from wsolnb.notebook import pipeline
 
     for notebook in notebooks:
         typer.echo(f"{notebook}  ", nl=False)

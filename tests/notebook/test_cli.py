@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from wsolnb import pipeline, runs
-from wsolnb.cli import app
+from wsolnb.notebook import pipeline, runs
+from wsolnb.notebook.cli import app
 
-sys.path.append(str(Path(__file__).parent / "notebooks"))
+sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
 from sample import Repository
 
 
@@ -27,7 +27,8 @@ def wsolnb(*arguments):
 
 
 def test_help_needs_no_heavy_module():
-    code = "import sys, wsolnb.cli; print(*[m for m in ('torch', 'papermill', 'pandas', 'numpy') if m in sys.modules])"
+    code = "import sys, wsolnb.notebook.cli; "
+    code += "print(*[m for m in ('torch', 'papermill', 'pandas', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
     assert "reproduce" in wsolnb("--help").output

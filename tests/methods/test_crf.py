@@ -5,9 +5,9 @@ import cv2
 import numpy as np
 import pytest
 
-from wsolnb import crf
-from wsolnb.crf import CRFConfig, refine, refine_labels
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.methods import crf
+from wsolnb.methods.crf import CRFConfig, refine, refine_labels
 
 HAS_LATTICE = importlib.util.find_spec("pydensecrf") is not None
 

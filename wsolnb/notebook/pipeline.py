@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wsolnb import params, runs
 from wsolnb.errors import ParameterError, WsolnbError, nearest
+from wsolnb.notebook import params, runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -239,7 +239,7 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, jobs: int)
     started, clock = runs.now(), time.perf_counter()
     at_once = f", {jobs} at once" if jobs > 1 else ""
     print(f"{len(steps)} notebooks{at_once}, run folder {folder}", flush=True)
-    code = runs.source_fingerprint([Path(__file__).parent])
+    code = runs.source_fingerprint([Path(__file__).parents[1]])
 
     results: dict[str, dict[str, Any]] = {
         step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
@@ -342,7 +342,7 @@ class _Workers:
         job = json.dumps([str(source), str(output), dict(parameters)])
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        code += "from wsolnb import pipeline; pipeline._work()"
+        code += "from wsolnb.notebook import pipeline; pipeline._work()"
         environment = {"OMP_NUM_THREADS": self._cores, **os.environ}
         with self._lock:
             if self.stopped:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from wsolnb import params
 from wsolnb.errors import ParameterError
+from wsolnb.notebook import params
 
-sys.path.append(str(Path(__file__).parent / "notebooks"))
+sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
 from sample import Repository
 
 TYPED = """\

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 import wsolnb.errors
-from wsolnb import runs
+from wsolnb import files
+from wsolnb.notebook import runs
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def run(root):
 
 
 def test_the_root_is_found_from_any_place(root, tmp_path_factory, monkeypatch):
-    assert runs.repository_root() == root
+    assert files.repository_root() == root
     monkeypatch.chdir(root / "notebooks")
     assert runs.resolve("../data") == root.parent / "data"
     assert runs.resolve("/data") == Path("/data")
@@ -39,14 +40,14 @@ def test_the_root_is_found_from_any_place(root, tmp_path_factory, monkeypatch):
 
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
-    assert runs.repository_root() == Path(runs.__file__).parents[1]  # the checkout that is imported
-    monkeypatch.setattr(runs, "__file__", str(elsewhere / "site-packages" / "wsolnb" / "runs.py"))
-    assert runs.repository_root() == elsewhere
+    assert files.repository_root() == Path(files.__file__).parents[1]  # the checkout that is imported
+    monkeypatch.setattr(files, "__file__", str(elsewhere / "site-packages" / "wsolnb" / "files.py"))
+    assert files.repository_root() == elsewhere
     monkeypatch.setenv("WSOLNB_ROOT", str(root))
-    assert runs.repository_root() == root
+    assert files.repository_root() == root
     monkeypatch.setenv("WSOLNB_ROOT", str(root / "none"))
     with pytest.raises(runs.RunError, match="WSOLNB_ROOT"):
-        runs.repository_root()
+        files.repository_root()
 
 
 def test_start_makes_the_folders(run, root):
@@ -249,7 +250,7 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / "lock"
     hold = (
-        f"from pathlib import Path; from wsolnb import runs; import os\nwith runs.locked(Path({str(path)!r}), 'x'):\n"
+        f"from pathlib import Path; from wsolnb.notebook import runs; import os\nwith runs.locked(Path({str(path)!r}), 'x'):\n"
     )
     subprocess.run([sys.executable, "-c", f"{hold}    os._exit(0)"], check=True)
     assert path.read_text().strip().isdigit()

@@ -2,8 +2,8 @@
 
 The supervised recipe plays the role of DeiT's: it sees labels. The self-distilled recipe plays that of DINO's (Caron
 et al., ICCV 2021): a student learns from one view what a slowly moving average of itself says of another; it sees
-neither labels nor masks. Both read the scenes of `wsolnb.data.creatures`, which share no class, part or colour with the
-rendered benchmark.
+neither labels nor masks. Both read the scenes of `wsolnb.pretraining.scenes`, which share no class, part or colour with
+the rendered benchmark.
 
     backbone, folder = pretrain(run, "vit_mini", RECIPES["vit_mini"])
     export(backbone, "vit_mini", RECIPES["vit_mini"], "wsolnb/weights", minutes=25)
@@ -29,15 +29,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from wsolnb import backbones, training
+from wsolnb import backbones
 from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbone, forward_tapped
-from wsolnb.data import LocalizationDataset, creatures, open_dataset
-from wsolnb.data.creatures import PARTS, TEXTURES, CreatureConfig
+from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.runs import Run, cpu_model, device_name, fingerprint, now, resolve, write_atomically
-from wsolnb.training import TrainingConfig, set_seed
+from wsolnb.files import fingerprint, resolve, write_atomically
+from wsolnb.notebook.runs import Run, cpu_model, device_name, now
+from wsolnb.pretraining import scenes as creature_scenes
+from wsolnb.pretraining.scenes import PARTS, TEXTURES, CreatureConfig
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig, set_seed
 
 
 class SceneLoader:
@@ -734,18 +737,18 @@ def pretrain(
         inputs["images"], classes = fingerprint(dataset.image_ids), len(dataset.class_names)
         scenes = read_photographs(dataset, config.scenes.size)
     else:
-        scenes = creatures.load(config.scenes, resolve("outputs/cache"))
+        scenes = creature_scenes.load(config.scenes, resolve("outputs/cache"))
     truth = config.recipe == "supervised"
     loader = SceneLoader(scenes, config.batch_size, config.training.seed, truth)
     steps = config.training.epochs * len(loader)
 
     def build(folder: Path) -> None:
         model = config.build(steps, classes)
-        training.train(model, loader, config.training, folder, progress=progress, objective=_objective)
+        loop.train(model, loader, config.training, folder, progress=progress, objective=_objective)
 
-    code = [backbones, creatures, training, sys.modules[__name__]]
+    code = [backbones, creature_scenes, loop, sys.modules[__name__]]
     folder = run.cached(name, inputs, code, build)
-    model = training.load_checkpoint(config.build(steps, classes), folder, "last")
+    model = loop.load_checkpoint(config.build(steps, classes), folder, "last")
     backbone = model.backbone if truth else model.teacher[0]
     if config.positions < 1:
         shrink_positions(backbone, config.positions)
@@ -787,7 +790,7 @@ def export(
         "made": now()[:10],
         "torch": str(torch.__version__),
         "scores": {key: round(float(value), 3) for key, value in (scores or {}).items()},
-        "scenes_format": creatures.FORMAT,
+        "scenes_format": creature_scenes.FORMAT,
         "recipe": {**config.model_dump(mode="json"), "mixing": config.mixing._asdict()},
     }
     card = folder / f"{name}.md"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from wsolnb import pipeline, runs
 from wsolnb.errors import ParameterError
+from wsolnb.notebook import pipeline, runs
 
-sys.path.append(str(Path(__file__).parent / "notebooks"))
+sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
 from sample import Repository
 
 SAVE = 'run.save_metrics({"table": [{"method": "cam", "gt_known": 0.5, "epochs": epochs}]})'
@@ -319,7 +319,7 @@ def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, caps
         run.save_metrics({{"table": [{{"place": "{own}"}}]}})
         """
 
-    imports = "import os, time\nfrom wsolnb import runs"
+    imports = "import os, time\nfrom wsolnb.notebook import runs"
     repository.notebook("01_data", imports, textwrap.dedent(meets("one", "two")))
     repository.notebook("02_metrics", imports, textwrap.dedent(meets("two", "one")))
     repository.notebook("03_cam", imports, "assert (runs.resolve(run_folder) / 'metrics/01_data.json').exists()\n1 / 0")

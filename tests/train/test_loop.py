@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from wsolnb import training
 from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.cam import CAMOutput
-from wsolnb.training import TrainingConfig
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig
 
 
 class Small(LocalizationModel):
@@ -70,9 +70,9 @@ def config(**changes):
 
 
 def fit(folder, loader=None, evaluate=accuracy, **changes):
-    training.set_seed(0)
+    loop.set_seed(0)
     model = Small()
-    history = training.train(model, loader or Batches(), config(**changes), folder, evaluate, progress=False)
+    history = loop.train(model, loader or Batches(), config(**changes), folder, evaluate, progress=False)
     return model, history
 
 
@@ -82,7 +82,7 @@ def test_learns_and_writes_what_it_promises(tmp_path):
     assert list(history["epoch"]) == [1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "history.csv", "last.safetensors"]
     assert len(pd.read_csv(tmp_path / "history.csv")) == 3
-    again = training.load_checkpoint(Small(), tmp_path, "last")
+    again = loop.load_checkpoint(Small(), tmp_path, "last")
     images = Batches().images
     assert torch.equal(again(images).logits, model(images).logits)
 
@@ -97,7 +97,7 @@ def test_evaluation_is_in_full_precision_after_and_during_bf16_training(tmp_path
     model, _ = fit(tmp_path, evaluate=evaluate, precision="bf16")
     images = Batches().images
     trained = model(images).logits
-    read_back = training.load_checkpoint(Small(), tmp_path, "last")(images).logits
+    read_back = loop.load_checkpoint(Small(), tmp_path, "last")(images).logits
     assert set(kinds) == {torch.float32}
     assert torch.equal(trained, read_back)
     # Another precision in the same process is no contradiction.
@@ -108,7 +108,7 @@ def test_bf16_is_what_the_forward_pass_runs_in(tmp_path):
     seen = []
     model = Small()
     model.out.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-    training.train(model, Batches(), config(epochs=1, precision="bf16"), tmp_path, None, progress=False)
+    loop.train(model, Batches(), config(epochs=1, precision="bf16"), tmp_path, None, progress=False)
     assert set(seen) == {torch.bfloat16}
 
 
@@ -127,7 +127,7 @@ def test_best_is_the_earliest_best_epoch(tmp_path):
         return {"top1": next(scores)}
 
     fit(tmp_path, evaluate=evaluate)
-    best = training.load_checkpoint(Small(), tmp_path, "best").state_dict()
+    best = loop.load_checkpoint(Small(), tmp_path, "best").state_dict()
     assert all(torch.equal(best[name], kept[1][name]) for name in best)
 
 
@@ -162,14 +162,14 @@ def test_damaged_state_and_missing_checkpoint_are_named(tmp_path):
     with pytest.raises(TrainingError, match=r"state\.pt"):
         fit(tmp_path)
     with pytest.raises(TrainingError, match=r"best\.safetensors"):
-        training.load_checkpoint(Small(), tmp_path, "best")
+        loop.load_checkpoint(Small(), tmp_path, "best")
 
 
 def test_out_of_memory_names_the_remedy(tmp_path, monkeypatch):
     def out_of_memory(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "classification_loss", out_of_memory)
+    monkeypatch.setattr(loop, "classification_loss", out_of_memory)
     with pytest.raises(TrainingError, match="batch_size"):
         fit(tmp_path)
 
@@ -182,7 +182,7 @@ def test_select_must_be_a_column(tmp_path):
 def test_rates_and_decay_of_the_groups():
     model = Small()
     rates = {}
-    for group in training.parameter_groups(model, config()):
+    for group in loop.parameter_groups(model, config()):
         for parameter in group["params"]:
             name = next(n for n, p in model.named_parameters() if p is parameter)
             rates[name] = (group["lr"], group["weight_decay"])
@@ -195,14 +195,14 @@ def test_rates_and_decay_of_the_groups():
 
 
 def test_schedule_warms_up_then_falls_like_a_cosine():
-    factors = [training.rate_factor(step, 100, config(warmup=0.1)) for step in range(100)]
+    factors = [loop.rate_factor(step, 100, config(warmup=0.1)) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[:11] == sorted(factors[:11])
     assert factors[10] == 1
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
     assert factors[99] < 0.001
-    assert training.rate_factor(50, 100, config(schedule="constant")) == 1
-    poly = [training.rate_factor(step, 100, config(schedule="poly", warmup=0.0, power=0.9)) for step in range(100)]
+    assert loop.rate_factor(50, 100, config(schedule="constant")) == 1
+    poly = [loop.rate_factor(step, 100, config(schedule="poly", warmup=0.0, power=0.9)) for step in range(100)]
     assert poly == pytest.approx([(1 - step / 100) ** 0.9 for step in range(100)])
 
 
@@ -216,7 +216,7 @@ def test_sgd_takes_the_steps_of_its_definition(tmp_path):
         clip=0.0,
     )  # fmt: skip
     batch = next(iter(Batches()))
-    training.train(model, [batch], settings, tmp_path, progress=False, objective=lambda m, b, c: m.out.weight.sum())
+    loop.train(model, [batch], settings, tmp_path, progress=False, objective=lambda m, b, c: m.out.weight.sum())
     out = before["out.weight"]
     torch.testing.assert_close(model.out.weight.detach(), out - 0.2 * (1 + 0.01 * out))
     body = before["body.1.weight"]
@@ -226,9 +226,9 @@ def test_sgd_takes_the_steps_of_its_definition(tmp_path):
 def test_multi_hot_labels_take_the_soft_margin_loss():
     logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 0]])
     expected = -(math.log(1 / (1 + math.exp(-2))) + math.log(1 / (1 + math.exp(-1)))) / 2
-    assert training.classification_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert loop.classification_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_unknown_device_is_named():
     with pytest.raises(ParameterError, match="'tpu9'"):
-        training.pick_device("tpu9")
+        loop.pick_device("tpu9")

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from wsolnb.data import aviary, creatures
-from wsolnb.data.creatures import BACKGROUND, LIMB, SASH, CreatureConfig
+from wsolnb.data import aviary
 from wsolnb.errors import DataError
+from wsolnb.pretraining import scenes as creatures
+from wsolnb.pretraining.scenes import BACKGROUND, LIMB, SASH, CreatureConfig
 
 CONFIG = CreatureConfig(scenes=30, frames=2)
 

@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from wsolnb import evaluation
 from wsolnb.data import aviary, transforms
 from wsolnb.data.aviary import AviaryConfig
 from wsolnb.errors import MapError
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.cam import CAMOutput
 from wsolnb.metrics import LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP
+from wsolnb.train import evaluation
 
 
 class Brightness(LocalizationModel):

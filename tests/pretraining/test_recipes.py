@@ -8,13 +8,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from wsolnb import backbones, pretraining, runs, weights
+from wsolnb import backbones, weights
 from wsolnb.backbones import create_backbone
-from wsolnb.data import aviary, creatures, open_dataset
-from wsolnb.data.creatures import CreatureConfig
+from wsolnb.data import aviary, open_dataset
 from wsolnb.errors import ParameterError, WeightsError
-from wsolnb.pretraining import RECIPES, SceneLoader, SelfDistillation, SelfDistilled, SupervisedPretext
-from wsolnb.training import TrainingConfig
+from wsolnb.notebook import runs
+from wsolnb.pretraining import recipes as pretraining
+from wsolnb.pretraining import scenes as creatures
+from wsolnb.pretraining.recipes import RECIPES, SceneLoader, SelfDistillation, SelfDistilled, SupervisedPretext
+from wsolnb.pretraining.scenes import CreatureConfig
+from wsolnb.train.loop import TrainingConfig
 
 TINY = CreatureConfig(scenes=8, frames=2)
 
@@ -587,7 +590,7 @@ def test_file_card_and_code_agree(name):
 @pytest.mark.parametrize("name", ["vit_mini", "vit_mini_dino", "vit_mini_dino_co"])
 def test_the_cards_scores_are_the_recorded_ones(name):
     # The recorded table is what notebook 04 measures on the shipped files; tests/notebooks measure it again.
-    reference = Path(__file__).parents[1] / "outputs" / "reference"
+    reference = Path(__file__).parents[2] / "outputs" / "reference"
     table = pd.read_csv(reference / "04_pretraining.csv")
     table = table[(table.backbone == name) & ~table.tuned]
     rows = table[table["map"] == "attention"].set_index("split")
@@ -608,7 +611,7 @@ def test_the_cards_scores_are_the_recorded_ones(name):
 
 
 def test_the_scores_of_the_resnets_card_are_the_recorded_ones():
-    reference = Path(__file__).parents[1] / "outputs" / "reference"
+    reference = Path(__file__).parents[2] / "outputs" / "reference"
     table = pd.read_csv(reference / "04_seeds.csv")
     rows = table[(table.backbone == "resnet_mini") & (table["map"] == "cam") & (table.split == "test")]
     photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc

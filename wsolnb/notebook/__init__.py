@@ -1,0 +1,1 @@
+"""What the notebooks stand on: typed parameters, run folders, batch runs, the command line, figures."""

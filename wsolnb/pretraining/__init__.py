@@ -1,0 +1,1 @@
+"""How the embedded transformers were made: procedural scenes and the recipes of notebook 04."""
