@@ -250,7 +250,8 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / "lock"
     hold = (
-        f"from pathlib import Path; from wsolnb.notebook import runs; import os\nwith runs.locked(Path({str(path)!r}), 'x'):\n"
+        "from pathlib import Path; from wsolnb.notebook import runs; import os\n"
+        f"with runs.locked(Path({str(path)!r}), 'x'):\n"
     )
     subprocess.run([sys.executable, "-c", f"{hold}    os._exit(0)"], check=True)
     assert path.read_text().strip().isdigit()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wsolnb.errors import ParameterError
 
@@ -31,9 +33,24 @@ class LocalizationModel(nn.Module, ABC):
     def head(self) -> nn.Module:
         """The layers that start from random weights and are trained at the head's learning rate."""
 
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return the training loss of a batch; by default that of its classification.
+
+        forward: this model, wrapped as the training loop needs it; to be called once, with (B, 3, H, W) images.
+        batch: `image` (B, 3, H, W) normalised, `label` (B,) or multi-hot (B, C), and `samples` where truth is loaded.
+        """
+        return classification_loss(forward(batch["image"]).logits.float(), batch["label"], label_smoothing)
+
     def scalars(self) -> dict[str, float]:
         """Return learnable numbers by name that the history of a training keeps next to the scores; here none."""
         return {}
+
+
+def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy for class indices (B,), multi-label soft margin loss for multi-hot labels (B, C)."""
+    if labels.ndim == 2:
+        return F.multilabel_soft_margin_loss(logits, labels.float())
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
 def pick(class_maps: Tensor, classes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wsolnb.backbones import ConvBackbone
 from wsolnb.errors import ParameterError
+from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel
 
 
@@ -47,6 +48,7 @@ class CAMOutput(NamedTuple):
     features: Tensor
 
 
+@register("cam")
 class CAMClassifier(LocalizationModel):
     """A convolutional backbone, global average pooling and a linear classifier without bias."""
 

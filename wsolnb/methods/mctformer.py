@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wsolnb.backbones import ConformerBackbone, TransformerBackbone
 from wsolnb.errors import ParameterError
+from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel, pick
 
 
@@ -40,6 +41,7 @@ class MCTformerOutput(NamedTuple):
     affinity: Tensor
 
 
+@register("mctformer")
 class MCTformer(LocalizationModel):
     """A vision transformer of `wsolnb.backbones` whose class token is replaced by one per category.
 

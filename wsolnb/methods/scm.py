@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from wsolnb.backbones import TransformerBackbone
 from wsolnb.errors import ParameterError
+from wsolnb.methods import register
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 
 DENSE_ABOVE = 8
@@ -347,6 +348,7 @@ class SpatialCalibration(nn.Module):
         return maps
 
 
+@register("scm")
 class SCM(TSCAM):
     """TS-CAM that is trained behind the spatial calibration module.
 

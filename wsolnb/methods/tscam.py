@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wsolnb.backbones import TransformerBackbone
 from wsolnb.errors import ParameterError
+from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel, pick
 
 
@@ -24,6 +25,7 @@ class TSCAMOutput(NamedTuple):
     attention: Tensor
 
 
+@register("tscam")
 class TSCAM(LocalizationModel):
     """A transformer whose patch tokens are classified by a 3x3 convolution and global average pooling.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wsolnb.errors import ParameterError, TrainingError
-from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.base import LocalizationModel, classification_loss
 
 
 class TrainingConfig(BaseModel):
@@ -121,13 +121,6 @@ def rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
     if config.schedule == "poly":
         return max(0.0, 1 - progress) ** config.power
     return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy for class indices (B,), multi-label soft margin loss for multi-hot labels (B, C)."""
-    if labels.ndim == 2:
-        return nn.functional.multilabel_soft_margin_loss(logits, labels.float())
-    return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
 def classify(model: nn.Module, batch: dict, config: TrainingConfig) -> Tensor:
