@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wsolnb import weights
 from wsolnb.conformer import UNUSED, Conformer
+from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from wsolnb.errors import ParameterError, WeightsError, nearest
 
 TRANSFORMERS = {
@@ -143,6 +144,8 @@ class TransformerBackbone(nn.Module):
     dim: token width D. depth: layers L. heads: attention heads. grid: (rows, columns) of patches.
     image_size: side of the input in pixels.
     """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # PLACEHOLDER
 
     def __init__(
         self, vit: VisionTransformer, name: str, image_size: int, patch_size: int, mixing: Mixing | None = None
@@ -274,6 +277,8 @@ class ConvBackbone(nn.Module):
 
     dim: channels of the final map. stride: pixels per cell of the final map.
     """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD  # PLACEHOLDER
 
     def __init__(self, resnet: ResNet, name: str, stride: int):
         super().__init__()

@@ -14,7 +14,6 @@ Image `i` of a split depends on (configuration, split, i) only, so any part of t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -30,14 +29,16 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from wsolnb import keys
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.cub import CUB
+from wsolnb.data.rendered import is_whole, rendering_key, seal
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample, tight_box
 from wsolnb.data.voc import VOC
 from wsolnb.errors import DataError, ParameterError, nearest
 
 FORMAT = 1
-"""Raised whenever the renderer's output changes, so that caches of older versions are not taken for new ones."""
+"""Raised whenever the renderer's output changes on purpose: recorded truths name the format that they are of."""
 
 SPLITS = ("train", "val", "test")
 BACKGROUNDS = ("sky", "water", "foliage", "grass")
@@ -150,9 +151,8 @@ class AviaryConfig(BaseModel):
 
     @property
     def key(self) -> str:
-        """Hash of the configuration and the renderer's format: the name of the cached benchmark."""
-        text = json.dumps({"format": FORMAT, **self.model_dump()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Hash of the configuration and of the format."""
+        return keys.digest(json.dumps({"format": FORMAT, **self.model_dump()}, sort_keys=True))[:12]
 
 
 # ---------------------------------------------------------------------------------------------------- backgrounds
@@ -516,8 +516,8 @@ def ensure(config: AviaryConfig, cache: str | Path, workers: int | None = None) 
     workers: processes; default all cores. Raises DataError when the cache cannot be written.
     """
     cache = Path(cache)
-    target = cache / f"aviary-{config.variant}-{config.key}"
-    if (target / "config.json").exists():
+    target = cache / f"aviary-{config.variant}-{rendering_key(config.key, __name__)}"
+    if is_whole(target):
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -529,7 +529,7 @@ def ensure(config: AviaryConfig, cache: str | Path, workers: int | None = None) 
         try:
             os.replace(temporary, target)
         except OSError:
-            if not (target / "config.json").exists():  # else: another process has finished the same one first
+            if not target.is_dir():  # else: another process has finished the same one first
                 raise
     except OSError as error:
         raise DataError(f"cannot write the benchmark to {cache}: {error}", "free space there and run again") from error
@@ -554,7 +554,8 @@ def _write(config: AviaryConfig, root: Path, workers: int) -> None:
     else:
         records = [record for chunk in map(_write_chunk, chunks) for record in chunk]
     (_index_cub if config.variant == "single" else _index_voc)(config, root, records)
-    (root / "config.json").write_text(json.dumps({"format": FORMAT, **config.model_dump()}, indent=1))
+    (root / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
+    seal(root)
 
 
 def _make_folders(config: AviaryConfig, root: Path) -> None:

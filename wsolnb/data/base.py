@@ -58,6 +58,16 @@ class LocalizationDataset(ABC):
             may look at, and what makes it fast.
         """
 
+    def __cache_key__(self, reading: Any) -> dict[str, Any]:
+        """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`)."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (bool, int, float, str))}
+        listed = {"images": self.image_ids, "labels": self.labels, "classes": self.class_names}
+        return {**plain, **listed, "files": [reading.files(path) for path in self.sources()]}
+
+    def sources(self) -> list[Path]:
+        """Return the files and folders that the data set reads."""
+        return [self.root]
+
     def subset(self, indices: Sequence[int]) -> Subset:
         """Return the images at `indices`, in that order, as a data set."""
         return Subset(self, indices)
@@ -76,6 +86,10 @@ class Subset(LocalizationDataset):
         self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
         self.image_ids = tuple(dataset.image_ids[i] for i in self.indices)
         self.labels = tuple(dataset.labels[i] for i in self.indices)
+
+    def __cache_key__(self, reading: Any) -> dict[str, Any]:
+        """The data set's key, and which images."""
+        return {"subset": self.indices, "dataset": reading.describe(self.dataset, "dataset")}
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read the sample at position `index` of the subset."""

@@ -113,6 +113,10 @@ class MetadataFolder(FolderDataset):
             found.setdefault(image, []).append(tuple(row))
         check_covers(path, found, self._ids_path, self.image_ids, REMEDY)
 
+    def sources(self) -> list[Path]:
+        """The images, and the split's lists."""
+        return [self.root, self._folder]
+
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
         return self.root / self.image_ids[index]

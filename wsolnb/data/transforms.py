@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -240,3 +240,53 @@ class RandomBrightnessContrast:
         mean = sample.image.mean()
         table = np.rint(gain * (mean + stretch * (np.arange(256) - mean))).clip(0, 255).astype(np.uint8)
         return replace(sample, image=cv2.LUT(sample.image, table))
+
+
+@dataclass(frozen=True)
+class RandomLongSideCrop:
+    """Resize so that the longer side is drawn from `long_side`, then crop, or pad, to a random window of `crop` pixels:
+    how the LPCAM lineage trains on photographs.
+
+    Padding has the colour `mean` of the normalisation, in [0, 1], so that the network sees zeros; the mask is `IGNORE`
+    there.
+    """
+
+    long_side: tuple[int, int] = (320, 640)
+    crop: int = 512
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the crop x crop sample."""
+        factor = int(rng.integers(*self.long_side, endpoint=True)) / max(sample.size)
+        height, width = (max(1, round(side * factor)) for side in sample.size)
+        sample = resize(sample, (height, width))
+        window = (min(self.crop, height), min(self.crop, width))
+        top, left = (int(rng.integers(0, side - kept, endpoint=True)) for side, kept in zip((height, width), window))  # noqa: B905
+        sample = crop(sample, top, left, window)
+        down, right = (int(rng.integers(0, self.crop - kept, endpoint=True)) for kept in window)
+        border = (down, self.crop - window[0] - down, right, self.crop - window[1] - right)
+
+        def pad(values: np.ndarray | None, value: Any) -> np.ndarray | None:
+            return None if values is None else cv2.copyMakeBorder(values, *border, cv2.BORDER_CONSTANT, value=value)
+
+        return replace(
+            sample,
+            image=pad(sample.image, [round(255 * channel) for channel in self.mean]),
+            boxes=sample.boxes + np.array([right, down, right, down]),
+            mask=pad(sample.mask, IGNORE),
+            parts=pad(sample.parts, CONTEXT),
+        )
+
+
+@dataclass(frozen=True)
+class RandomScaleCrop:
+    """Resize by a factor drawn from `scale`, then crop, or pad, to a random window of `crop` pixels."""
+
+    scale: tuple[float, float]
+    crop: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the crop x crop sample; the mask is `IGNORE` where the image was padded."""
+        side = max(1, round(max(sample.size) * rng.uniform(*self.scale)))
+        return RandomLongSideCrop((side, side), self.crop, self.mean)(sample, rng)

@@ -72,6 +72,7 @@ class VOC(FolderDataset):
         own_names = self.root / "class_names.txt"
         self.class_names = tuple(read_lines(own_names, REMEDY)) if own_names.exists() else CLASS_NAMES
         self._has_parts = (self.root / "PartMaps").is_dir()
+        self._difficult, self._list = difficult, Path(sbd_list) if sbd_list else None
 
         if sbd_list is not None and split == "train":
             masks = self._read_sbd_list(Path(sbd_list))
@@ -114,6 +115,10 @@ class VOC(FolderDataset):
                 raise DataError(f"{path} has an object of the unknown class {label!r}", REMEDY)
             objects.append((self.class_names.index(label), *_half_open_box(element, path)))
         return objects
+
+    def sources(self) -> list[Path]:
+        """The folder, and the list of the enlarged training set where one was given."""
+        return [self.root, *([self._list] if self._list else [])]
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""

@@ -1,4 +1,4 @@
-"""Localization methods, one file each: a class over `LocalizationModel`, registered under the file's name.
+"""Methods, one file each: a class over `LocalizationModel` or `Trainable`, registered under the file's name.
 
     @register("has")
     class HideAndSeek(CAMClassifier): ...
@@ -19,9 +19,9 @@ from wsolnb.errors import ParameterError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
-    from wsolnb.methods.base import LocalizationModel
+    from wsolnb.methods.base import Trainable
 
-_METHODS: dict[str, type[LocalizationModel]] = {}
+_METHODS: dict[str, type[Trainable]] = {}
 
 
 def register(name: str) -> Callable[[type], type]:
@@ -43,7 +43,7 @@ def methods() -> list[str]:
     return sorted(_METHODS)
 
 
-def get_method(name: str) -> type[LocalizationModel]:
+def get_method(name: str) -> type[Trainable]:
     """Return the class of a method.
 
     Raises ParameterError for an unknown name; the nearest one is given.
@@ -57,13 +57,13 @@ def get_method(name: str) -> type[LocalizationModel]:
     return _METHODS[name]
 
 
-def create_method(name: str, backbone: nn.Module, num_classes: int, **options: Any) -> LocalizationModel:
+def create_method(name: str, backbone: nn.Module, num_classes: int, **options: Any) -> Trainable:
     """Return a method's model on a backbone, with fresh weights of its own layers.
 
     Raises ParameterError for an unknown method or option, or a backbone that the method cannot use.
     """
     method = get_method(name)
     try:
-        return method(backbone, num_classes, **options)
+        return method.create(backbone, num_classes, **options)
     except TypeError as error:
         raise ParameterError(f"{name} cannot be made: {error}", f"see the options of {method.__name__}") from error

@@ -9,24 +9,27 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
 
 
-class LocalizationModel(nn.Module, ABC):
-    """An image classifier whose forward pass also holds what its maps are made of.
+class Trainable(nn.Module, ABC):
+    """A network that the training loop knows how to train: which layers are new, and what the loss of a batch is.
 
-    maps: names of the maps that `localize` returns; the first is the method's own, the others are its ingredients.
+    learns_from_masks: whether the loss reads the truth in `batch["samples"]`, and not image labels alone.
     """
 
-    maps: ClassVar[tuple[str, ...]]
+    learns_from_masks: bool = False
 
-    @abstractmethod
-    def forward(self, images: Tensor):
-        """Return an output with `logits` (B, C) for normalised images (B, 3, H, W)."""
+    @classmethod
+    def make_backbone(cls, name: str, **options: Any) -> Any:
+        """Return the backbone that `create` takes; the options are those of `create_backbone`."""
+        return create_backbone(name, **options)
 
-    @abstractmethod
-    def localize(self, output, classes: Tensor) -> dict[str, Tensor]:
-        """Return raw maps (B, h, w) by name for one class per image, `classes` (B,), from a forward output."""
+    @classmethod
+    def create(cls, backbone: Any, num_classes: int, **options: Any) -> Trainable:
+        """Return a model with fresh layers on a backbone; the options are the method's own."""
+        return cls(backbone, num_classes, **options)
 
     @property
     @abstractmethod
@@ -41,9 +44,36 @@ class LocalizationModel(nn.Module, ABC):
         """
         return classification_loss(forward(batch["image"]).logits.float(), batch["label"], label_smoothing)
 
+    @property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """Mean and standard deviation, per channel in [0, 1], that the backbone wants its images normalised with."""
+        backbone = self.backbone if hasattr(self, "backbone") else self.frozen.backbone
+        return {"mean": backbone.mean, "std": backbone.std}
+
+    def first_transforms(self) -> list[Callable]:
+        """Return transforms of training samples that come before those of the recipe; here none."""
+        return []
+
     def scalars(self) -> dict[str, float]:
         """Return learnable numbers by name that the history of a training keeps next to the scores; here none."""
         return {}
+
+
+class LocalizationModel(Trainable):
+    """An image classifier whose forward pass also holds what its maps are made of.
+
+    maps: names of the maps that `localize` returns; the first is the method's own, the others are its ingredients.
+    """
+
+    maps: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def forward(self, images: Tensor):
+        """Return an output with `logits` (B, C) for normalised images (B, 3, H, W)."""
+
+    @abstractmethod
+    def localize(self, output, classes: Tensor) -> dict[str, Tensor]:
+        """Return raw maps (B, h, w) by name for one class per image, `classes` (B,), from a forward output."""
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -4,9 +4,9 @@ A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A no
 
     run = runs.start("03_cam_and_tscam", parameters)
 
-and keeps what is expensive under the hash of everything that it depends on:
+and keeps what is expensive under the hash of everything that it depends on, which `wsolnb.keys` finds:
 
-    folder = run.cached("tscam", inputs=config, code=[tscam, training], build=train)
+    folder = run.cached("tscam", train)
 
 Relative paths mean the same wherever a notebook or a command is started: they start at the root of the repository.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -25,13 +24,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from wsolnb import keys
 from wsolnb.errors import RunError
-from wsolnb.files import fingerprint, plain, repository_root, resolve, to_json, write_atomically
+from wsolnb.files import repository_root, resolve, to_json, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 try:
     import fcntl
@@ -39,41 +40,13 @@ except ImportError:  # Windows: two processes that build the same checkpoint at 
     fcntl = None
 
 DEFAULT_RUN_FOLDER = "outputs/mini"
-PACKAGES = ("wsolnb", "torch", "torchvision", "timm", "numpy", "opencv-python", "scikit-learn")
-
-
-def source_fingerprint(code: Sequence[ModuleType | str | os.PathLike[str]]) -> str:
-    """Return the SHA-256 of the source of modules, packages (every `.py` in them), files or folders, in this order.
-
-    Raises:
-        RunError: one of them has no source file.
-    """
-    digest = hashlib.sha256()
-    for item in code:
-        path = resolve(getattr(item, "__file__", None) or "no file") if isinstance(item, ModuleType) else resolve(item)
-        if path.name == "__init__.py":
-            path = path.parent
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        if not files or not all(file.is_file() for file in files):
-            raise RunError(f"{item} has no source file", "name modules, packages or .py files in `code`")
-        for file in files:
-            name = file.relative_to(path.parent).as_posix()
-            digest.update(f"{name} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+HARMLESS = ("progress", "num_workers", "jobs")
+"""Names of values that change how long a result takes, and not the result."""
+REMAKE = "WSOLNB_REMAKE"
+"""Environment variable: artefacts are reused only if they were made for this word (`reproduce --force` sets one)."""
 
 
 # Provenance
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        for name in (package, f"{package}-headless"):  # OpenCV without windows is the same module
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                found[package] = metadata.version(name)
-                break
-    return found
 
 
 def commit() -> dict[str, Any]:
@@ -121,7 +94,7 @@ def environment_report() -> dict[str, Any]:
     import torch
 
     system = f"{platform.system()} {platform.machine()}"
-    report: dict[str, Any] = {**versions(), "system": system, "device": device_name()}
+    report: dict[str, Any] = {**keys.versions(), "system": system, "device": device_name()}
     if torch.cuda.is_available():
         report["device memory (GiB)"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     report |= {"processor": cpu_model(), "cores": len(cores()), "torch threads": torch.get_num_threads()}
@@ -168,12 +141,17 @@ def start(notebook: str, parameters: Mapping[str, Any], folder: str | os.PathLik
 
 @dataclasses.dataclass
 class Run:
-    """One notebook's part of a run folder. Made by `start`."""
+    """One notebook's part of a run folder. Made by `start`.
+
+    artefacts: folder names and keys of what `cached` has returned. data: fingerprints of the files that were read.
+    """
 
     notebook: str
     parameters: dict[str, Any]
     folder: Path
     started: str = dataclasses.field(default_factory=now)
+    artefacts: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    data: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     _clock: float = dataclasses.field(default_factory=time.perf_counter, repr=False)
 
     @property
@@ -192,10 +170,12 @@ class Run:
             "notebook": self.notebook,
             "parameters": self.parameters,
             "seed": self.seed,
-            "versions": versions(),
+            "versions": keys.versions(),
             **commit(),
             "device": device_name(),
             "processor": cpu_model(),
+            "artefacts": self.artefacts,
+            "data": self.data,
             "started": self.started,
             "finished": now(),
             "seconds": round(time.perf_counter() - self._clock, 1),
@@ -224,50 +204,136 @@ class Run:
         write_atomically(self.folder / "figures" / self.notebook / f"{name}.png", image.getvalue())
 
     def cached(
-        self,
-        name: str,
-        inputs: Any,
-        code: Sequence[ModuleType | str | os.PathLike[str]],
-        build: Callable[[Path], Any],
+        self, name: str, build: Callable[[Path], Any], uses: Sequence[Any] = (), ignore: Sequence[str] = HARMLESS
     ) -> Path:
         """Return the folder `checkpoints/<name>-<hash>`, filled by `build(folder)` unless it is complete already.
 
-        The hash covers `inputs` and the source of `code`; what these do not name does not count. A build that was
-        interrupted leaves its folder, without the marker `done.json`, so that the next one can go on inside it. Of two
-        processes that want the same folder, one builds and the other waits. Prints one line: built, or reused.
+        The hash is that of `keys.key_of(build)`: of all that the builder captures (values, data sets, trained models,
+        other artefacts), of the code that it can run, and of the libraries' versions. The record `done.json` holds the
+        key, and the hash of every file in the folder. A folder is reused only where all of them fit; what is missing or
+        damaged is made again. A build that was interrupted leaves its folder without a record, and the next one can go
+        on inside it. Of two processes that want the same folder, one builds and the other waits.
+
+        Prints one line: reused, or built and why.
 
         Args:
             name: start of the folder's name.
-            inputs: everything that the result depends on, in what `plain` can convert.
-            code: modules, packages or files whose source the result depends on.
             build: called with the folder; fills it.
+            uses: what the builder needs besides what it captures: classes that it finds by name.
+            ignore: names of captured values that cannot change the result.
 
         Raises:
-            RunError: the inputs cannot be stored as JSON, `code` has no source, or the folder cannot be written.
+            ParameterError: the builder captures a value of which no key can be made.
+            RunError: the folder cannot be written.
         """
-        key = {"inputs": plain(inputs, "inputs"), "code": source_fingerprint(code)}
-        folder = self.checkpoints / f"{name}-{fingerprint(key)[:12]}"
-        marker = folder / "done.json"
-
-        def reuse() -> bool:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                seconds = json.loads(marker.read_text())["seconds"]
-                print(f"reusing {name} (built in {seconds:.0f} s, parameters and code unchanged)", flush=True)
-                return True
-            return False
-
-        if reuse():  # before the lock, which a run folder that is only read could not give
+        key = keys.key_of([build, *uses], ignore)
+        folder = self.checkpoints / f"{name}-{key.hash[:12]}"
+        self.data |= key.data
+        if self._reuse(name, folder, key):  # before the lock, which a run folder that is only read could not give
             return folder
         with locked(folder / ".lock", f"building {name}"):
-            if reuse():
+            if self._reuse(name, folder, key):  # another process has built it meanwhile
                 return folder
+            why = _reason(self.checkpoints, name, folder, key)
+            record = keys.read_record(folder)
+            for file in keys.damaged(folder, record.get("files", {})):
+                (folder / file).unlink(missing_ok=True)
+            (folder / keys.RECORD).unlink(missing_ok=True)
             clock = time.perf_counter()
             build(folder)
             seconds = round(time.perf_counter() - clock, 1)
-            done = {"name": name, **key, "seconds": seconds, "finished": now(), "versions": versions(), **commit()}
-            write_atomically(marker, to_json(done))
-        print(f"built {name} in {seconds:.0f} s", flush=True)
+            done = {"name": name, "hash": key.hash, "key": _for_record(key), "files": keys.hashes(folder)}
+            done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **commit()}
+            write_atomically(folder / keys.RECORD, to_json(done))
+        self.artefacts[folder.name] = key.hash
+        print(f"built {name} in {seconds:.0f} s{why}", flush=True)
         return folder
+
+    def _reuse(self, name: str, folder: Path, key: keys.Key) -> bool:
+        record = keys.read_record(folder)
+        if record.get("hash") != key.hash or record.get("made_for", "") != os.environ.get(
+            REMAKE, record.get("made_for")
+        ):
+            return False
+        if keys.damaged(folder, record["files"]):
+            return False
+        self.artefacts[folder.name] = key.hash
+        print(f"reusing {name} (built in {record['seconds']:.0f} s; all that it depends on is unchanged)", flush=True)
+        return True
+
+    def cached_rows(
+        self, name: str, measure: Callable[[], Any], uses: Sequence[Any] = (), ignore: Sequence[str] = HARMLESS
+    ) -> list[dict[str, Any]]:
+        """Return `measure()`, rows of plain numbers and text, kept as `cached` keeps what a builder makes."""
+
+        def build(folder: Path) -> None:
+            write_atomically(folder / "rows.json", to_json(list(measure())))
+
+        return json.loads((self.cached(name, build, uses, ignore) / "rows.json").read_text(encoding="utf-8"))
+
+    def seconds_of(self, folder: Path) -> float:
+        """Return how long a folder of `cached` took to build."""
+        return keys.read_record(folder)["seconds"]
+
+    def used(self, notebook: str, **expected: Any) -> dict[str, Any]:
+        """Return the parameters that another notebook was run with in this run folder: what its models are named by.
+
+        expected: values of some of them that this notebook relies on.
+
+        Raises:
+            RunError: the notebook has no result here, or was run with other values than expected.
+        """
+        command = f"`wsolnb reproduce --only {notebook}`, or open {notebook} and run it"
+        try:
+            text = (self.folder / "metrics" / f"{notebook}.json").read_text(encoding="utf-8")
+            used = json.loads(text)["provenance"]["parameters"]
+        except FileNotFoundError:
+            problem = f"{self.notebook} goes on from {notebook}, which has no result in {self.folder}"
+            raise RunError(problem, f"make it first: {command}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"the result of {notebook} in {self.folder} is damaged: {type(error).__name__}"
+            raise RunError(problem, f"make it again: {command}") from None
+        for name, value in expected.items():
+            if used.get(name) != value:
+                problem = f"{notebook} was run with {name}={used.get(name)!r}, {self.notebook} with {value!r}"
+                raise RunError(problem, f"give both the same value; to run the first again: {command}")
+        return used
+
+    def recorded(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+        """Return a table of `outputs/reference`, which long studies are recorded in; without one, an empty table.
+
+        columns: of the empty table.
+        """
+        import pandas as pd
+
+        path = resolve(f"outputs/reference/{name}.csv")
+        self.data[str(path)] = keys.tree(path)
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(columns))
+
+    def __cache_key__(self, _reading: Any) -> None:
+        """Nothing: a run says where results lie, not what they are."""
+
+
+def _for_record(key: keys.Key) -> dict[str, Any]:
+    # Where the files lie is of no use to somebody who has moved them, so paths start at the repository where they can.
+    root = repository_root()
+    data = {os.path.relpath(p, root) if Path(p).is_relative_to(root) else p: found for p, found in key.data.items()}
+    return {"inputs": key.inputs, "code": key.code, "versions": key.versions, "data": data}
+
+
+def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
+    """Return in words why an artefact of that name cannot be reused; empty where there is none yet."""
+    record = keys.read_record(folder)
+    if record:
+        bad = keys.damaged(folder, record["files"])
+        return f", again: {', '.join(bad[:3])} missing or damaged" if bad else ", again: as was asked for"
+    others = [keys.read_record(path) for path in checkpoints.glob(f"{name}-{'?' * 12}")]
+    others = sorted((record for record in others if record), key=lambda record: record["finished"])
+    if not others:
+        return ""
+    old = {part: others[-1]["key"][part] for part in ("inputs", "code", "versions")}
+    new = {"inputs": key.inputs, "code": key.code, "versions": key.versions}
+    return f", anew: {keys.differences(old, json.loads(to_json(new)))}"
 
 
 @contextlib.contextmanager

@@ -26,10 +26,11 @@ from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, Field
 
 from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, _value_noise
+from wsolnb.data.rendered import is_whole, rendering_key, seal
 from wsolnb.errors import DataError
 
 FORMAT = 2
-"""Raised whenever the renderer's output changes, so that caches of older versions are not taken for new ones."""
+"""Raised whenever the renderer's output changes on purpose: the cards of weights name the format they are of."""
 
 TEXTURES = ("checks", "zigzag", "rings", "marble", "waves", "diamonds", "maze", "gradient")
 BACKGROUND, BODY, LIMB, SASH = 0, 1, 2, 3
@@ -67,7 +68,7 @@ class CreatureConfig(BaseModel):
 
     @property
     def key(self) -> str:
-        """Hash of the configuration and the renderer's format: the name of the cached scenes."""
+        """Hash of the configuration and of the format."""
         text = json.dumps({"format": FORMAT, **self.model_dump()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -436,8 +437,8 @@ def load(config: CreatureConfig, cache: str | Path, workers: int | None = None) 
     Rendered into `cache` when they are not there; the folder appears only when it is complete.
     workers: processes; default all cores. Raises DataError when the cache cannot be written.
     """
-    target = Path(cache) / f"creatures-{config.key}"
-    if not (target / "config.json").exists():
+    target = Path(cache) / f"creatures-{rendering_key(config.key, __name__)}"
+    if not is_whole(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -447,7 +448,7 @@ def load(config: CreatureConfig, cache: str | Path, workers: int | None = None) 
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
-            if not (target / "config.json").exists():  # else: another process has finished the same ones first
+            if not target.is_dir():  # else: another process has finished the same ones first
                 raise DataError(f"cannot write the scenes to {target}: {error}", "free space there") from error
     return {name: np.load(target / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
@@ -461,6 +462,7 @@ def _write(config: CreatureConfig, root: Path, workers: int) -> None:
     # Fresh processes: a forked one would inherit OpenCV's threads in whatever state they are, and hang.
     Parallel(n_jobs=workers)(delayed(_write_chunk)(chunk) for chunk in chunks)
     (root / "config.json").write_text(json.dumps({"format": FORMAT, **config.model_dump()}, indent=1))
+    seal(root)
 
 
 def _write_chunk(job: tuple[CreatureConfig, Path, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from wsolnb import maps as score_maps
-from wsolnb.data import LocalizationDataset, Sample
+from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import make_loader
+from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import Transform
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP, box_iou
@@ -26,16 +27,17 @@ THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 class Prediction(NamedTuple):
     """One image with what the model made of it.
 
-    sample: transformed as the model saw it. logits: (C,). ranking: (C,) classes from most to least likely.
+    sample: transformed as the model saw it. logits: (C,), or None where nothing was classified: every image then counts
+    as rightly classified. ranking: (C,) classes from most to least likely, or None.
     maps: by name, (H, W) float32 in [0, 1], of the true class.
     predicted: of the method's own map, for the five most likely classes, (5, H, W); None unless asked for.
     """
 
     sample: Sample
-    logits: np.ndarray
-    ranking: np.ndarray
+    logits: np.ndarray | None
+    ranking: np.ndarray | None
     maps: dict[str, np.ndarray]
-    predicted: np.ndarray | None
+    predicted: np.ndarray | None = None
 
 
 def predict(
@@ -51,7 +53,7 @@ def predict(
     """
     device = next(model.parameters()).device
     model.eval()
-    for batch in make_loader(dataset, transform, batch_size, truth=True):
+    for batch in make_loader(dataset, transform, batch_size, truth=True, **model.normalisation):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
             size = batch["image"].shape[2:]
@@ -132,33 +134,55 @@ def evaluate(
     batch_size: int = 50,
     quick: bool = False,
 ) -> Evaluation:
-    """Score every map of a single-label model on a data set, in one pass.
+    """Score every map of a single-label model on a data set, in one pass; see `score`."""
+    return score(predict(model, dataset, transform, batch_size), quick)
+
+
+def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
+    """Score the maps of predictions against the truth of their samples, image by image.
 
     quick: only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of box
     metrics, images without mask or parts out of those.
 
     Raises MapError when the maps hold NaN, or no image has a box.
     """
-    localization = {name: LocalizationAccuracy(THRESHOLDS) for name in model.maps}
-    v1 = {} if quick else {name: MaxBoxAcc(THRESHOLDS) for name in model.maps}
-    v2 = {} if quick else {name: MaxBoxAcc(THRESHOLDS, multi_contour=True) for name in model.maps}
+    boxed: dict[str, dict[str, Any]] = {"localization": {}, "v1": {}, "v2": {}}
     pixels: dict[str, PxAP] = {}
     parts: dict[str, PartCoverage] = {}
-    for found in predict(model, dataset, transform, batch_size):
+    for found in predictions:
         sample = found.sample
         for name, score_map in found.maps.items():
+            if name not in boxed["localization"]:
+                boxed["localization"][name] = LocalizationAccuracy(THRESHOLDS)
+                if not quick:
+                    boxed["v1"][name] = MaxBoxAcc(THRESHOLDS)
+                    boxed["v2"][name] = MaxBoxAcc(THRESHOLDS, multi_contour=True)
             if len(sample.boxes):
-                localization[name].update(score_map, sample.boxes, sample.label, found.logits)
-                for accumulator in (v1, v2):
-                    if accumulator:
-                        accumulator[name].update(score_map, sample.boxes)
+                logits = np.eye(sample.label + 1)[sample.label] if found.logits is None else found.logits
+                boxed["localization"][name].update(score_map, sample.boxes, sample.label, logits)
+                for kind in ("v1", "v2") if not quick else ():
+                    boxed[kind][name].update(score_map, sample.boxes)
             if not quick and sample.mask is not None:
                 pixels.setdefault(name, PxAP()).update(score_map, sample.mask)
             if not quick and sample.parts is not None:
                 parts.setdefault(name, PartCoverage(THRESHOLDS)).update(score_map, sample.parts)
-    return Evaluation(
-        *({name: metric.compute() for name, metric in group.items()} for group in (localization, v1, v2, pixels, parts))
-    )
+    groups = (*boxed.values(), pixels, parts)
+    return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in groups))
+
+
+def validator(dataset: LocalizationDataset, transform: Transform) -> Callable[[LocalizationModel], dict[str, float]]:
+    """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
+
+    def validate(model: LocalizationModel) -> dict[str, float]:
+        return evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
+
+    return validate
+
+
+def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
+    """Yield the predictions of several sources for the same samples as one: the first, with the maps of all."""
+    for group in zip(*streams, strict=True):
+        yield group[0]._replace(maps={name: found for one in group for name, found in one.maps.items()})
 
 
 def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:

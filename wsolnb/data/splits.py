@@ -1,0 +1,74 @@
+"""The three splits of a data set, as the parameters of a notebook name them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from wsolnb.data import aviary
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.readers import get_reader, open_dataset
+from wsolnb.files import resolve
+
+
+class Splits(NamedTuple):
+    """Train, validation and test images of one data set."""
+
+    train: LocalizationDataset
+    val: LocalizationDataset
+    test: LocalizationDataset
+
+
+class DataSettings(BaseModel):
+    """Which data set, as the notebooks' parameters say it; everything else that they declare is passed over.
+
+    dataset: `aviary` (rendered) or a reader's name. data_root: its folder, relative to the repository.
+    classes, body_cue, context_correlation, train_images, val_images, test_images: of the rendered benchmark.
+    seed: of the rendering, or of the held-out validation images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    dataset: str
+    data_root: str
+    classes: int
+    body_cue: float
+    context_correlation: float
+    train_images: int
+    val_images: int
+    test_images: int
+    seed: int
+
+    def splits(self, variant: Literal["single", "scenes"] = "single") -> Splits:
+        """Open the data set; variant: of the rendered benchmark. Raises as `load_splits`."""
+        dials: dict[str, Any] = {}
+        if self.dataset == "aviary":
+            dials = self.model_dump(include={"classes", "body_cue", "context_correlation"})
+            dials |= {split: getattr(self, f"{split}_images") for split in aviary.SPLITS} | {"variant": variant}
+        return load_splits(self.dataset, self.data_root, self.seed, **dials)
+
+
+def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) -> Splits:
+    """Open train, validation and test images of a data set.
+
+    dataset: `aviary` (rendered into the cache when it is not there; `dials` are its parameters) or a reader's name.
+    data_root: folder of a data set on disk, relative to the repository; of `metadata` (ILSVRC, OpenImages) it holds the
+    images and, in `metadata/`, the lists, whose splits may be called `train-weaksup` and `train-fullsup`.
+    seed: of the rendering or of the held-out validation images.
+
+    Raises DataError and ParameterError as the readers do.
+    """
+    names = ("train", "val", "test")
+    if dataset == "aviary":
+        config = aviary.AviaryConfig(seed=seed, **dials)
+        return Splits(*(aviary.load(config, name, resolve("outputs/cache")) for name in names))
+    root = resolve(data_root) if data_root else None
+    if dataset == "metadata" and root:
+        lists = root / "metadata"
+        published = {"train": "train-weaksup", "val": "train-fullsup"}
+        folders = [n if (lists / n).is_dir() else published.get(n, n) for n in names]
+        return Splits(*(open_dataset(dataset, root, name, metadata_root=lists) for name in folders))
+    options = {"seed": seed} if "seed" in inspect.signature(get_reader(dataset)).parameters else {}
+    return Splits(*(open_dataset(dataset, root, name, **options) for name in names))

@@ -1,0 +1,162 @@
+"""One store for masks and maps on disk: a file for each image, written by rename, checked when it is read.
+
+    store = Store(folder)
+    store.write_mask("birds/0001", mask, outcome="enhanced")
+    mask, facts = store.read_mask("birds/0001")
+    taught = WithMasks(dataset, store)          # the data set, with these masks in place of its own
+
+Memory does not grow with the number of images, an interrupted writer leaves whole files only, and any stage of a
+pipeline can be replaced by files of another program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.data.transforms import resize_map
+from wsolnb.errors import DataError, ParameterError
+from wsolnb.files import write_atomically
+
+REMEDY = "make it again: the stage that wrote it keeps what is whole in the folder"
+
+
+class ClassMaps(NamedTuple):
+    """Maps of one image: image_id; classes (K,) 0-based, its labels; maps (K, H, W) float32 in [0, 1]; K may be 0."""
+
+    image_id: str
+    classes: tuple[int, ...]
+    maps: np.ndarray
+
+
+class Store:
+    """Masks (`<image id>.png`) and maps (`<image id>.npz`) below a folder.
+
+    A mask is (H, W) bool, stored with one bit a pixel, or uint8. Its file carries facts as text, and a digest of the
+    image id, the facts and the pixels, by which damage of any kind is found; a file of another program has none.
+    Maps are stored in half precision.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __cache_key__(self, reading: Any) -> Any:
+        """The key of the artefact that the files belong to, or what they hold."""
+        return reading.describe(self.folder, "store")
+
+    def path(self, image_id: str, suffix: str) -> Path:
+        """Return the file of an image; ParameterError for a name that leads out of the folder."""
+        name = PurePosixPath(image_id)
+        if name.is_absolute() or ".." in name.parts:
+            raise ParameterError(f"the image id {image_id!r} leads out of {self.folder}", "rename the image")
+        return self.folder / f"{image_id}{suffix}"
+
+    def write_mask(self, image_id: str, mask: np.ndarray, **facts: str) -> None:
+        """Store the mask of an image, with facts about it."""
+        text = PngInfo()
+        for key, value in {**facts, "sha256": _digest(image_id, mask, facts)}.items():
+            text.add_text(key, value)
+        picture = Image.fromarray(mask.astype(np.uint8) * (255 if mask.dtype == bool else 1))
+        file = io.BytesIO()
+        (picture.convert("1") if mask.dtype == bool else picture).save(file, "png", pnginfo=text)
+        write_atomically(self.path(image_id, ".png"), file.getvalue())
+
+    def read_mask(self, image_id: str) -> tuple[np.ndarray, dict[str, str]]:
+        """Return the mask of an image and the facts about it.
+
+        Raises DataError when the file is missing, damaged or of another image.
+        """
+        path = self.path(image_id, ".png")
+        try:
+            with Image.open(path) as image:
+                image.load()
+                facts, mask = dict(getattr(image, "text", {})), np.array(image)
+        except Exception as error:  # Pillow reports damage through many types
+            raise DataError(f"the mask {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error
+        if mask.ndim != 2:
+            raise DataError(f"the mask {path} has the shape {mask.shape}", "save it as grey or palette indices")
+        if facts.pop("sha256", None) not in (None, _digest(image_id, mask, facts)):
+            raise DataError(f"the mask {path} is damaged, or of another image: its digest does not fit", REMEDY)
+        return mask, facts
+
+    def write_maps(self, found: ClassMaps) -> None:
+        """Store the maps of an image."""
+        file = io.BytesIO()
+        np.savez_compressed(file, maps=found.maps.astype(np.float16), classes=np.array(found.classes, np.int64))
+        write_atomically(self.path(found.image_id, ".npz"), file.getvalue())
+
+    def read_maps(self, image_id: str) -> ClassMaps:
+        """Return the maps of an image; DataError when they are missing or damaged."""
+        path = self.path(image_id, ".npz")
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return ClassMaps(image_id, tuple(stored["classes"].tolist()), stored["maps"].astype(np.float32))
+        except Exception as error:  # zip and NumPy report damage through many types
+            raise DataError(f"the maps {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error
+
+    def all_maps(self, image_ids: Iterable[str]) -> Iterator[ClassMaps]:
+        """Yield the maps of some images, one at a time."""
+        return map(self.read_maps, image_ids)
+
+    def to_do(self, image_ids: Sequence[str]) -> list[int]:
+        """Return the positions of images whose mask is missing or damaged; every file is read."""
+        left = []
+        for index, image_id in enumerate(image_ids):
+            try:
+                self.read_mask(image_id)
+            except DataError:
+                left.append(index)
+        return left
+
+    def count(self, image_ids: Iterable[str], fact: str) -> Counter[str]:
+        """Count the masks of some images by a fact."""
+        return Counter(self.read_mask(image_id)[1][fact] for image_id in image_ids)
+
+
+def _digest(image_id: str, mask: np.ndarray, facts: dict[str, str]) -> str:
+    head = json.dumps([image_id, *mask.shape, sorted(facts.items())]).encode()
+    pixels = np.packbits(mask) if mask.dtype == bool else mask
+    return hashlib.sha256(head + pixels.tobytes()).hexdigest()
+
+
+class WithMasks(LocalizationDataset):
+    """A data set whose masks are those of a store in place of its own, and which has no other truth.
+
+    What is trained on it cannot see a box or a true mask. Masks of another size than the image are brought to it by
+    nearest pixel centre. Values of a stored mask: 0 background, class index + 1 (or true: object), 255 unknown.
+    Raises DataError, while reading, for a mask that is missing, damaged or has other values.
+    """
+
+    def __init__(self, dataset: LocalizationDataset, store: Store):
+        self.dataset, self.store = dataset, store
+        self.name, self.root, self.split = dataset.name, dataset.root, dataset.split
+        self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
+        self.image_ids, self.labels = dataset.image_ids, dataset.labels
+
+    def __cache_key__(self, reading: Any) -> Any:
+        """The data set's key and the store's."""
+        return reading.describe([self.dataset, self.store], "masks")
+
+    def read(self, index: int, truth: bool = True) -> Sample:
+        """Read the image at `index`, and with `truth` its stored mask (H, W) uint8."""
+        sample = self.dataset.read(index, truth=False)
+        if not truth:
+            return sample
+        mask = self.store.read_mask(sample.image_id)[0].astype(np.uint8)
+        unknown = mask[(mask > len(self.class_names)) & (mask != IGNORE)]
+        if len(unknown):
+            path = self.store.path(sample.image_id, ".png")
+            raise DataError(f"{path} holds the value {unknown[0]}, which stands for nothing", REMEDY)
+        return replace(sample, mask=resize_map(mask, sample.size))

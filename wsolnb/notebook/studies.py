@@ -1,0 +1,55 @@
+"""Studies over seeds: paired intervals, and tables that are recorded because they take hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from wsolnb.notebook.runs import Run
+
+
+def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % interval (Student's t) of paired differences, (n,).
+
+    NaNs are left out. The half width of fewer than two differences is NaN.
+    """
+    d = np.asarray(differences, float)
+    d = d[np.isfinite(d)]
+    if len(d) < 2:
+        return float(d.mean()) if len(d) else float("nan"), float("nan")
+    return float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)))
+
+
+def plus_minus(differences: Sequence[float] | np.ndarray) -> str:
+    """Return `interval` as text, such as `+0.021 ± 0.008`."""
+    mean, half = interval(differences)
+    return f"{mean:+.3f} ± {half:.3f}"
+
+
+def mean_and_spread(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Return mean and standard deviation of some columns by group, as text: `0.812 ± 0.010`, one number without spread."""
+    grouped = table.groupby(by, sort=False)[[name for name in measures if name in table]]
+    mean, spread = grouped.mean().round(3).astype(str), grouped.std().round(3).astype(str)
+    return mean.where(spread == "nan", mean + " ± " + spread).replace("nan", "")
+
+
+def with_recorded(
+    run: Run, name: str, made: Iterable[dict[str, Any]], by: str, columns: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Return the recorded table of a study, with the rows that were made here in place of the recorded ones, and save it.
+
+    name: of the table in `outputs/reference`, and without the notebook's number in the run folder. by: the column that
+    tells which rows were made anew. columns: of the table where nothing is recorded.
+    """
+    made, kept = pd.DataFrame(list(made)), run.recorded(name, [by, *columns])
+    if len(made):
+        kept = kept[~kept[by].isin(made[by])]
+    table = (
+        pd.concat([part for part in (kept, made) if len(part)], ignore_index=True) if len(kept) + len(made) else kept
+    )
+    run.save_table(table, name.partition("_")[2])
+    return table

@@ -1,0 +1,187 @@
+"""One recipe for every training, and one way to follow it.
+
+    recipe = Recipe(method="tscam", backbone="vit_mini", pretrained=True, training=TrainingConfig(epochs=3, lr=1e-4))
+    model, folder = fit(run, "tscam-0", recipe, splits.train, validate)
+
+A recipe says how a model is built, what it sees of its images and how it is trained. `fit` trains it once per run
+folder and reads it back. Classifiers, map decoders, IRN and segmentation networks are all trained this way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from wsolnb import weights
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import IMAGENET_MEAN, make_loader
+from wsolnb.data.transforms import (
+    Compose,
+    RandomBrightnessContrast,
+    RandomHorizontalFlip,
+    RandomLongSideCrop,
+    RandomScaleCrop,
+    RandomShift,
+    Resize,
+    ResizeCenterCrop,
+    ResizeRandomCrop,
+    Transform,
+)
+from wsolnb.errors import ParameterError
+from wsolnb.files import resolve
+from wsolnb.methods import create_method, get_method
+from wsolnb.methods.base import Trainable
+from wsolnb.notebook.runs import Run
+from wsolnb.train.loop import TrainingConfig, load_checkpoint, pick_device, set_seed, train
+
+
+class Recipe(BaseModel):
+    """How one model is built and trained, apart from its data.
+
+    method: a name of `wsolnb.methods`. options: of the method. backbone: a name that `create_backbone` knows.
+    pretrained, checkpoint, output_stride: as there; a relative checkpoint starts at the root of the repository.
+    image_size: side of the input in pixels.
+    protocol: `resize` (the whole image), `crop_resize` (in training a random crop of the image resized to 8/7 of the
+        side, at test the whole image: SCM and TS-CAM) or `crop` (the same training; at test the shorter side is resized
+        to 8/7 and the centre cropped: LocLoc, PPD).
+    long_side: range of the longer side in pixels before a random crop, as the LPCAM lineage trains on photographs.
+    scale: range of the random factor on the image before a random crop. Of protocol, long_side and scale one is given.
+    shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
+        the spread around the mean. All three in training only.
+    images: training images that are seen, evenly spaced; 0 = all.
+    tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
+        normalisation and head; the others stay as they start. None = all.
+    training: the loop's hyperparameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    backbone: str
+    options: dict[str, Any] = {}
+    pretrained: bool = False
+    checkpoint: str | None = None
+    output_stride: Literal[8, 16, 32] = 16
+    image_size: int = Field(112, ge=32)
+    protocol: Literal["resize", "crop_resize", "crop"] = "resize"
+    long_side: tuple[int, int] | None = None
+    scale: tuple[float, float] | None = None
+    batch_size: int = Field(32, ge=1)
+    shift: int = Field(8, ge=0)
+    brightness: float = Field(0.2, ge=0, lt=1)
+    contrast: float = Field(0.0, ge=0, lt=1)
+    images: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0)
+    tuned_layers: int | None = Field(None, ge=0)
+    training: TrainingConfig
+
+    def test_transform(self) -> Transform:
+        """The deterministic transform of the protocol."""
+        if self.protocol != "crop":
+            return Resize(self.image_size)
+        return ResizeCenterCrop(self._uncropped(), self.image_size, keep_aspect=True)
+
+    def train_transform(self, mean: tuple[float, ...] = IMAGENET_MEAN) -> Transform:
+        """The random transform: crop or shift, flip, light. mean: the colour of what lies outside of an image."""
+        if self.long_side:
+            first = [RandomLongSideCrop(self.long_side, self.image_size, mean)]
+        elif self.scale:
+            first = [RandomScaleCrop(self.scale, self.image_size, mean)]
+        elif self.protocol != "resize":
+            first = [ResizeRandomCrop(self._uncropped(), self.image_size)]
+        else:
+            first = [Resize(self.image_size), RandomShift(self.shift)]
+        light = RandomBrightnessContrast(self.brightness, self.contrast)
+        return Compose([*first, RandomHorizontalFlip(), light])
+
+    @property
+    def map_size(self) -> int | None:
+        """Side of the square that images are resized to for their maps; None = their own, after training on crops."""
+        return None if self.long_side or self.scale else self.image_size
+
+    def _uncropped(self) -> int:
+        return round(self.image_size * 8 / 7)  # 256 for 224
+
+    def start(self) -> str:
+        """Return the hash of the file that the weights start from; empty for random and for published weights."""
+        if self.checkpoint:
+            path = resolve(self.checkpoint)
+            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        embedded = self.pretrained and self.backbone in weights.embedded()
+        return weights.read_card(self.backbone)["sha256"] if embedded else ""
+
+    def make_backbone(self) -> Any:
+        """Return the backbone as it starts; WeightsError when its weights are missing."""
+        return get_method(self.method).make_backbone(
+            self.backbone,
+            pretrained=self.pretrained,
+            checkpoint=resolve(self.checkpoint) if self.checkpoint else None,
+            image_size=self.image_size,
+            output_stride=self.output_stride,
+        )
+
+    def build(self, num_classes: int) -> Trainable:
+        """Return the model with fresh (seeded) or pretrained weights.
+
+        Raises ParameterError for an unknown method or backbone, WeightsError for missing weights.
+        """
+        get_method(self.method)  # an unknown one is an error before any weights are looked for
+        set_seed(self.training.seed)
+        backbone = self.make_backbone()
+        if self.tuned_layers is not None:
+            blocks = getattr(getattr(backbone, "vit", None), "blocks", [])
+            if self.tuned_layers > len(blocks):
+                raise ParameterError(
+                    f"tuned_layers={self.tuned_layers} was asked of {self.backbone!r}, which has {len(blocks)}",
+                    "give the number of layers of a vision transformer that are to be trained, or None for all",
+                )
+            blocks[self.tuned_layers :].requires_grad_(False)
+        return create_method(self.method, backbone, num_classes, **self.options)
+
+
+def fit(
+    run: Run,
+    name: str,
+    recipe: Recipe,
+    data: LocalizationDataset,
+    validate: Callable[[Trainable], dict[str, float]] | None = None,
+    progress: bool = True,
+) -> tuple[Trainable, Path]:
+    """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
+
+    Trains once per run folder; see `Run.cached` for when a training is found again.
+    name: how the artefact is called in the run folder.
+    validate: gives the columns of the history after each epoch, from validation images; `recipe.training.select` names
+        the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
+    Raises ParameterError for fewer images than a batch.
+    """
+    classes = len(data.class_names)
+    seen = data
+    if 0 < recipe.images < len(data):
+        seen = data.subset(np.linspace(0, len(data) - 1, recipe.images).astype(int))
+
+    def build(folder: Path) -> None:
+        model = recipe.build(classes)
+        mean = model.normalisation["mean"]
+        loader = make_loader(
+            seen,
+            Compose([*model.first_transforms(), recipe.train_transform(mean)]),
+            recipe.batch_size,
+            shuffle=True,
+            truth=model.learns_from_masks,
+            seed=recipe.training.seed,
+            num_workers=recipe.num_workers,
+            drop_last=True,
+            **model.normalisation,
+        )
+        train(model, loader, recipe.training, folder, validate, progress)
+
+    folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()))
+    # The trained model is always read back, so that a first run and a reuse give the same numbers.
+    empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
+    return load_checkpoint(empty, folder, "last").to(pick_device(recipe.training.device)), folder
