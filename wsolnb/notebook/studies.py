@@ -31,7 +31,7 @@ def plus_minus(differences: Sequence[float] | np.ndarray) -> str:
 
 
 def mean_and_spread(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Return mean and standard deviation of some columns by group, as text: `0.812 ± 0.010`, one number without spread."""
+    """Return mean and standard deviation of columns by group as text, `0.812 ± 0.010`; of one row the number alone."""
     grouped = table.groupby(by, sort=False)[[name for name in measures if name in table]]
     mean, spread = grouped.mean().round(3).astype(str), grouped.std().round(3).astype(str)
     return mean.where(spread == "nan", mean + " ± " + spread).replace("nan", "")
@@ -40,16 +40,13 @@ def mean_and_spread(table: pd.DataFrame, by: str | Sequence[str], measures: Sequ
 def with_recorded(
     run: Run, name: str, made: Iterable[dict[str, Any]], by: str, columns: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Return the recorded table of a study, with the rows that were made here in place of the recorded ones, and save it.
+    """Return the recorded table of a study, with rows that were made here in place of the recorded ones, and save it.
 
-    name: of the table in `outputs/reference`, and without the notebook's number in the run folder. by: the column that
-    tells which rows were made anew. columns: of the table where nothing is recorded.
+    name: of the table in `outputs/reference`; without the notebook's number it is the name in the run folder.
+    by: the column that tells which rows were made anew. columns: of the table where nothing is recorded.
     """
-    made, kept = pd.DataFrame(list(made)), run.recorded(name, [by, *columns])
-    if len(made):
-        kept = kept[~kept[by].isin(made[by])]
-    table = (
-        pd.concat([part for part in (kept, made) if len(part)], ignore_index=True) if len(kept) + len(made) else kept
-    )
+    new, table = pd.DataFrame(list(made)), run.recorded(name, [by, *columns])
+    if len(new):
+        table = pd.concat([table[~table[by].isin(new[by])], new], ignore_index=True) if len(table) else new
     run.save_table(table, name.partition("_")[2])
     return table
