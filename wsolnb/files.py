@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -50,7 +51,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it.
 
-    Folders that are missing are made. Text is written as UTF-8.
+    Folders that are missing are made. Text is written as UTF-8. A process that is killed while it writes leaves a
+    temporary file, which `sweep` removes.
 
     Raises:
         RunError: the folder cannot be made or written.
@@ -59,7 +61,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}")
         try:
             temporary.write_bytes(data)
             os.replace(temporary, path)
@@ -70,6 +72,19 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
             f"{path} cannot be written: {error.strerror or error}", "choose a writable run folder, or free space there"
         ) from error
     return path
+
+
+def sweep(folder: str | os.PathLike[str]) -> int:
+    """Remove the temporary files of `write_atomically` under `folder` whose process has ended; returns how many."""
+    import psutil
+
+    removed = 0
+    for path in Path(folder).rglob(".*-*-*"):
+        named = re.fullmatch(r"\..+-(\d+)-[0-9a-f]{32}", path.name)
+        if named and not psutil.pid_exists(int(named[1])):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
 
 
 # Values

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -5,9 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from wsolnb.errors import ParameterError
@@ -149,7 +152,7 @@ def executed(monkeypatch):
 
     executed = Executed()
 
-    def execute(source, output, parameters, progress):
+    def execute(_, source, output, parameters, progress):
         executed.append(source.stem)
         progress(1, 2)
         output.write_text("{}")
@@ -157,7 +160,7 @@ def executed(monkeypatch):
             raise pipeline.NotebookError(f"{source.stem}: broken")
         runs.start(source.stem, parameters).save_metrics({"table": [{"epochs": parameters.get("epochs", 2)}]})
 
-    monkeypatch.setattr(pipeline, "_execute", execute)
+    monkeypatch.setattr(pipeline._Workers, "execute", execute)
     return executed
 
 
@@ -256,15 +259,101 @@ def test_a_failure_stops_only_what_needs_it(repository, executed, capsys):
     assert executed.take() == ["03_cam", "04_table", "90_leaderboard"]
 
 
-def test_the_table_shows_gaps_and_damage_is_an_error(repository, capsys):
+FAULTS = [
+    ("notebooks/03_cam.ipynb", "", "is empty"),
+    ("notebooks/03_cam.ipynb", None, "is missing"),
+    ("notebooks/03_cam.json", "{", None),
+    ("metrics/03_cam.json", "flip", "was changed since"),
+    ("metrics/03_cam.json", "{", "was changed since"),
+    ("metrics/03_cam/curve.csv", "x", "was changed since"),
+    ("figures/03_cam/maps.png", None, "is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), FAULTS)
+def test_files_that_are_not_as_they_were_left_are_made_again(repository, executed, capsys, name, content, reason):
+    folder = repository.root / "outputs" / "mini"
+    for product in ("metrics/03_cam/curve.csv", "figures/03_cam/maps.png"):
+        runs.write_atomically(folder / product, "content")
+    (folder / "figures/03_cam/.hidden").touch()
+    pipeline.reproduce("mini", only=["03_cam"])
+    executed.take()
+    path = folder / name
+    if content is None:
+        path.unlink()
+    elif content == "flip":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_text(content)
+    capsys.readouterr()
+    # What the fake notebook does not write again is no longer vouched for, or as it is now.
+    assert pipeline.reproduce("mini", only=["03_cam"])["complete"]
+    assert executed.take() == ["03_cam"]
+    told = capsys.readouterr().out
+    assert (f"; again: {name} {reason}" in told) if reason else ("again" not in told)
+    assert json.loads((folder / "summary.json").read_text())["tables"]["03_cam"] == [{"epochs": 3}]
+    pipeline.reproduce("mini", only=["03_cam"])
+    assert executed.take() == []
+
+
+def test_a_summary_is_written_whatever_is_damaged(repository, executed, capsys, monkeypatch):
+    damaged = runs.write_atomically(repository.root / "outputs/mini/metrics/07_other.json", b"\xff{")
+    summary = pipeline.reproduce("mini")
+    assert summary["complete"]
+    assert set(summary["tables"]) == set(ALL)
+    assert f"warning: {damaged} is damaged" in capsys.readouterr().err
+
+    def full(path, content):
+        if Path(path).parent.name == "notebooks":
+            raise runs.RunError(f"{path} cannot be written: No space left on device")
+        return runs.files_write(path, content)
+
+    monkeypatch.setattr(runs, "files_write", runs.write_atomically, raising=False)
+    monkeypatch.setattr(runs, "write_atomically", full)
+    summary = pipeline.reproduce("mini", ["seed=4"], only=["03_cam"])
+    assert status(summary) == {"01_data": "failed", "03_cam": "not run"}
+    assert "No space left" in summary["steps"][0]["error"]
+    assert json.loads((repository.root / "outputs/mini/summary.json").read_text()) == summary
+
+
+def test_what_killed_processes_left_behind_is_swept(repository, executed, capsys):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folder = repository.root / "outputs" / "mini"
+    names = [f".03_cam.json-{ended.pid}-{'0a' * 16}", f".03_cam.json-{os.getpid()}-{'0a' * 16}", ".a-b-c", ".hidden"]
+    for name in names:
+        runs.write_atomically(folder / "metrics" / "deep" / name, "part")
+    pipeline.reproduce("mini", only=["01_data"])
+    assert sorted(path.name for path in (folder / "metrics/deep").iterdir()) == sorted(names[1:])
+    assert "removed 1 temporary files" in capsys.readouterr().out
+    pipeline.reproduce("mini", only=["01_data"])
+    assert "removed" not in capsys.readouterr().out
+
+
+def test_each_run_has_a_token_of_its_own(repository, executed):
+    lock = repository.root / "outputs/mini/.lock"
+    seen = []
+    for _ in range(2):
+        pipeline.reproduce("mini", only=["01_data"])
+        number, token = lock.read_text().split()
+        assert int(number) == os.getpid()
+        seen.append(token)
+    assert seen[0] != seen[1]
+
+
+def test_the_table_shows_gaps_and_damage_is_named(repository, capsys):
     run = runs.start("03_cam", {})
     run.save_metrics({"table": [{"method": "cam", "top1": 0.12345}, {"method": "grabcut", "top1": None}]})
     runs.start("01_data", {}).save_metrics({"images": 3})
     pipeline.show_metrics(run.folder)
     assert capsys.readouterr().out == "\n03_cam\n method  top1\n    cam 0.123\ngrabcut     -\n"
     (run.folder / "metrics" / "01_data.json").write_text("{")
-    with pytest.raises(runs.RunError, match=r"01_data.json is damaged"):
-        pipeline.show_metrics(run.folder)
+    pipeline.show_metrics(run.folder)
+    told = capsys.readouterr()
+    assert told.out == "\n03_cam\n method  top1\n    cam 0.123\ngrabcut     -\n"
+    assert "01_data.json is damaged" in told.err
 
 
 # Notebooks that do run
@@ -337,24 +426,37 @@ def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, caps
         pipeline.reproduce("mini", jobs=0)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_an_interruption_keeps_what_is_done(repository, jobs):
-    waits = "open(os.path.join(run.folder, 'started'), 'w').close(); time.sleep(60)"
-    repository.notebook("03_cam", "import os, time", waits)
-    repository.pipeline(step("01_data"), step("03_cam", "01_data"))
-    folder = repository.root / "outputs" / "mini"
-    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--jobs", jobs]
+def start(repository, *arguments, **options):
+    """Start `wsolnb reproduce`, as a shell that listens to signals would."""
 
     def listen() -> None:
         # A shell starts background jobs with SIGINT ignored, and children inherit that: these tests may run in one.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": listen}
-    process = subprocess.Popen(command, cwd=repository.root / "params", **options)
-    deadline = time.monotonic() + 60
-    while not (folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", *arguments]
+    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": listen, **options}
+    return subprocess.Popen(command, cwd=repository.root / "params", **options)
+
+
+def until(condition):
+    deadline = time.monotonic() + 180  # a few seconds where the machine has nothing else to do
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("jobs", "number"), [("1", "SIGINT"), ("2", "SIGINT"), ("1", "SIGTERM"), ("2", "SIGHUP")])
+def test_an_interruption_keeps_what_is_done(repository, jobs, number):
+    waits = "open(os.path.join(run.folder, 'started'), 'w').close(); time.sleep(60)"
+    repository.notebook("03_cam", "import os, time", waits)
+    repository.pipeline(step("01_data"), step("03_cam", "01_data"))
+    folder = repository.root / "outputs" / "mini"
+    process = start(repository, "--jobs", jobs)
+    until((folder / "started").exists)
+    process.send_signal(getattr(signal, number))
+    process.send_signal(signal.SIGINT)  # a second one changes nothing
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Interrupted. What is finished is kept" in out
@@ -363,6 +465,71 @@ def test_an_interruption_keeps_what_is_done(repository, jobs):
     assert (folder / "notebooks/03_cam.ipynb").exists()
     assert not (folder / "notebooks/03_cam.json").exists()
     assert json.loads((folder / "summary.json").read_text())["interrupted"]
+
+
+def of_run(mark):
+    """Return the processes with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM", "SIGKILL"])
+def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number):
+    work = """
+    if seed == 7:
+        subprocess.Popen(["sleep", "50"])
+        (run.folder / f"started-{run.notebook}").touch()
+        time.sleep(6)
+    """
+    for name in ("01_data", "02_metrics"):
+        save = 'run.save_metrics({"table": [{"seed": seed}]})'
+        repository.notebook(name, "import subprocess, time", work, save)
+    repository.pipeline(step("01_data"), step("02_metrics"))
+    folder = repository.root / "outputs" / "mini"
+    first = start(repository, "--jobs", "2", "-p", "seed=7", env={**os.environ, "TEST_MARK": number})
+    until(lambda: len(list(folder.glob("started-*"))) == 2)
+    assert len(of_run(number)) == 7, "the command, and twice a worker, a kernel and a child of it"
+    first.stdout.close()  # as with a terminal that is closed: what is printed from here on fails
+    first.send_signal(getattr(signal, number))
+    summary = pipeline.reproduce("mini", ["seed=1"], jobs=2)
+    assert of_run(number) == [] or [process.pid for process in of_run(number)] == [first.pid]
+    assert first.wait(60) == (-signal.SIGKILL if number == "SIGKILL" else 130)
+    assert of_run(number) == []
+    assert status(summary) == {"01_data": "done", "02_metrics": "done"}
+    assert summary["tables"] == {"01_data": [{"seed": 1}], "02_metrics": [{"seed": 1}]}
+    again = pipeline.reproduce("mini", ["seed=1"], jobs=2)
+    assert status(again) == {"01_data": "up to date", "02_metrics": "up to date"}
+    assert again["tables"] == summary["tables"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_worker_that_hangs_is_killed(repository, monkeypatch):
+    repository.notebook("01_data", "import time", "(run.folder / 'started').touch(); time.sleep(50)")
+    repository.pipeline(step("01_data"))
+    monkeypatch.setattr(pipeline, "_GRACE", 0.2)
+    monkeypatch.setenv("TEST_MARK", "hangs")
+
+    def interrupt():
+        until((repository.root / "outputs/mini/started").exists)
+        [worker] = psutil.Process().children()
+        worker.suspend()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        summary = pipeline.reproduce("mini")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert summary["interrupted"]
+    assert status(summary) == {"01_data": "interrupted"}
+    assert of_run("hangs") == []
 
 
 def test_refresh_stores_outputs_without_what_changes_by_itself(repository):

@@ -259,6 +259,56 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
         assert path.read_text().strip() == str(os.getpid())
 
 
+def test_a_lock_is_held_by_the_children_that_have_its_file(tmp_path, capsys):
+    path = tmp_path / "lock"
+    code = (
+        "import subprocess, sys; from pathlib import Path; from wsolnb.notebook import runs\n"
+        f"with runs.locked(Path({str(path)!r}), 'x', 'token') as file:\n"
+        "    wait = [sys.executable, '-c', 'input()']\n"
+        "    subprocess.Popen(wait, pass_fds=[file.fileno()], stdout=subprocess.DEVNULL)\n"
+    )
+    read, write = os.pipe()
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=read)
+    os.close(read)
+    parent.wait(60)
+    assert path.read_text() == f"{parent.pid}\ntoken\n"
+    threading.Timer(0.5, os.close, [write]).start()
+    with runs.locked(path, "running in x"):
+        told = capsys.readouterr().out
+    assert told == f"waiting for what process {parent.pid}, ended since, has left behind: it was running in x\n"
+
+
+def test_a_superseded_run_saves_nothing(run, root, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def save(run):
+        run.save_metrics({"table": []})
+        run.save_table(pd.DataFrame({"a": [1]}), "curve")
+        run.save_figure(Figure(), "maps")
+
+    monkeypatch.setenv(runs.TOKEN, f"mine {run.folder}")
+    save(run)  # without a lock file
+    with runs.locked(run.folder / ".lock", "x", "mine"):
+        save(run)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    with runs.locked(run.folder / ".lock", "x", "other"):
+        for call in (
+            lambda: run.save_metrics({}),
+            lambda: run.save_table(pd.DataFrame({"a": [1]}), "curve"),
+            lambda: run.save_figure(Figure(), "maps"),
+            lambda: runs.check_current(run.folder),
+        ):
+            with pytest.raises(runs.RunError, match="this run was superseded"):
+                call()
+        lock = run.folder / ".lock"
+        assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path != lock} == {
+            path: stamp for path, stamp in before.items() if path != lock
+        }
+        save(runs.start("03_cam", {}, root / "elsewhere"))  # another folder is no matter of this run
+        monkeypatch.delenv(runs.TOKEN)
+        save(run)  # as a notebook in Jupyter
+
+
 def test_commit_is_that_of_this_checkout_only(root):
     assert runs.commit() == {"commit": None, "dirty": None}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -34,6 +37,22 @@ app = typer.Typer(
 )
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Take a request to end and the end of the terminal as Ctrl-C. What is ignored, as under nohup, stays ignored."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @app.command()
 def reproduce(
     profile: Profile = "mini",
@@ -51,11 +70,13 @@ def reproduce(
     """Run the notebooks of a profile that are out of date, and print the metrics.
 
     Relative paths in parameters start at the root of the repository. Ends with 0 when every notebook is done, with 1
-    when one failed, with 2 when a parameter is wrong (then nothing was run), with 130 when interrupted.
+    when one failed, with 2 when a parameter is wrong (then nothing was run), with 130 when interrupted (Ctrl-C,
+    SIGTERM or SIGHUP).
     """
-    from wsolnb.notebook import pipeline
+    with _interruptible():
+        from wsolnb.notebook import pipeline
 
-    summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
+        summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
 

@@ -14,30 +14,38 @@ Everything is checked before the first notebook starts. Results go to `outputs/<
 
 from __future__ import annotations
 
+import contextlib
 import graphlib
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from wsolnb import files
 from wsolnb.errors import ParameterError, WsolnbError, nearest
 from wsolnb.notebook import params, runs
 
 if TYPE_CHECKING:
     import pandas as pd
     from nbformat import NotebookNode
+
+
+_GRACE = 10.0  # seconds that the workers have to end by themselves after an interruption
 
 
 class NotebookError(WsolnbError):
@@ -201,8 +209,11 @@ def reproduce(
     """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
 
     A step is up to date while its code cells, its parameters, the source of `wsolnb`, the versions of the packages and
-    the runs of its needs are those it was made with. A step that fails stops only the steps that need it. After an
-    interruption the same command goes on with what is missing.
+    the runs of its needs are those it was made with, and its files are as it left them. A step that fails stops only
+    the steps that need it. After an interruption the same command goes on with what is missing.
+
+    Each notebook runs in a process of its own, which ends with this one, whatever ends it. While one is left, a second
+    `reproduce` in the same folder waits.
 
     Args:
         profile: name of a folder in `params/`.
@@ -225,20 +236,42 @@ def reproduce(
     named = {_stem(name) for name in only} or {step.notebook for step in steps}
     folder = run_folder(profile, outputs)
     runs.start("pipeline", {}, folder)
-    with runs.locked(folder / ".lock", f"running in {folder}"):
-        summary = _run_steps(steps, named if force else set(), folder, jobs)
-        summary = {"profile": profile, "overrides": list(overrides), **summary}
-        runs.write_atomically(folder / "summary.json", runs.to_json(summary))
-    show_metrics(folder)
+    token = uuid.uuid4().hex
+    with runs.locked(folder / ".lock", f"running in {folder}", token) as lock:
+        if removed := files.sweep(folder):
+            _say(f"removed {removed} temporary files, left behind by processes that were killed")
+        workers = _Workers(jobs, lock, f"{token} {folder}")
+        with _interrupts_go_to(workers.stop):
+            summary = {"profile": profile, "overrides": list(overrides)}
+            summary |= _run_steps(steps, named if force else set(), folder, workers)
+            found = tables(folder)
+            summary["tables"] = {name: table.to_dict(orient="records") for name, table in found.items()}
+            runs.write_atomically(folder / "summary.json", runs.to_json(summary))
+    _show_tables(found)
     _show_steps(summary)
     return summary
 
 
-def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, jobs: int) -> dict[str, Any]:
-    """Run the steps, print a line for each, and return the summary."""
-    started, clock = runs.now(), time.perf_counter()
+@contextlib.contextmanager
+def _interrupts_go_to(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on the signals that would raise KeyboardInterrupt, which could end up between any two statements."""
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():  # no other thread gets signals, or may set them
+        taken = [one for one in signal.valid_signals() if signal.getsignal(one) is signal.default_int_handler]
+    for one in taken:
+        signal.signal(one, lambda *_: stop())
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.default_int_handler)
+
+
+def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _Workers) -> dict[str, Any]:
+    """Run the steps, each as soon as its needs are over, print a line for each, and return the summary."""
+    started, clock, jobs = runs.now(), time.perf_counter(), workers.jobs
     at_once = f", {jobs} at once" if jobs > 1 else ""
-    print(f"{len(steps)} notebooks{at_once}, run folder {folder}", flush=True)
+    _say(f"{len(steps)} notebooks{at_once}, run folder {folder}")
     code = runs.source_fingerprint([Path(__file__).parents[1]])
 
     results: dict[str, dict[str, Any]] = {
@@ -248,133 +281,174 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, jobs: int)
     heads = {
         step.notebook: f"[{number}/{len(steps)}] {step.notebook:<{width}}  " for number, step in enumerate(steps, 1)
     }
-
-    def run(step: Step, line: _Line, execute: Callable[..., Any]) -> None:
-        results[step.notebook] |= _run_step(step, folder, code, step.notebook in forced, line, execute)
-
-    def lacking(step: Step) -> list[str]:
-        return [need for need in step.needs if results[need]["status"] not in ("done", "up to date")]
-
-    run_all = _one_by_one if jobs == 1 else _side_by_side
-    interrupted = run_all(steps, results, heads, lacking, run, jobs)
+    good = ("done", "up to date")
+    waiting, over = list(steps), set[str]()
+    running: dict[Future[dict[str, Any]], tuple[str, _Line]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            ready = (step for step in waiting if over.issuperset(step.needs))
+            if len(running) < jobs and not workers.stopped and (step := next(ready, None)):
+                waiting.remove(step)
+                line = _Line(heads[step.notebook], whole=jobs > 1)
+                if missing := [need for need in step.needs if results[need]["status"] not in good]:
+                    line.end(f"not run: it needs {', '.join(missing)}")
+                    over.add(step.notebook)
+                else:
+                    force = step.notebook in forced
+                    future = pool.submit(_run_step, step, folder, code, force, line, workers.execute)
+                    running[future] = (step.notebook, line)
+                continue
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, line = running.pop(future)
+                over.add(name)
+                try:
+                    results[name] |= future.result()
+                except KeyboardInterrupt:
+                    results[name]["status"] = "interrupted"
+                    line.end("interrupted")
+                except Exception as error:  # a disk that is full, a file that is gone: the other steps can still run
+                    results[name] |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+                    line.end(f"failed\n{_indent(results[name]['error'])}")
     return {
-        "complete": all(result["status"] in ("done", "up to date") for result in results.values()),
-        "interrupted": interrupted,
+        "complete": all(result["status"] in good for result in results.values()),
+        "interrupted": workers.stopped,
         "started": started,
         "seconds": round(time.perf_counter() - clock, 1),
         "steps": list(results.values()),
-        "tables": {name: table.to_dict(orient="records") for name, table in tables(folder).items()},
         "versions": runs.versions(),
         **runs.commit(),
         "processor": runs.cpu_model(),
     }
 
 
-def _one_by_one(steps, results, heads, lacking, run, _jobs) -> bool:
-    """Run the steps in their order; returns whether it was interrupted."""
-    for step in steps:
-        line = _Line(heads[step.notebook])
-        if missing := lacking(step):
-            line.end(f"not run: it needs {', '.join(missing)}")
-            continue
-        try:
-            run(step, line, _execute)
-        except KeyboardInterrupt:
-            results[step.notebook]["status"] = "interrupted"
-            line.end("interrupted")
-            return True
-    return False
-
-
-def _side_by_side(steps, results, heads, lacking, run, jobs) -> bool:
-    """Run up to `jobs` steps at once, each as soon as its needs are done; returns whether it was interrupted."""
-    workers = _Workers(jobs)
-    waiting, running = list(steps), dict[Future, Step]()
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or running:
-            try:
-                over = {step.notebook for step in steps} - {step.notebook for step in [*waiting, *running.values()]}
-                for step in [step for step in waiting if over.issuperset(step.needs)]:
-                    if len(running) == jobs or workers.stopped:
-                        break
-                    waiting.remove(step)
-                    line = _Line(heads[step.notebook], whole=True)
-                    if missing := lacking(step):
-                        line.end(f"not run: it needs {', '.join(missing)}")
-                        over.add(step.notebook)
-                        break  # what needs this one can be told now, too
-                    running[pool.submit(run, step, line, workers.execute)] = step
-                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                    step = running.pop(future)
-                    try:
-                        future.result()
-                    except KeyboardInterrupt:
-                        results[step.notebook]["status"] = "interrupted"
-                        _Line(heads[step.notebook], whole=True).end("interrupted")
-                if workers.stopped and not running:
-                    break
-            except KeyboardInterrupt:
-                workers.stop()
-    return workers.stopped
-
-
 class _Workers:
     """Executes notebooks in processes of their own, each with its share of the cores.
 
-    The processes stand apart from the terminal, whose Ctrl-C reaches this one only: `stop` hands it on, once.
+    The processes stand apart from the terminal, whose Ctrl-C reaches this one only: `stop` hands it on, once. They hold
+    the lock of the run, and their standard input, which tells them when this process is gone.
     """
 
-    def __init__(self, jobs: int):
-        self._cores = str(max(1, len(runs.cores()) // jobs))
+    def __init__(self, jobs: int, lock: TextIO, token: str):
+        self.jobs = jobs
+        self.stopped = False
+        share = {"OMP_NUM_THREADS": str(max(1, len(runs.cores()) // jobs))} if jobs > 1 else {}
+        self._environment = {**share, **os.environ, runs.TOKEN: token}
+        self._files = (lock.fileno(),) if runs.fcntl else ()  # Windows has neither the lock nor a way to pass it
         self._processes: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
-        self.stopped = False
 
     def stop(self) -> None:
-        with self._lock:
-            if not self.stopped:
-                for process in self._processes:
-                    process.send_signal(signal.SIGINT)
+        """Let the notebooks that run end, and no other start. Returns at once: it is called by signals."""
+        if not self.stopped:
             self.stopped = True
+            threading.Thread(target=self._end).start()
 
-    def execute(self, source: Path, output: Path, parameters: Mapping[str, Any], _progress: Any) -> None:
+    def _end(self) -> None:
+        with self._lock:
+            processes = list(self._processes)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + _GRACE
+        for process in processes:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill_children(process.pid)
+                process.kill()
+
+    def execute(
+        self, source: Path, output: Path, parameters: Mapping[str, Any], progress: Callable[[int, int], None]
+    ) -> None:
         """Execute a notebook as `_execute` does, with the same errors."""
         job = json.dumps([str(source), str(output), dict(parameters)])
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         code += "from wsolnb.notebook import pipeline; pipeline._work()"
-        environment = {"OMP_NUM_THREADS": self._cores, **os.environ}
-        with self._lock:
-            if self.stopped:
-                raise KeyboardInterrupt
-            process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                text=True, env=environment, start_new_session=True,
-            )  # fmt: skip
-            self._processes.add(process)
-        try:
-            out, told = process.communicate(job)
-        finally:
+        answer: dict[str, Any] = {}
+        with tempfile.TemporaryFile() as told:
             with self._lock:
-                self._processes.discard(process)
-        if self.stopped and process.returncode:
+                if self.stopped:
+                    raise KeyboardInterrupt
+                process = subprocess.Popen(
+                    [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True,
+                    env=self._environment, pass_fds=self._files, start_new_session=True,
+                )  # fmt: skip
+                self._processes.add(process)
+            with process:  # closes its standard input only when it has ended
+                try:
+                    with contextlib.suppress(BrokenPipeError):  # it ended before it could read
+                        os.write(process.stdin.fileno(), f"{job}\n".encode())
+                    for line in process.stdout:
+                        answer = json.loads(line)
+                        if "cell" in answer:
+                            progress(*answer["cell"])
+                    process.wait()
+                finally:
+                    with self._lock:
+                        self._processes.discard(process)
+            told.seek(0)
+            noise = told.read().decode(errors="replace").strip()
+        ended = process.returncode or "error" not in answer
+        if self.stopped and (ended or answer["error"]):
             raise KeyboardInterrupt
-        if process.returncode:
-            problem = f"{source.stem}: its process ended with {process.returncode}: {told.strip()[-300:]}"
+        if ended:
+            problem = f"{source.stem}: its process ended with {process.returncode}: {noise[-300:]}"
             raise NotebookError(problem, "it has most often run out of memory; use fewer `--jobs`")
-        if error := json.loads(out.splitlines()[-1]):
-            raise NotebookError(*error)
+        if answer["error"]:
+            raise NotebookError(*answer["error"])
 
 
 def _work() -> None:
-    """Execute the notebook named on the standard input; ends with a line that holds the error, or null."""
-    source, output, parameters = json.load(sys.stdin)
+    """Execute the notebook named on the standard input, and tell the cells as they start, then the error or null.
+
+    Ends with the process that holds the other end of the standard input, and takes its kernel along.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries and kernels print is no answer, and a process that a notebook leaves keeps no pipe
+
+    def tell(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    def end_with_parent() -> None:
+        os.read(0, 1)  # returns when nobody can write any more
+        _kill_children(os.getpid())
+        os._exit(1)
+
+    def interrupt(*_: Any) -> None:
+        _kill_children(os.getpid())  # before the kernel is shut down, which would part its children from it
+        raise KeyboardInterrupt
+
+    job = sys.stdin.readline()
+    signal.signal(signal.SIGINT, interrupt)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # Left out, jsonschema checks no addresses, for which it would compile a grammar: half of what a worker starts with.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    source, output, parameters = json.loads(job)
+    error = None
     try:
-        _execute(Path(source), Path(output), parameters)
-        error = None
+        _execute(Path(source), Path(output), parameters, lambda *cell: tell(cell=cell))
     except NotebookError as failed:
         error = (failed.problem, failed.remedy)
-    print("\n" + json.dumps(error))
+    finally:
+        _kill_children(os.getpid())
+    tell(error=error)
+
+
+def _kill_children(pid: int) -> None:
+    """Kill the children of a process, and theirs, and wait until they are gone."""
+    found: set[psutil.Process] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while new := set(psutil.Process(pid).children(recursive=True)) - found:
+            found |= new
+            for process in new:
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()  # all of them first: one that still ran could start another unseen
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=10)
 
 
 def _run_step(
@@ -396,12 +470,14 @@ def _run_step(
     }
     fingerprint = runs.fingerprint(key)
     record = _record(record_file)
-    complete = output.is_file() and (metrics.is_file() or not record.get("metrics"))
-    if record.get("fingerprint") == fingerprint and complete and not force:
+    current = record.get("fingerprint") == fingerprint and not force
+    fault = _fault(record, folder, step.notebook) if current else ""
+    if current and not fault:
         line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
         return {"status": "up to date", "seconds": record["seconds"]}
 
     # From here on neither the record nor the numbers of the last run hold.
+    again = f"; again: {fault}" if fault else ""
     record_file.unlink(missing_ok=True)
     metrics.unlink(missing_ok=True)
     clock = time.perf_counter()
@@ -409,28 +485,54 @@ def _run_step(
         execute(source, output, step.parameters, line.cell)
     except NotebookError as error:
         seconds = round(time.perf_counter() - clock, 1)
-        line.end(f"failed after {_duration(seconds)}\n" + _indent(f"{error}\nThe notebook up to there: {output}"))
+        told = _indent(f"{error}\nThe notebook up to there: {output}")
+        line.end(f"failed after {_duration(seconds)}{again}\n{told}")
         return {"status": "failed", "seconds": seconds, "error": error.problem}
     seconds = round(time.perf_counter() - clock, 1)
     record = {
         "fingerprint": fingerprint,
         "run": uuid.uuid4().hex,
         "parameters": step.parameters,
-        "metrics": metrics.is_file(),
+        "files": _products(folder, step.notebook),
         "seconds": seconds,
         "finished": runs.now(),
     }
     runs.write_atomically(record_file, runs.to_json(record))
-    line.end(_duration(seconds))
+    line.end(f"{_duration(seconds)}{again}")
     return {"status": "done", "seconds": seconds}
 
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.read_text("utf-8"))
+        whole = isinstance(record["files"], dict) and isinstance(record["seconds"], (int, float))
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if whole else {}
+
+
+def _products(folder: Path, notebook: str) -> dict[str, str]:
+    """Return the SHA-256 of each file that a notebook has left in the run folder, under its path in there."""
+    found = [folder / "notebooks" / f"{notebook}.ipynb", folder / "metrics" / f"{notebook}.json"]
+    for kind in ("figures", "metrics"):
+        found += sorted((folder / kind / notebook).rglob("[!.]*"))  # hidden files are not results
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in found if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fault(record: Mapping[str, Any], folder: Path, notebook: str) -> str:
+    """Return what is wrong with the files that a record vouches for; empty where nothing is."""
+    for name, digest in {f"notebooks/{notebook}.ipynb": None, **record["files"]}.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} was changed since" if path.stat().st_size else f"{name} is empty"
+    return ""
 
 
 def _execute(
@@ -499,17 +601,25 @@ class _Line:
         self._clock = time.perf_counter()
         self._live = sys.stdout.isatty() and not whole
         if not whole:
-            print(head, end="", flush=True)
+            _say(head, end="")
 
     def cell(self, number: int, count: int) -> None:
         if self._live:
             seconds = time.perf_counter() - self._clock
             text = f"{self._head}cell {number}/{count}, {_duration(seconds)}"
-            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            _say(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="")
 
     def end(self, text: str) -> None:
         before = f"\r\x1b[K{self._head}" if self._live else self._head if self._whole else ""
-        print(f"{before}{text}\n", end="", flush=True)
+        _say(f"{before}{text}\n", end="")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Print; where nobody reads any more, as after the end of the terminal, the run still ends in order."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _duration(seconds: float) -> str:
@@ -526,47 +636,47 @@ def _indent(text: str) -> str:
 def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     """Return the metrics table of each notebook in a run folder, rebuilt from `metrics/*.json`.
 
-    Raises:
-        RunError: a metrics file is damaged.
+    A file that is damaged is named on the standard error, and left out: the others are worth no less.
     """
     import pandas as pd
 
     found = {}
     for path in sorted((runs.resolve(folder) / "metrics").glob("*.json")):
         try:
-            rows = json.loads(path.read_text())["table"]
+            rows = json.loads(path.read_text("utf-8"))["table"]
             found[path.stem] = pd.DataFrame(rows)
         except KeyError:
             continue  # a notebook without numbers to compare
-        except (ValueError, TypeError, AttributeError) as error:
-            raise runs.RunError(f"{path} is damaged: {error}", "delete it and run its notebook again") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            with contextlib.suppress(OSError):
+                warning = f"warning: {path} is damaged and left out ({error}); delete it, or run its notebook again"
+                print(warning, file=sys.stderr, flush=True)
     return found
 
 
 def show_metrics(folder: str | os.PathLike[str]) -> None:
-    """Print the metrics table of each notebook in a run folder.
+    """Print the metrics table of each notebook in a run folder, those of `tables`."""
+    _show_tables(tables(folder))
 
-    Raises:
-        RunError: a metrics file is damaged.
-    """
-    for name, table in tables(folder).items():
-        print(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}", flush=True)
+
+def _show_tables(found: Mapping[str, pd.DataFrame]) -> None:
+    for name, table in found.items():
+        _say(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
 
 
 def _show_steps(summary: Mapping[str, Any]) -> None:
     width = max((len(step["notebook"]) for step in summary["steps"]), default=0)
-    print(f"\n{'notebook':<{width}}  {'seconds':>8}  status")
+    _say(f"\n{'notebook':<{width}}  {'seconds':>8}  status")
     for step in summary["steps"]:
         seconds = "-" if step["seconds"] is None else f"{step['seconds']:.1f}"
-        print(f"{step['notebook']:<{width}}  {seconds:>8}  {step['status']}")
+        _say(f"{step['notebook']:<{width}}  {seconds:>8}  {step['status']}")
     if summary["interrupted"]:
-        print("\nInterrupted. What is finished is kept; the same command goes on from here.")
+        _say("\nInterrupted. What is finished is kept; the same command goes on from here.")
     elif not summary["complete"]:
         failed = [step["notebook"] for step in summary["steps"] if step["status"] == "failed"]
-        print(f"\nFailed: {', '.join(failed)}. The same command runs what is missing.")
+        _say(f"\nFailed: {', '.join(failed)}. The same command runs what is missing.")
     else:
-        print(f"\nAll {len(summary['steps'])} notebooks are done; this command took {_duration(summary['seconds'])}.")
-    sys.stdout.flush()
+        _say(f"\nAll {len(summary['steps'])} notebooks are done; this command took {_duration(summary['seconds'])}.")
 
 
 # Stored outputs

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from wsolnb import keys
 from wsolnb.errors import RunError
@@ -44,6 +44,8 @@ HARMLESS = ("progress", "num_workers", "jobs")
 """Names of values that change how long a result takes, and not the result."""
 REMAKE = "WSOLNB_REMAKE"
 """Environment variable: artefacts are reused only if they were made for this word (`reproduce --force` sets one)."""
+TOKEN = "WSOLNB_RUN_TOKEN"
+"""Environment variable: token and folder of the `wsolnb reproduce` that a notebook belongs to."""
 
 
 # Provenance
@@ -188,19 +190,22 @@ class Run:
         is built from. NaN is written as null.
 
         Raises:
-            RunError: a value cannot be stored as JSON, or the folder cannot be written.
+            RunError: a value cannot be stored as JSON, the folder cannot be written, or the run was superseded.
         """
         content = {**metrics, "provenance": self.provenance()}
+        check_current(self.folder)
         write_atomically(self.folder / "metrics" / f"{self.notebook}.json", to_json(content))
 
     def save_table(self, table: Any, name: str) -> None:
         """Write a pandas table to `metrics/<notebook>/<name>.csv`, without its index."""
+        check_current(self.folder)
         write_atomically(self.folder / "metrics" / self.notebook / f"{name}.csv", table.to_csv(index=False))
 
     def save_figure(self, figure: Any, name: str) -> None:
         """Write a Matplotlib figure to `figures/<notebook>/<name>.png`; equal figures give equal files."""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        check_current(self.folder)
         write_atomically(self.folder / "figures" / self.notebook / f"{name}.png", image.getvalue())
 
     def cached(
@@ -336,15 +341,35 @@ def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
     return f", anew: {keys.differences(old, json.loads(to_json(new)))}"
 
 
+def check_current(folder: str | os.PathLike[str]) -> None:
+    """Make sure that a notebook of `wsolnb reproduce` may still write to its run folder. Others always may.
+
+    The last defence where neither the lock nor the end of their parent has stopped the notebooks of an earlier run.
+
+    Raises:
+        RunError: another `wsolnb reproduce` has taken the folder over since.
+    """
+    own, _, place = os.environ.get(TOKEN, "").partition(" ")
+    if not own or os.path.realpath(place) != os.path.realpath(folder):
+        return
+    with contextlib.suppress(OSError):  # without a lock file nobody has taken over
+        current = (Path(folder) / ".lock").read_text().split()[1:2]
+        if current and current != [own]:
+            problem = f"this run was superseded: another `wsolnb reproduce` has started in {folder} since"
+            raise RunError(problem, "use the results of that one, or start `wsolnb reproduce` again")
+
+
 @contextlib.contextmanager
-def locked(path: Path, work: str) -> Iterator[None]:
+def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
     """Hold the lock file `path`, which names the process that holds it; wait while another process does.
 
-    The lock belongs to the open file, so the system frees it when its process ends, in whatever way.
+    The lock belongs to the open file, which is given: the system frees it when the last process that has this file
+    open ends, in whatever way.
 
     Args:
         path: the file, left behind when the lock is free again.
         work: what the lock is for, as `building tscam`; shown to those who wait.
+        token: written into the file, for `check_current`.
 
     Raises:
         RunError: the file cannot be written.
@@ -360,13 +385,22 @@ def locked(path: Path, work: str) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                print(f"waiting for process {file.read().strip() or '?'}, which is {work}", flush=True)
+                print(f"waiting for {_holder(file)} {work}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # a file system without locks: go on as if alone
                 pass
         file.seek(0)
         file.truncate()
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()}\n{token}\n" if token else f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield file
+
+
+def _holder(file: TextIO) -> str:
+    import psutil
+
+    file.seek(0)
+    number = next(iter(file.read().split()), "?")
+    if number.isdigit() and not psutil.pid_exists(int(number)):
+        return f"what process {number}, ended since, has left behind: it was"
+    return f"process {number}, which is"
