@@ -4,7 +4,7 @@ import torch
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
 from wsolnb.methods.base import pick
-from wsolnb.methods.cam import CAMClassifier, cam, layer_cam
+from wsolnb.methods.cam import CAMClassifier, cam, find_layer, layer_cam, layer_gradients
 
 
 def test_cam_equals_loops():
@@ -71,3 +71,62 @@ def test_layercam_of_an_inner_layer_has_its_resolution(classifier):
     found = classifier.layer_cam(torch.randn(1, 3, 112, 112), torch.tensor([0]), classifier.backbone.resnet.layer1)
     assert found.shape == (1, 28, 28)
     assert found.min() >= 0
+
+
+def test_layercam_leaves_inference_mode_for_itself(classifier):
+    images, classes = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
+    layer = classifier.backbone.get_submodule("resnet.layer2")
+    expected = classifier.layer_cam(images, classes, layer)
+    with torch.inference_mode():
+        found = classifier.layer_cam(images + 0, classes + 0, layer)  # sums: tensors of inference mode
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(found, expected)
+    assert expected.max() > 0
+
+
+def test_layercam_of_frozen_weights_leaves_no_trace(classifier):
+    images, classes = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
+    layer = classifier.backbone.get_submodule("resnet.layer2")
+    expected = classifier.layer_cam(images, classes, layer)
+    classifier.requires_grad_(False)
+    try:
+        assert torch.equal(classifier.layer_cam(images, classes, layer), expected)
+    finally:
+        classifier.requires_grad_(True)
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    assert not layer._forward_hooks
+
+
+def test_a_layer_before_a_relu_in_place_keeps_its_negative_values(classifier):
+    activations, _ = layer_gradients(
+        classifier, torch.randn(1, 3, 64, 64), torch.tensor([0]), classifier.backbone.get_submodule("resnet.bn1")
+    )
+    assert activations.min() < 0
+
+
+@pytest.mark.parametrize("asked", [[0, 4], [-1, 0]])
+def test_a_class_that_the_model_lacks_is_refused(classifier, asked):
+    images, classes = torch.randn(2, 3, 64, 64), torch.tensor(asked)
+    with pytest.raises(ParameterError, match="4 classes"):
+        classifier.layer_cam(images, classes, classifier.backbone)
+    with pytest.raises(ParameterError, match="4 classes"):
+        classifier.localize(classifier(images), classes)
+    with pytest.raises(ParameterError, match="classes for 2 images"):
+        classifier.localize(classifier(images), torch.tensor([0]))
+
+
+def test_a_layer_off_the_way_to_the_score_is_refused(classifier):
+    images, classes = torch.randn(1, 3, 64, 64), torch.tensor([0])
+    unused = classifier.backbone.get_submodule("resnet.global_pool")
+    with pytest.raises(ParameterError, match="does not run it"):
+        classifier.layer_cam(images, classes, unused)
+    with pytest.raises(ParameterError, match="no feature map"):
+        classifier.layer_cam(images, classes, classifier.classifier)
+    assert not unused._forward_hooks
+    assert not classifier.classifier._forward_hooks
+
+
+def test_an_unknown_layer_is_named_with_the_nearest(classifier):
+    assert find_layer(classifier.backbone, "") is classifier.backbone
+    with pytest.raises(ParameterError, match=r"resnet\.layer9.*mean 'resnet\.layer"):
+        find_layer(classifier.backbone, "resnet.layer9")

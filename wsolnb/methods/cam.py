@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from wsolnb.backbones import ConvBackbone
-from wsolnb.errors import ParameterError
+from wsolnb.errors import ParameterError, nearest
 from wsolnb.methods import register
-from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.base import LocalizationModel, pick
 
 
 def cam(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
@@ -18,13 +18,14 @@ def cam(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
 
     features: (B, K, h, w), the maps that global average pooling sees. weight: (C, K) of the linear classifier.
     classes: (B,) class of each image. Returns (B, h, w), not normalised, >= 0.
+    Raises ParameterError for shapes that do not fit, or a class that the weights lack.
     """
     if features.ndim != 4 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
         raise ParameterError(
             f"features {tuple(features.shape)} and classifier weights {tuple(weight.shape)} do not fit",
             "give (B, K, h, w) features and (C, K) weights of the layer behind the pooling",
         )
-    return torch.einsum("bkhw,bk->bhw", features, weight[classes]).relu()
+    return torch.einsum("bkhw,bk->bhw", features, pick(weight.expand(len(features), -1, -1), classes)).relu()
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -39,6 +40,58 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
             "give both as (B, K, h, w) of the same layer",
         )
     return (gradients.relu() * activations).sum(dim=1).relu()
+
+
+def find_layer(backbone: nn.Module, name: str) -> nn.Module:
+    """Return the backbone's submodule of that name, such as "resnet.layer3"; "" is the backbone itself.
+
+    Raises ParameterError for an unknown name; the nearest one is given.
+    """
+    names = [known for known, _ in backbone.named_modules() if known]
+    try:
+        return backbone.get_submodule(name)
+    except AttributeError as error:
+        hint = nearest(name, names)
+        raise ParameterError(f"no layer {name!r}{hint}", 'use a name of named_modules(), or "" (all)') from error
+
+
+def layer_gradients(
+    model: LocalizationModel, images: Tensor, classes: Tensor, layer: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Return the activations A of a layer and the gradients d y_c / d A of the class scores; each (B, K, h, w).
+
+    images: (B, 3, H, W), normalised. classes: (B,), the class c of each image. Works under `torch.inference_mode`,
+    which it leaves for itself, and with frozen weights. The model should be in evaluation mode, since it is run again.
+
+        activations, gradients = layer_gradients(model, images, classes, model.backbone.get_submodule("resnet.layer2"))
+
+    Raises ParameterError for a class that the model lacks, or a layer without a feature map on the way to the score.
+    """
+    held: list[Tensor] = []
+
+    def hold(_module: nn.Module, _inputs: tuple, value: Tensor) -> Tensor:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            raise ParameterError(f"{type(layer).__name__} gives no feature map", "choose a layer with (B, K, h, w)")
+        # The graph starts here: no weight needs a gradient, and nothing before the layer is run backwards.
+        held.append(value.detach().requires_grad_())
+        # A copy goes on, because the next layer may be a ReLU in place, which would overwrite what is held.
+        return held[-1].clone()
+
+    handle = layer.register_forward_hook(hold)
+    try:
+        # A tensor of inference mode cannot take part in a gradient, its copy can.
+        with torch.inference_mode(False), torch.enable_grad():
+            score = pick(model(images.clone()).logits, classes.clone()).sum()
+            reached = bool(held) and score.requires_grad
+            gradients = torch.autograd.grad(score, held[-1], allow_unused=True)[0] if reached else None
+    finally:
+        handle.remove()
+    if gradients is None:
+        raise ParameterError(
+            f"the class score does not depend on this {type(layer).__name__}: the forward pass does not run it",
+            "choose a layer between the images and the final feature map",
+        )
+    return held[-1].detach(), gradients
 
 
 class CAMOutput(NamedTuple):
@@ -72,22 +125,21 @@ class CAMClassifier(LocalizationModel):
         return CAMOutput(self.classifier(features.mean(dim=(2, 3))), features)
 
     def localize(self, output: CAMOutput, classes: Tensor) -> dict[str, Tensor]:
-        """CAM and LayerCAM of the final layer for one class per image; each (B, h, w)."""
+        """CAM and LayerCAM of the final layer for one class per image; each (B, h, w).
+
+        Raises ParameterError for a class that the model lacks.
+        """
         features = output.features.detach().float()
         weight = self.classifier.weight.detach().float()
+        maps = {"cam": cam(features, weight, classes)}
         # Behind the final layer lie only the pooling and the linear classifier, so d y_c / d f_k(x, y) = w_k^c / hw.
         gradients = weight[classes][:, :, None, None].expand_as(features) / features[0, 0].numel()
-        return {"cam": cam(features, weight, classes), "layercam": layer_cam(features, gradients)}
+        return maps | {"layercam": layer_cam(features, gradients)}
 
     def layer_cam(self, images: Tensor, classes: Tensor, layer: nn.Module) -> Tensor:
-        """LayerCAM of any layer inside the backbone, such as `model.backbone.resnet.layer2`; (B, h, w)."""
-        held: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda _module, _inputs, value: held.append(value))
-        try:
-            with torch.enable_grad():
-                logits = self(images).logits.float()
-                score = logits.gather(1, classes[:, None]).sum()
-                (gradients,) = torch.autograd.grad(score, held[0])
-        finally:
-            handle.remove()
-        return layer_cam(held[0].detach(), gradients)
+        """LayerCAM of any layer inside the backbone, such as `model.backbone.resnet.layer2`; (B, h, w).
+
+        Raises ParameterError as `layer_gradients` does.
+        """
+        activations, gradients = layer_gradients(self, images, classes, layer)
+        return layer_cam(activations.float(), gradients.float())
