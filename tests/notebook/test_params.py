@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from wsolnb.data import aviary
 from wsolnb.errors import ParameterError
 from wsolnb.notebook import params
 
@@ -44,11 +45,25 @@ def test_parameters_are_read_in_order_with_type_default_and_help(repository):
     assert params.notebook_parameters("notebooks/03_cam.ipynb") == declared  # as completed by a shell elsewhere
 
 
+def test_a_long_list_of_choices_may_span_lines(repository):
+    text = 'studies: list[\n    Literal["pairs", "a >= b #1"]\n] = []  # to train here, größer\nseed: int = 0  # of all'
+    declared = params.notebook_parameters(repository.notebook("01_data", parameters=text))
+    assert declared["studies"].help == "to train here, größer"
+    assert declared["studies"].check(["a >= b #1"]) == ["a >= b #1"]
+    assert list(declared) == ["studies", "seed"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("epochs = 3  # no type", "declares no parameter"),
         ("epochs: int = 3", "has no comment"),
+        ("epochs: int = 3  #", "has no comment"),
+        ('name: str = "a # b"', "has no comment"),
+        ("epochs: int = 0  # of a training", "must be 1 or more, not 0"),
+        ('name: Literal["a", "b"] = "c"  # no choice', "not 'c'"),
+        ("name: \"__import__('os')\" = 1  # executed", "not known"),
+        ("name: list[\"__import__('os')\"] = []  # executed", "not known"),
         ("epochs: int = 2 + 1  # computed", "no plain value"),
         ("epochs: int = os.getpid()  # executed", "no plain value"),
         ("epochs: Path = 3  # not in the vocabulary", "type Path is not known"),
@@ -149,6 +164,36 @@ def test_values_of_another_type_are_errors_that_show_both(repository, name, valu
         params.check_parameters("03_cam", {name: value})
     declared = params.notebook_parameters("03_cam")[name].type
     assert f"{name!r} must be {declared}, not {value!r} ({type(value).__name__})" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("declaration", "good", "wrong", "allowed"),
+    [
+        ("seeds: list[int] = [0]", [[3, 4]], [[]], "a list of at least one value"),
+        ("seeds: list[int] = [0]", [[0]], [[0, -1]], "0 or more"),
+        ("scored_seeds: list[int] = []", [[], [1]], [[-1]], "0 or more"),
+        ("cam_epochs: int = 7", [1], [0, -3], "1 or more"),
+        ("literal_epochs: int = 1", [0, 2], [-1], "0 or more"),
+        ("generator_images: int = 0", [0, 5], [-1], "0 or more"),
+        ("val_images: int = 300", [1], [0], "1 or more"),
+        ("batch_size: int = 16", [1], [0], "1 or more"),
+        ("irn_batch_size: int = 16", [1], [0], "1 or more"),
+        ("image_size: int = 112", [32], [31], "32 or more"),
+        ("classes: int = 12", [2, aviary.MAX_CLASSES], [1, aviary.MAX_CLASSES + 1], "2 to 42"),
+        ("head_lr: float | None = None", [None, 1e-9], [0.0, float("nan")], "above 0"),
+        ("rates: list[float] = [0.1]", [[0.2]], [[0.2, 0.0]], "above 0"),
+        ("body_cue: float = 0.2", [0.0, 1.0], [-0.1, 1.1], "0 to 1"),
+    ],
+)
+def test_a_value_out_of_the_range_of_its_name_is_an_error(repository, declaration, good, wrong, allowed):
+    name = declaration.partition(":")[0]
+    notebook = repository.notebook("01_data", parameters=f"{declaration}  # so far")
+    for value in good:
+        assert params.check_parameters(notebook, {name: value}) == {name: value}
+    for value in wrong:
+        for refuse in (params.check_parameters, params.collect):
+            with pytest.raises(ParameterError, match=rf"'{name}' must be {allowed}, not .*\n.*default is .*\(so far\)"):
+                refuse(notebook, {name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """The form of the stored notebooks, and the parameters that the profiles give them. Nothing is executed."""
 
+import fnmatch
 from pathlib import Path
 
 import nbformat
 import pytest
 from checks import problems
+from papermill import inspect_notebook
 from sample import Repository
 
+from wsolnb.errors import ParameterError
 from wsolnb.notebook import params, pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +37,34 @@ def test_a_profile_is_in_order(profile, root):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_parameter_file_fits_its_notebook(path, root):
     params.check_parameters(path.stem, params.load_parameter_file(path), str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seeds", []), ("protocol", "croped"), ("cam_epochs", 0), ("precision", "fp16"), ("output_stride", 4)],
+)
+def test_a_wrong_choice_or_range_is_refused_before_the_run(name, value, root):
+    with pytest.raises(ParameterError, match=f"{name!r} must be .*\n.*the default is"):
+        params.check_parameters("03_cam_and_tscam", {name: value})
+    values = {name: parameter.default for name, parameter in params.notebook_parameters("03_cam_and_tscam").items()}
+    with pytest.raises(ParameterError, match=f"{name!r} must be"):
+        params.collect("03_cam_and_tscam", values | {name: value})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_reads_the_same_of_what_it_can_read(path, root):
+    declared = params.notebook_parameters(path)
+    for name, found in inspect_notebook(path).items():
+        assert (found["help"], found["inferred_type_name"]) == (declared[name].help, declared[name].type), name
+    # It knows no Literal; all else it has to see, so that its warnings of unknown names stay few.
+    assert {name for name, p in declared.items() if "Literal" not in p.type} <= set(inspect_notebook(path))
+
+
+def test_every_rule_is_of_some_parameter(root):
+    names = {name for path in NOTEBOOKS for name in params.notebook_parameters(path)}
+    for patterns in (params._FILLED, *(names_ for _, names_ in params._RULES.values())):
+        for pattern in patterns.split():
+            assert fnmatch.filter(names, pattern), pattern
 
 
 def test_every_notebook_is_a_step_of_the_default_profile(root):
@@ -122,6 +153,11 @@ def test_a_good_notebook_has_no_problem(tmp_path, good):
 def test_each_problem_is_found(tmp_path, good, position, cell, problem):
     good[position] = cell
     assert any(problem in found for found in check(tmp_path, good)), check(tmp_path / "again", good)
+
+
+def test_a_parameters_cell_may_be_long(tmp_path, good):
+    good[1].source += "".join(f"\nseed_{n}: int = 0  # one more" for n in range(31))
+    assert check(tmp_path, good) == []
 
 
 def test_outputs_that_nbval_ignores_may_differ(tmp_path, good):

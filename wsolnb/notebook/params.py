@@ -5,18 +5,21 @@ A numbered notebook has one code cell with the tag `parameters`, and in it one a
     epochs: int = 30  # passes over the training images
 
 That cell is all there is to declare: YAML files, the command line and `papermill -p` are checked against it.
+
+`papermill.inspect_notebook` is no help here. It silently drops what its pattern does not know: a `Literal["a", "b"]`, a
+`|`, and everything that is no parameter. Its import takes seconds, which every kernel would pay.
 """
 
 from __future__ import annotations
 
 import ast
-import io
+import functools
 import json
 import os
 import re
-import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +29,33 @@ from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from wsolnb.errors import ParameterError, nearest
 from wsolnb.notebook import runs
 
-_SCALARS = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
+_SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
 _EXAMPLE = "write one per line, as `epochs: int = 30  # passes over the training images`"
+
+# What a type cannot say, of which names; the first line that has a name counts. Rules go by name, so that a cell stays
+# plain Python and a name means the same in every notebook. What may be 0 or empty on purpose is allowed to be.
+_RULES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "0 or more": (
+        lambda n: n >= 0,
+        "literal_epochs *seed* shift num_workers heads *weight_decay steps *_per_class "
+        "images generator_images tuning_images",
+    ),
+    "1 or more": (
+        lambda n: n >= 1,
+        "*epochs *batch_size batch repeats *_images clusters iterations dilations *channels ppd_hidden irn_width",
+    ),
+    "above 0": (lambda n: n > 0, "*lr rates *scale *scales segmenter_power crf_colour crf_distance"),
+    "0 to 1": (
+        lambda n: 0 <= n <= 1,
+        "body_cue cues context_correlation tau mu_? grid_mu* floors dampings *_threshold momentum label_smoothing",
+    ),
+    "2 to 42": (lambda n: 2 <= n <= 42, "classes"),
+    "2 or more": (lambda n: n >= 2, "label_radius walk_radius"),
+    "32 or more": (lambda n: n >= 32, "image_size irn_size segmenter_size"),
+    "8 to 160": (lambda n: 8 <= n <= 160, "crf_side"),
+}
+_FILLED = "seeds claim_seeds pair_seeds study_seeds grid_mu_? floors steps dampings dilations scales test_scales"
 
 
 @dataclass(frozen=True)
@@ -48,21 +75,34 @@ class Parameter:
             source: where it was given, for the message.
 
         Raises:
-            ParameterError: the value has another type.
+            ParameterError: the value has another type, or breaks the rule of its name.
         """
-        adapter = TypeAdapter(_type(ast.parse(self.type, mode="eval").body), config=ConfigDict(strict=True))
         try:
-            return adapter.validate_python(value)
+            checked = _adapter(self.type).validate_python(value)
         except ValidationError as error:
             problem = f"parameter {self.name!r} must be {self.type}, not {value!r} ({type(value).__name__})"
             first = error.errors()[0]
             raise ParameterError(_in(source, problem), _remedy(first, self)) from None
+        if allowed := self._broken(checked):
+            problem = f"parameter {self.name!r} must be {allowed}, not {value!r}"
+            raise ParameterError(_in(source, problem), f"change it; the default is {self.default!r} ({self.help})")
+        return checked
+
+    def _broken(self, value: Any) -> str:
+        """Return what the name's rule allows, if the value breaks it."""
+        items = value if isinstance(value, list) else [value]
+        if not items and _named(self.name, _FILLED):
+            return "a list of at least one value"
+        rules = ((words, holds) for words, (holds, names) in _RULES.items() if _named(self.name, names))
+        words, holds = next(rules, ("", bool))
+        numbers = (item for item in items if isinstance(item, int | float))
+        return "" if all(map(holds, numbers)) else words
 
     def parse(self, text: str) -> Any:
         """Return the value that `text`, as typed on the command line, has for the declared type.
 
         Raises:
-            ParameterError: the text is no value of that type.
+            ParameterError: the text is no such value.
         """
         try:
             value = yaml.load(text, _Numbers)
@@ -79,6 +119,15 @@ class Parameter:
                 raise ParameterError(error.problem, f"write `-p {self.name}=...` with a value of that type") from None
 
 
+def _named(name: str, patterns: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+@functools.cache
+def _adapter(annotation: str) -> TypeAdapter:
+    return TypeAdapter(_type(ast.parse(annotation, mode="eval").body), config=ConfigDict(strict=True))
+
+
 def _type(node: ast.expr) -> Any:
     """Return the type that an annotation names. Nothing is evaluated: only the words of the vocabulary are known."""
     match node:
@@ -86,16 +135,10 @@ def _type(node: ast.expr) -> Any:
             return _SCALARS[name]
         case ast.Constant(value=None):
             return None
-        case ast.Name(id="list" | "dict" as name):
-            return {"list": list, "dict": dict[str, Any]}[name]
-        case ast.Name(id="tuple"):
-            return Annotated[tuple, Strict(False)]
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _type(left) | _type(right) if _type(left) is not None else _type(right) | None
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=choices)):
-            return Literal[tuple(ast.literal_eval(choice) for choice in choices)]
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=choice):
-            return Literal[ast.literal_eval(choice)]
+            return _type(left) | _type(right)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            return Literal[ast.literal_eval(choices)]
         case ast.Subscript(value=ast.Name(id="list"), slice=item):
             return list[_type(item)]
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[ast.Name(id="str"), item])):
@@ -172,28 +215,26 @@ def notebook_parameters(notebook: str | os.PathLike[str]) -> dict[str, Parameter
 def _parse(source: str, name: str) -> dict[str, Parameter]:
     try:
         statements = ast.parse(source).body
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError) as error:
+    except SyntaxError as error:
         raise ParameterError(f"the parameters cell of {name} is no Python: {error}", _EXAMPLE) from None
-    comments = {token.start[0]: token.string.lstrip("# ").strip() for token in tokens if token.type == tokenize.COMMENT}
+    lines = source.encode().split(b"\n")  # the columns of `ast` count bytes
     found: dict[str, Parameter] = {}
-    lines = set()
     for statement in statements:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
             continue  # Literal has to come from somewhere
         where = f"the parameters cell of {name}, line {statement.lineno}"
         match statement:
             case ast.AnnAssign(target=ast.Name(id=parameter), value=ast.expr() as value) if (
-                statement.lineno == statement.end_lineno
+                value.lineno == statement.end_lineno  # only a long list of choices may span lines
             ):
                 pass
             case _:
                 raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
-        if not (comment := comments.get(statement.lineno)):
-            raise ParameterError(f"{where}: {parameter!r} has no comment", _EXAMPLE)
-        if parameter in found or statement.lineno in lines:
-            raise ParameterError(f"{where}: {parameter!r} is declared twice, or shares its line", _EXAMPLE)
-        lines.add(statement.lineno)
+        code, _, comment = lines[statement.end_lineno - 1][statement.end_col_offset :].decode().partition("#")
+        if code.strip() or not comment.strip("# "):
+            raise ParameterError(f"{where}: {parameter!r} has no comment, or shares its line", _EXAMPLE)
+        if parameter in found:
+            raise ParameterError(f"{where}: {parameter!r} is declared twice", _EXAMPLE)
         annotation = ast.unparse(statement.annotation)
         try:
             _type(statement.annotation)
@@ -204,7 +245,7 @@ def _parse(source: str, name: str) -> dict[str, Parameter]:
         except ValueError:
             problem = f"{where}: the default `{ast.unparse(value)}` is no plain value"
             raise ParameterError(problem, "write a number, text, list or dictionary, and compute below") from None
-        found[parameter] = Parameter(parameter, annotation, default, comment)
+        found[parameter] = Parameter(parameter, annotation, default, comment.lstrip("# ").strip())
         found[parameter].check(default, where)
     return found
 

@@ -18,6 +18,7 @@ import contextlib
 import graphlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -550,6 +551,8 @@ def _execute(
     import nbformat
     import papermill
 
+    # It warns that a `Literal[...]` is unknown, which its pattern cannot read. All names are checked before.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     # The kernel has to be this interpreter, also where a user has installed a kernel `python3` of another one.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     count = len(nbformat.read(source, as_version=4).cells) + bool(parameters)
