@@ -220,6 +220,11 @@ def _look_at(module: str) -> _Module:
     return _module(str(path), found.st_size, found.st_mtime_ns)
 
 
+def module_digest(module: str) -> str | None:
+    """Return the digest of one module's code, without what it imports; None where there is no such module."""
+    return _look_at(module).digest if path_of(module) else None
+
+
 def _defined_in(module: str, name: str | None) -> str:
     """Return the module that defines `name` of `module`, through any number of re-exports."""
     if name is None:
@@ -543,6 +548,8 @@ def _differences(old: Any, new: Any, place: tuple[str, ...]) -> Iterator[str]:
     top, *rest = place or ("it",)
     named = ".".join(rest)
     match top:
+        case "code" if named == "cells":
+            yield "the notebook's cells changed"
         case "code":
             yield f"the code of {named} {'changed' if old and new else 'is new' if new else 'is no longer run'}"
         case "versions":

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from wsolnb import keys
 from wsolnb.errors import ParameterError
 from wsolnb.notebook import pipeline, runs
 
@@ -151,6 +153,7 @@ def executed(monkeypatch):
             return names
 
     executed = Executed()
+    executed.data = {}
 
     def execute(_, source, output, parameters, progress):
         executed.append(source.stem)
@@ -158,7 +161,9 @@ def executed(monkeypatch):
         output.write_text("{}")
         if source.stem in executed.failing:
             raise pipeline.NotebookError(f"{source.stem}: broken")
-        runs.start(source.stem, parameters).save_metrics({"table": [{"epochs": parameters.get("epochs", 2)}]})
+        run = runs.start(source.stem, parameters)
+        run.data |= executed.data.get(source.stem, {})
+        run.save_metrics({"table": [{"epochs": parameters.get("epochs", 2)}]})
 
     monkeypatch.setattr(pipeline._Workers, "execute", execute)
     return executed
@@ -218,12 +223,56 @@ def test_what_a_change_reaches_is_run_again(repository, executed):
     assert executed.take() == ["02_metrics", "90_leaderboard"]
 
 
-def test_a_change_of_the_package_reaches_everything(repository, executed, monkeypatch):
+def test_a_change_of_the_package_reaches_those_who_import_it(repository, executed, monkeypatch, capsys):
+    repository.notebook("02_metrics", "from wsolnb.metrics import MaxBoxAcc")
     pipeline.reproduce("mini")
     executed.take()
-    monkeypatch.setattr(runs, "source_fingerprint", lambda code: "changed")
+    digest_of = keys._look_at
+    changed = {"wsolnb.metrics.localization"}
+
+    def look_at(module):
+        looked = digest_of(module)
+        return dataclasses.replace(looked, digest="another") if module in changed else looked
+
+    monkeypatch.setattr(keys, "_look_at", look_at)
+    capsys.readouterr()
+    pipeline.reproduce("mini")
+    assert executed.take() == ["02_metrics"]
+    assert "again: the code of wsolnb.metrics.localization changed" in capsys.readouterr().out
+    changed.add("wsolnb.notebook.runs")  # which every notebook imports
     pipeline.reproduce("mini")
     assert executed.take() == ALL
+
+
+def test_what_a_notebook_has_read_counts(repository, executed, tmp_path, capsys):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("1 2")
+    executed.data["01_data"] = {"labels.txt": keys.tree(labels)}
+    pipeline.reproduce("mini")
+    executed.take()
+    pipeline.reproduce("mini")
+    assert executed.take() == []
+    labels.write_text("2 1")
+    steps, _ = pipeline.status("mini")
+    assert steps["01_data"] == "the files of labels.txt changed"
+    pipeline.reproduce("mini", only=["01_data"])
+    assert executed.take() == ["01_data"]
+
+
+def test_status_tells_why(repository, executed):
+    steps, artefacts = pipeline.status("mini")
+    assert set(steps.values()) == {"it has not run to its end here"}
+    assert artefacts == {}
+    pipeline.reproduce("mini")
+    assert not any(pipeline.status("mini")[0].values())
+    steps, _ = pipeline.status("mini", ["lr=0.5"])
+    assert steps["03_cam"] == "lr was None, is 0.5"
+    run = runs.start("03_cam", {}, "outputs/mini")
+    folder = run.cached("model", lambda folder: (folder / "weights").write_text("1"))
+    (run.checkpoints / "half-0").mkdir()
+    assert pipeline.status("mini")[1] == {"half-0": "it was not finished", folder.name: "no notebook uses it any more"}
+    (folder / "weights").write_text("2")
+    assert pipeline.status("mini")[1][folder.name] == "weights missing or damaged"
 
 
 def test_force_runs_again_what_is_named(repository, executed):

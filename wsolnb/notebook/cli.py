@@ -63,7 +63,7 @@ def reproduce(
     only: Annotated[
         list[str] | None, typer.Option(metavar="NOTEBOOK", help="this notebook and what it needs; can be repeated")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="run also what is up to date; checkpoints are reused")] = False,
+    force: Annotated[bool, typer.Option("--force", help="run also what is up to date, and train anew")] = False,
     outputs: Outputs = "outputs",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at once, each with its share of the cores")] = 1,
 ) -> None:
@@ -78,6 +78,27 @@ def reproduce(
 
         summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
+
+
+@app.command()
+def status(
+    profile: Profile = "mini",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="as `reproduce` would be given it"),
+    ] = None,
+    outputs: Outputs = "outputs",
+) -> None:
+    """Tell what `reproduce` would run or train again, and why. Ends with 0 when all is fresh, with 1 when not."""
+    from wsolnb.notebook import pipeline
+
+    for what, found in zip(("notebooks", "artefacts"), pipeline.status(profile, parameter or (), outputs), strict=True):
+        typer.echo(f"{what}: {sum(not why for why in found.values())} of {len(found)} fresh")
+        for name, why in found.items():
+            typer.echo(f"  {name}: {f'stale, {why}' if why else 'fresh'}")
+        if what == "notebooks":
+            stale = any(found.values())
+    raise typer.Exit(int(stale))
 
 
 @app.command()

@@ -27,7 +27,7 @@ import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.notebook import runs
+from wsolnb.files import repository_root
 
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
@@ -181,7 +181,7 @@ def notebook_path(notebook: str | os.PathLike[str]) -> Path:
     path = Path(notebook)
     if path.suffix == ".ipynb" and path.is_file():
         return path.resolve()
-    folder = runs.repository_root() / "notebooks"
+    folder = repository_root() / "notebooks"
     path = folder / f"{path.name.removesuffix('.ipynb')}.ipynb"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.ipynb"))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import graphlib
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wsolnb import files
+from wsolnb import files, keys
 from wsolnb.errors import ParameterError, WsolnbError, nearest
+from wsolnb.files import repository_root, resolve, to_json, write_atomically
 from wsolnb.notebook import params, runs
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ class _File(BaseModel):
 
 def profiles() -> list[str]:
     """Return the names of the profiles: the folders of `params/` with a `pipeline.yaml`."""
-    return sorted(path.parent.name for path in (runs.repository_root() / "params").glob("*/pipeline.yaml"))
+    return sorted(path.parent.name for path in (repository_root() / "params").glob("*/pipeline.yaml"))
 
 
 def run_folder(profile: str, outputs: str | os.PathLike[str] = "outputs") -> Path:
     """Return the run folder of a profile: `<outputs>/<profile>`."""
-    return runs.resolve(outputs) / profile
+    return resolve(outputs) / profile
 
 
 def plan(
@@ -108,11 +108,11 @@ def plan(
     if profile not in (known := profiles()):
         problem = f"there is no profile {profile!r}{nearest(profile, known)}"
         raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
-    folder = runs.repository_root() / "params" / profile
+    folder = repository_root() / "params" / profile
     entries = _select(_ordered(_entries(folder / "pipeline.yaml"), folder), only)
 
     place = run_folder(profile, outputs)
-    root = runs.repository_root()
+    root = repository_root()
     # Relative where it can be, so that a run folder that moves with its repository stays up to date.
     injected = place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix()
 
@@ -163,7 +163,7 @@ def _ordered(entries: list[_Entry], folder: Path) -> list[_Entry]:
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise ParameterError(f"{path}: these steps need each other: {circle}", "drop one of these needs") from None
-    notebooks = [file.stem for file in (runs.repository_root() / "notebooks").glob("*.ipynb")]
+    notebooks = [file.stem for file in (repository_root() / "notebooks").glob("*.ipynb")]
     for file in sorted(folder.glob("*.yaml")):
         if file != path and file.stem not in notebooks:  # it would silently change nothing
             raise ParameterError(f"{file} belongs to no notebook{nearest(file.stem, notebooks)}", "rename or delete it")
@@ -209,9 +209,10 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
 
-    A step is up to date while its code cells, its parameters, the source of `wsolnb`, the versions of the packages and
-    the runs of its needs are those it was made with, and its files are as it left them. A step that fails stops only
-    the steps that need it. After an interruption the same command goes on with what is missing.
+    A step is up to date while all that it depends on is as it was: its parameters, its cells and the modules they import
+    (comments and docstrings do not count), the versions of the numeric libraries, the files that it read, the runs
+    of its needs, and its own files. A step that fails stops only the steps that need it. After an interruption the same
+    command goes on with what is missing.
 
     Each notebook runs in a process of its own, which ends with this one, whatever ends it. While one is left, a second
     `reproduce` in the same folder waits.
@@ -220,7 +221,7 @@ def reproduce(
         profile: name of a folder in `params/`.
         overrides: `name=value` texts. Each goes to every notebook that declares the name.
         only: notebooks to run, with the steps that they need; all of them where it is empty.
-        force: run the notebooks (those of `only`) even if they are up to date. Checkpoints are still reused.
+        force: run the notebooks (those of `only`) even if they are up to date, and train anew what they use.
         outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
         jobs: notebooks that run at once, each with its share of the cores. On a GPU they share its memory, too.
 
@@ -241,13 +242,13 @@ def reproduce(
     with runs.locked(folder / ".lock", f"running in {folder}", token) as lock:
         if removed := files.sweep(folder):
             _say(f"removed {removed} temporary files, left behind by processes that were killed")
-        workers = _Workers(jobs, lock, f"{token} {folder}")
+        workers = _Workers(jobs, lock, f"{token} {folder}", {runs.REMAKE: token} if force else {})
         with _interrupts_go_to(workers.stop):
             summary = {"profile": profile, "overrides": list(overrides)}
             summary |= _run_steps(steps, named if force else set(), folder, workers)
             found = tables(folder)
             summary["tables"] = {name: table.to_dict(orient="records") for name, table in found.items()}
-            runs.write_atomically(folder / "summary.json", runs.to_json(summary))
+            write_atomically(folder / "summary.json", to_json(summary))
     _show_tables(found)
     _show_steps(summary)
     return summary
@@ -273,8 +274,6 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
     started, clock, jobs = runs.now(), time.perf_counter(), workers.jobs
     at_once = f", {jobs} at once" if jobs > 1 else ""
     _say(f"{len(steps)} notebooks{at_once}, run folder {folder}")
-    code = runs.source_fingerprint([Path(__file__).parents[1]])
-
     results: dict[str, dict[str, Any]] = {
         step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
     }
@@ -296,7 +295,7 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
                     over.add(step.notebook)
                 else:
                     force = step.notebook in forced
-                    future = pool.submit(_run_step, step, folder, code, force, line, workers.execute)
+                    future = pool.submit(_run_step, step, folder, force, line, workers.execute)
                     running[future] = (step.notebook, line)
                 continue
             if not running:
@@ -318,7 +317,7 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
         "started": started,
         "seconds": round(time.perf_counter() - clock, 1),
         "steps": list(results.values()),
-        "versions": runs.versions(),
+        "versions": keys.versions(),
         **runs.commit(),
         "processor": runs.cpu_model(),
     }
@@ -331,11 +330,11 @@ class _Workers:
     the lock of the run, and their standard input, which tells them when this process is gone.
     """
 
-    def __init__(self, jobs: int, lock: TextIO, token: str):
+    def __init__(self, jobs: int, lock: TextIO, token: str, environment: Mapping[str, str]):
         self.jobs = jobs
         self.stopped = False
         share = {"OMP_NUM_THREADS": str(max(1, len(runs.cores()) // jobs))} if jobs > 1 else {}
-        self._environment = {**share, **os.environ, runs.TOKEN: token}
+        self._environment = {**share, **os.environ, **environment, runs.TOKEN: token}
         self._files = (lock.fileno(),) if runs.fcntl else ()  # Windows has neither the lock nor a way to pass it
         self._processes: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -452,38 +451,51 @@ def _kill_children(pid: int) -> None:
     psutil.wait_procs(found, timeout=10)
 
 
-def _run_step(
-    step: Step, folder: Path, code: str, force: bool, line: _Line, execute: Callable[..., Any]
-) -> dict[str, Any]:
+def _key(step: Step, folder: Path, data: Iterable[str]) -> dict[str, Any]:
+    """Return what the result of a step depends on; data: the files and folders that its last run has read."""
+    cells = json.loads(params.notebook_path(step.notebook).read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return {
+        "parameters": step.parameters,
+        "code": keys.code_of_cells(sources),
+        "versions": keys.versions(),
+        "needs": {need: _record(_record_file(folder, need)).get("run") for need in step.needs},
+        "data": {path: keys.tree(resolve(path)) for path in data},
+    }
+
+
+def _record_file(folder: Path, notebook: str) -> Path:
+    return folder / "notebooks" / f"{notebook}.json"
+
+
+def _stale(step: Step, folder: Path) -> str:
+    """Return in words why a step has to run; empty where its result is what running it again would give."""
+    record = _record(_record_file(folder, step.notebook))
+    if not record:
+        return "it has not run to its end here"
+    old = record["key"]
+    return keys.differences(old, _key(step, folder, old["data"])) or _fault(record, folder, step.notebook)
+
+
+def _run_step(step: Step, folder: Path, force: bool, line: _Line, execute: Callable[..., Any]) -> dict[str, Any]:
     """Run one step by `execute` unless it is up to date. Returns its status, seconds and error."""
     output = folder / "notebooks" / f"{step.notebook}.ipynb"
     metrics = folder / "metrics" / f"{step.notebook}.json"
-    record_file = output.with_suffix(".json")
-    source = params.notebook_path(step.notebook)
-    key = {
-        "cells": [
-            cell["source"] for cell in json.loads(source.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"
-        ],
-        "parameters": step.parameters,
-        "code": code,
-        "versions": runs.versions(),
-        "needs": {need: _record(folder / "notebooks" / f"{need}.json").get("run") for need in step.needs},
-    }
-    fingerprint = runs.fingerprint(key)
+    record_file = _record_file(folder, step.notebook)
     record = _record(record_file)
-    current = record.get("fingerprint") == fingerprint and not force
-    fault = _fault(record, folder, step.notebook) if current else ""
-    if current and not fault:
+    why = "as was asked for" if force else _stale(step, folder)
+    if not why:
         line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
         return {"status": "up to date", "seconds": record["seconds"]}
 
     # From here on neither the record nor the numbers of the last run hold.
-    again = f"; again: {fault}" if fault else ""
+    again = f"; again: {why}" if record else ""
     record_file.unlink(missing_ok=True)
     metrics.unlink(missing_ok=True)
+    key = _key(step, folder, ())  # before it runs: what is edited meanwhile is not what ran
     clock = time.perf_counter()
     try:
-        execute(source, output, step.parameters, line.cell)
+        execute(params.notebook_path(step.notebook), output, step.parameters, line.cell)
     except NotebookError as error:
         seconds = round(time.perf_counter() - clock, 1)
         told = _indent(f"{error}\nThe notebook up to there: {output}")
@@ -491,22 +503,49 @@ def _run_step(
         return {"status": "failed", "seconds": seconds, "error": error.problem}
     seconds = round(time.perf_counter() - clock, 1)
     record = {
-        "fingerprint": fingerprint,
+        "key": {**key, "data": _read_by(metrics)},
         "run": uuid.uuid4().hex,
-        "parameters": step.parameters,
         "files": _products(folder, step.notebook),
         "seconds": seconds,
         "finished": runs.now(),
     }
-    runs.write_atomically(record_file, runs.to_json(record))
+    write_atomically(record_file, to_json(record))
     line.end(f"{_duration(seconds)}{again}")
     return {"status": "done", "seconds": seconds}
+
+
+def _read_by(metrics: Path) -> dict[str, str]:
+    """Return the fingerprints of the files that a notebook has read, as its provenance has them."""
+    try:
+        return json.loads(metrics.read_text("utf-8"))["provenance"]["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a notebook that stores no numbers
+
+
+def status(
+    profile: str, overrides: Sequence[str] = (), outputs: str | os.PathLike[str] = "outputs"
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return why each step of a profile, and each artefact in its run folder, has to be made again; empty = fresh.
+
+    An artefact that no notebook has used in its last run is among them. Arguments and errors as of `reproduce`.
+    """
+    folder = run_folder(profile, outputs)
+    steps = {step.notebook: _stale(step, folder) for step in plan(profile, overrides, (), outputs)}
+    used: set[str] = set()
+    for path in (folder / "metrics").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            used |= json.loads(path.read_text("utf-8"))["provenance"]["artefacts"].keys()
+    artefacts = {}
+    for path in sorted(folder.glob("checkpoints/*/")):
+        artefacts[path.name] = runs.stale(path) or ("" if path.name in used else "no notebook uses it any more")
+    return steps, artefacts
 
 
 def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8"))
         whole = isinstance(record["files"], dict) and isinstance(record["seconds"], (int, float))
+        whole = whole and isinstance(record["key"]["data"], dict)
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return record if whole else {}
@@ -517,12 +556,7 @@ def _products(folder: Path, notebook: str) -> dict[str, str]:
     found = [folder / "notebooks" / f"{notebook}.ipynb", folder / "metrics" / f"{notebook}.json"]
     for kind in ("figures", "metrics"):
         found += sorted((folder / kind / notebook).rglob("[!.]*"))  # hidden files are not results
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in found if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): keys.file_hash(path) for path in found if path.is_file()}
 
 
 def _fault(record: Mapping[str, Any], folder: Path, notebook: str) -> str:
@@ -531,7 +565,7 @@ def _fault(record: Mapping[str, Any], folder: Path, notebook: str) -> str:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if keys.file_hash(path) != digest:
             return f"{name} was changed since" if path.stat().st_size else f"{name} is empty"
     return ""
 
@@ -644,7 +678,7 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     import pandas as pd
 
     found = {}
-    for path in sorted((runs.resolve(folder) / "metrics").glob("*.json")):
+    for path in sorted((resolve(folder) / "metrics").glob("*.json")):
         try:
             rows = json.loads(path.read_text("utf-8"))["table"]
             found[path.stem] = pd.DataFrame(rows)
@@ -701,7 +735,7 @@ def refresh(notebook: str | os.PathLike[str]) -> float:
     params.notebook_parameters(path)
     clock = time.perf_counter()
     executed = _execute(path, None, {}, record_timing=False, store_widget_state=False, coalesce_streams=True)
-    runs.write_atomically(path, nbformat.writes(_tidy(executed)) + "\n")
+    write_atomically(path, nbformat.writes(_tidy(executed)) + "\n")
     return time.perf_counter() - clock
 
 

@@ -177,7 +177,7 @@ class Run:
             "device": device_name(),
             "processor": cpu_model(),
             "artefacts": self.artefacts,
-            "data": self.data,
+            "data": _relative(self.data),
             "started": self.started,
             "finished": now(),
             "seconds": round(time.perf_counter() - self._clock, 1),
@@ -249,6 +249,7 @@ class Run:
             seconds = round(time.perf_counter() - clock, 1)
             done = {"name": name, "hash": key.hash, "key": _for_record(key), "files": keys.hashes(folder)}
             done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **commit()}
+            check_current(self.folder)
             write_atomically(folder / keys.RECORD, to_json(done))
         self.artefacts[folder.name] = key.hash
         print(f"built {name} in {seconds:.0f} s{why}", flush=True)
@@ -320,10 +321,13 @@ class Run:
 
 
 def _for_record(key: keys.Key) -> dict[str, Any]:
-    # Where the files lie is of no use to somebody who has moved them, so paths start at the repository where they can.
+    return {"inputs": key.inputs, "code": key.code, "versions": key.versions, "data": _relative(key.data)}
+
+
+def _relative(data: Mapping[str, str]) -> dict[str, str]:
+    """Return fingerprints by paths that start at the repository where they can, for somebody who has moved it."""
     root = repository_root()
-    data = {os.path.relpath(p, root) if Path(p).is_relative_to(root) else p: found for p, found in key.data.items()}
-    return {"inputs": key.inputs, "code": key.code, "versions": key.versions, "data": data}
+    return {os.path.relpath(p, root) if Path(p).is_relative_to(root) else p: found for p, found in data.items()}
 
 
 def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
@@ -357,6 +361,24 @@ def check_current(folder: str | os.PathLike[str]) -> None:
         if current and current != [own]:
             problem = f"this run was superseded: another `wsolnb reproduce` has started in {folder} since"
             raise RunError(problem, "use the results of that one, or start `wsolnb reproduce` again")
+
+
+def stale(folder: Path) -> str:
+    """Return in words why an artefact of a run folder would be made again; empty where it would not.
+
+    What can be told from outside of its notebook counts: its files, the package's code, the libraries, the data.
+    """
+    record = keys.read_record(folder)
+    if not record:
+        return "it was not finished"
+    if bad := keys.damaged(folder, record["files"]):
+        return f"{', '.join(bad[:3])} missing or damaged"
+    modules = [name for name in record["key"]["code"] if name.partition(".")[0] == keys.PACKAGE]
+    old = {"code": {name: record["key"]["code"][name] for name in modules}}
+    new = {"code": {name: keys.module_digest(name) for name in modules}}
+    old |= {part: record["key"][part] for part in ("versions", "data")}
+    new |= {"versions": keys.versions(), "data": {path: keys.tree(resolve(path)) for path in old["data"]}}
+    return keys.differences(old, new)
 
 
 @contextlib.contextmanager
