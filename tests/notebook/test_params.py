@@ -9,7 +9,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.notebook import params
 
 sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
-from sample import Repository
+from sample import PARAMETERS, Repository
 
 TYPED = """\
 from typing import Literal
@@ -285,9 +285,20 @@ def test_collect_sees_unknown_names_that_papermill_passed(repository):
     params.collect("03_cam", {**namespace, "In": [*history[:2], "# Parameters\ncount = 3\n"]})
 
 
-def test_papermill_alone_gets_the_same_errors(repository):
-    repository.notebook("01_data")
-    command = [sys.executable, "-m", "papermill", "01_data.ipynb", "out.ipynb", "-k", "python3", "-r", "lr", "1e-4"]
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["-r", "lr", "1e-4"], "write 1.0e-4 in YAML"),
+        (["-p", "epochs", "0"], "'epochs' must be 1 or more, not 0"),
+        (["-p", "mode", "croped"], "'mode' must be Literal['resize', 'crop'], not 'croped'"),
+        (["-p", "mode", "crop"], None),
+    ],
+)
+def test_papermill_alone_gets_the_same_errors(repository, arguments, error):
+    choice = 'from typing import Literal\n\nmode: Literal["resize", "crop"] = "resize"  # of images\n'
+    repository.notebook("01_data", "print('mode is', mode)", parameters=choice + PARAMETERS)
+    command = [sys.executable, "-m", "papermill", "01_data.ipynb", "out.ipynb", "-k", "python3", *arguments]
     done = subprocess.run(command, cwd=repository.root / "notebooks", capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "write 1.0e-4 in YAML" in done.stderr
+    assert (done.returncode == 0) == (error is None)
+    assert (error or "") in done.stderr
+    assert error or "mode is crop" in (repository.root / "notebooks/out.ipynb").read_text()
