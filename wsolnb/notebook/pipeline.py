@@ -209,7 +209,7 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
 
-    A step is up to date while all that it depends on is as it was: its parameters, its cells and the modules they import
+    A step is up to date while all that it depends on is as it was: its parameters, its cells, the modules they import
     (comments and docstrings do not count), the versions of the numeric libraries, the files that it read, the runs
     of its needs, and its own files. A step that fails stops only the steps that need it. After an interruption the same
     command goes on with what is missing.
