@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from wsolnb import backbones, conformer, data, errors, maps, metrics, weights
@@ -28,6 +27,7 @@ from wsolnb.notebook.params import notebook_parameters
 from wsolnb.notebook.runs import Run
 from wsolnb.train import evaluation, loop
 from wsolnb.train.loop import TrainingConfig
+from wsolnb.train.loop import history as history  # also found here
 
 CODE = (backbones, conformer, data, errors, evaluation, maps, metrics, loop, base, sys.modules[__name__])
 """What every trained artefact depends on, next to the module of its method."""
@@ -217,11 +217,6 @@ def train_once(
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
     model = loop.load_checkpoint(empty, folder, "last")
     return model.to(loop.pick_device(recipe.training.device)), folder
-
-
-def history(folder: Path) -> pd.DataFrame:
-    """Return the training history kept in a checkpoint folder, one row per epoch."""
-    return pd.read_csv(folder / "history.csv")
 
 
 def used_settings(run: Run, notebook: str, **overrides: Any) -> dict[str, Any]:

@@ -63,6 +63,16 @@ def test_batches_for_training(folder):
     assert len(list(make_loader(Folder(folder), None, 4, drop_last=True))) == 2
 
 
+@pytest.mark.parametrize("batch_size", [12, 32])
+def test_fewer_images_than_a_batch_are_named(folder, batch_size):
+    dataset = Folder(folder)
+    with pytest.raises(ParameterError, match=f"{len(dataset)} training images make no batch of {batch_size}") as caught:
+        make_loader(dataset, None, batch_size, drop_last=True)
+    assert "lower batch_size" in str(caught.value)
+    assert len(make_loader(dataset, None, batch_size)) == len(make_loader(dataset, None, len(dataset), drop_last=True))
+
+
+
 def test_multi_label_batches_are_multi_hot(folder):
     batch = next(iter(make_loader(Folder(folder, multi_label=True), None, 3)))
     assert batch["label"].dtype == torch.float32

@@ -1,8 +1,13 @@
 import math
+import os
+import subprocess
+import sys
+import warnings
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from wsolnb.errors import ParameterError, TrainingError
@@ -62,6 +67,10 @@ class Batches:
 def accuracy(model):
     batches = Batches()
     return {"top1": float((model(batches.images).logits.argmax(1) == batches.labels).float().mean())}
+
+
+def equal(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def config(**changes):
@@ -131,18 +140,136 @@ def test_best_is_the_earliest_best_epoch(tmp_path):
     assert all(torch.equal(best[name], kept[1][name]) for name in best)
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_interrupted_training_resumes_to_the_same_weights(tmp_path, stop):
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([NAN, 0.5, 0.7], 3),
+        ([NAN, 0.7, 0.5], 2),
+        ([0.5, NAN, 0.7], 3),
+        ([0.7, NAN, 0.5], 1),
+        ([0.5, 0.7, NAN], 2),
+        ([NAN, NAN, 0.0], 3),
+        ([NAN, -0.5, NAN], 2),
+        ([INF, 0.5, 0.7], 3),
+        ([0.5, INF, -INF], 1),
+        ([-INF, 0.5, NAN], 2),
+    ],
+)
+def test_best_is_the_best_finite_epoch(tmp_path, scores, best):
+    kept = []
+
+    def evaluate(model):
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"top1": scores[len(kept) - 1]}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(tmp_path, evaluate=evaluate)
+    found = loop.load_checkpoint(Small(), tmp_path, "best").state_dict()
+    assert all(torch.equal(found[name], kept[best - 1][name]) for name in found)
+    assert loop.history(tmp_path)["top1"].fillna(-1).tolist() == [-1 if math.isnan(s) else s for s in scores]
+
+
+@pytest.mark.parametrize("score", [NAN, INF, -INF])
+def test_without_a_finite_epoch_the_best_is_the_last_and_a_warning_says_so(tmp_path, score):
+    with pytest.warns(UserWarning, match="top1 is finite in no epoch"):
+        fit(tmp_path, evaluate=lambda _model: {"top1": score})
+    best, last = (loop.load_checkpoint(Small(), tmp_path, which).state_dict() for which in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in best)
+
+
+def test_the_loss_is_the_models_own_unless_an_objective_is_given(tmp_path):
+    class Own(Small):
+        def loss(self, forward, batch, label_smoothing=0.0):
+            seen.append((forward is self, label_smoothing, torch.is_autocast_enabled("cpu")))
+            return 2 * super().loss(forward, batch, label_smoothing)
+
+    def learn(name, model_class, objective=None):
+        loop.set_seed(0)
+        settings = config(epochs=1, label_smoothing=0.1, precision="bf16")
+        history = loop.train(model_class(), Batches(), settings, tmp_path / name, progress=False, objective=objective)
+        return history["loss"][0]
+
+    seen = []
+    # AdamW takes the same steps whatever the loss's scale, after clipping at a norm that both exceed or none does.
+    assert learn("own", Own) == pytest.approx(2 * learn("default", Small), rel=0.05)
+    assert set(seen) == {(True, 0.1, True)}
+    assert learn("classify", Small, loop.classify) == learn("default", Small)
+    assert learn("objective", Own, loop.classify) == learn("default", Small)
+
+
+def interrupt(folder, after=1, **changes):
+    """Leave the training in `folder` as it is after so many epochs."""
     calls = []
 
     def interrupting(model):
         calls.append(1)
-        if len(calls) == stop + 1:
+        if len(calls) == after + 1:
             raise KeyboardInterrupt
         return accuracy(model)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "broken", evaluate=interrupting)
+        fit(folder, evaluate=interrupting, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 1e-5}, ["lr 0.01, now 1e-05"]),
+        ({"epochs": 1}, ["epochs 3, now 1"]),
+        ({"epochs": 9, "clip": 0.0}, ["epochs 3, now 9", "clip 1.0, now 0.0"]),
+        ({"optimizer": "sgd"}, ["optimizer adamw, now sgd"]),
+        ({"head_lr": None}, ["head_lr 0.02, now None"]),
+        ({"betas": (0.9, 0.999)}, ["betas (0.9, 0.98), now (0.9, 0.999)"]),
+        ({"precision": "bf16"}, ["precision fp32, now bf16"]),
+        ({"select": "loss"}, ["select top1, now loss"]),
+        ({"seed": 1}, ["seed 0, now 1"]),
+    ],
+)
+def test_resuming_with_another_configuration_names_what_differs(tmp_path, changes, words):
+    interrupt(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TrainingError) as caught:
+        fit(tmp_path, **changes)
+    assert all(word in str(caught.value) for word in [*words, "delete", "state.pt"])
+    assert str(caught.value).count(", now ") == len(words)
+    # Nothing is lost: the training can still go on as it was.
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.warns(UserWarning, match="resuming after epoch 1"):
+        assert len(fit(tmp_path)[1]) == 3
+
+
+def test_resuming_with_fewer_images_names_the_steps(tmp_path):
+    class Fewer(Batches):
+        def __len__(self):
+            return 6
+
+    interrupt(tmp_path)
+    with pytest.raises(TrainingError, match="steps of an epoch 12, now 6"):
+        fit(tmp_path, loader=Fewer())
+
+
+def test_how_device_and_precision_are_asked_for_is_no_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "pick_device", lambda _name: torch.device("cpu"))
+    monkeypatch.setattr(loop, "pick_precision", lambda *_: "fp32")
+    interrupt(tmp_path, device="auto", precision="auto")
+    with pytest.warns(UserWarning, match="resuming after epoch 1"):
+        fit(tmp_path, device="cpu", precision="fp32")
+
+
+def test_a_state_of_an_older_version_is_named(tmp_path):
+    torch.save({"model": {}, "history": []}, tmp_path / "state.pt")
+    with pytest.raises(TrainingError, match=r"state\.pt cannot be resumed") as caught:
+        fit(tmp_path)
+    assert "delete" in str(caught.value)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_interrupted_training_resumes_to_the_same_weights(tmp_path, stop):
+    interrupt(tmp_path / "broken", stop)
     with pytest.warns(UserWarning, match=f"resuming after epoch {stop}"):
         resumed, history = fit(tmp_path / "broken")
     whole, expected = fit(tmp_path / "whole")
@@ -157,6 +284,96 @@ def test_nan_stops_early_and_keeps_the_epochs_before(tmp_path):
     assert len(pd.read_csv(tmp_path / "history.csv")) == 1
 
 
+@pytest.mark.parametrize("images", [1, 12, 31])
+def test_a_loader_without_a_batch_is_named_before_anything_is_written(tmp_path, images):
+    few = [{"image": torch.zeros(3, 8, 8), "label": 0}] * images
+    loader = torch.utils.data.DataLoader(few, batch_size=32, drop_last=True)
+    message = f"{images} training images make no batch of 32.*lower batch_size"
+    with pytest.raises(ParameterError, match=f"(?s){message}"):
+        loop.train(Small(), loader, config(), tmp_path / "new", progress=False)
+    with pytest.raises(ParameterError, match=r"(?s)the loader has no batch.*lower batch_size"):
+        loop.train(Small(), [], config(), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    for name in (".last.safetensors", ".best.safetensors", ".history.csv", ".state.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".lock").write_text("somebody else's")
+    fit(tmp_path, evaluate=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "history.csv", "last.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    fit(folder)
+    return folder
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_damaged_weights_are_named(trained, tmp_path, which):
+    """Cut anywhere or with any bit changed, a file gives the same weights or an error that names it."""
+    content = (trained / f"{which}.safetensors").read_bytes()
+    expected = loop.load_checkpoint(Small(), trained, which).state_dict()
+    header = 8 + int.from_bytes(content[:8], "little")
+    damaged = [content[:length] for length in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1)]
+    damaged += [content + b"more", b"\0" * len(content), b"not weights"]
+    for place in [*range(0, header, 3), *range(header, len(content), 997), len(content) - 1]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        damaged.append(bytes(changed))
+    path = tmp_path / f"{which}.safetensors"
+    messages = []
+    for piece in damaged:
+        path.write_bytes(piece)
+        try:
+            found = loop.load_checkpoint(Small(), tmp_path, which).state_dict()
+        except TrainingError as error:
+            messages.append(str(error))
+        else:
+            assert equal(found, expected)
+    assert len(messages) > 0.9 * len(damaged)
+    assert all(path.name in message and "train again" in message for message in messages)
+
+
+def test_weights_without_a_checksum_are_read(trained, tmp_path):
+    model = loop.load_checkpoint(Small(), trained, "last")
+    save_file(model.state_dict(), tmp_path / "last.safetensors")
+    found = loop.load_checkpoint(Small(), tmp_path, "last").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "\n",
+        lambda text: text.splitlines()[0] + "\n",
+        lambda text: text[: len(text) // 2],
+        lambda text: text[:-1],
+        lambda text: text.replace("\n2,", "\n7,"),
+        lambda text: text.replace("\n2,", "\n2,1,"),
+        lambda text: text.replace("\n2,", "\nx,"),
+        lambda text: text.replace("loss", "mass"),
+        lambda text: text.replace(".", "\0"),
+        lambda text: text.replace(".", "\udcff"),
+    ],
+)
+def test_a_damaged_history_is_named(trained, tmp_path, damage):
+    text = (trained / "history.csv").read_text()
+    (tmp_path / "history.csv").write_bytes(damage(text).encode("utf-8", "surrogateescape"))
+    with pytest.raises(TrainingError, match=r"history\.csv") as caught:
+        loop.history(tmp_path)
+    assert "train again" in str(caught.value)
+
+
+def test_a_missing_history_is_named_and_a_whole_one_read(trained, tmp_path):
+    with pytest.raises(TrainingError, match=r"history\.csv"):
+        loop.history(tmp_path)
+    assert list(loop.history(str(trained))["epoch"]) == [1, 2, 3]
+
+
 def test_damaged_state_and_missing_checkpoint_are_named(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(TrainingError, match=r"state\.pt"):
@@ -169,7 +386,7 @@ def test_out_of_memory_names_the_remedy(tmp_path, monkeypatch):
     def out_of_memory(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "classification_loss", out_of_memory)
+    monkeypatch.setattr(Small, "loss", out_of_memory)
     with pytest.raises(TrainingError, match="batch_size"):
         fit(tmp_path)
 
@@ -232,3 +449,73 @@ def test_multi_hot_labels_take_the_soft_margin_loss():
 def test_unknown_device_is_named():
     with pytest.raises(ParameterError, match="'tpu9'"):
         loop.pick_device("tpu9")
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def alone_and_together(tmp_path_factory):
+    """What the trainings of `processes.py` give in one process, and in each of two."""
+    import processes  # not above: it imports this module
+
+    folder = tmp_path_factory.mktemp("together")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, processes.__file__, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    together = tuple(torch.load(folder / f"rank{rank}.pt") for rank in range(2))
+    return processes.main(tmp_path_factory.mktemp("alone")), together, folder
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(alone_and_together):
+    """As many images a step: the same rates down to zero, losses, and weights."""
+    alone, together, folder = alone_and_together
+    for found in together:
+        assert found["rates"] == alone["rates"]
+        assert found["rates"][-1] < 0.05 * max(found["rates"])
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value, rtol=1e-3, atol=1e-4)
+    assert together[0]["loss"] == together[1]["loss"]
+    assert together[0]["top1"] == together[1]["top1"] == [1, 2, 3]
+    assert list(loop.history(folder / "plain")["loss"]) == pytest.approx(alone["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_model_and_its_file(alone_and_together):
+    _, (first, second), folder = alone_and_together
+    assert equal(first["weights"], second["weights"])
+    assert equal(first["norm"], second["norm"])  # running means too
+    saved = loop.load_checkpoint(Small(), folder / "plain", "last").state_dict()
+    assert equal(saved, second["weights"])
+    names = ["best.safetensors", "history.csv", "last.safetensors"]
+    assert sorted(path.name for path in (folder / "plain").iterdir()) == names
+
+
+@pytest.mark.slow
+def test_two_processes_draw_their_own_dropout_and_resume_it(alone_and_together):
+    _, (first, second), _ = alone_and_together
+    assert not torch.equal(first["mask"], second["mask"])
+    assert equal(first["whole"], first["resumed"])
+    assert equal(second["whole"], second["resumed"])
+    assert [len(found["resumed warnings"]) for found in (first, second)] == [1, 0]
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_stops_both(alone_and_together):
+    _, together, folder = alone_and_together
+    for found in together:
+        kind, message = found["nan"]
+        assert kind == "TrainingError"
+        assert "loss is nan in epoch 1, step 1" in message
+        kind, message = found["few"]
+        assert kind == "ParameterError"
+        assert "80 training images make no batch of 48 for each of 2 processes" in message
+    assert not (folder / "few").exists()

@@ -142,13 +142,17 @@ def make_loader(
     transform: applied to every sample; None takes images as they are. A batch needs images of one size.
     seed: of order and augmentation, 0 or more; `set_epoch` before an epoch gives each epoch its own.
     num_workers: processes that read ahead; results do not depend on it.
+    drop_last: of training: a last batch that is not full is left out.
 
+    Raises ParameterError for a negative seed or where `drop_last` leaves no batch, DataError for an empty data set.
     An image that cannot be read raises its DataError while iterating, from a worker as well.
     """
     if seed < 0:
         raise ParameterError(f"the seed is {seed}", "choose 0 or more")
     if len(dataset) == 0:
         raise DataError(f"{dataset} is empty", "choose another split or subset")
+    if drop_last and len(dataset) < batch_size:
+        raise ParameterError(f"{len(dataset)} training images make no batch of {batch_size}", "lower batch_size")
     items = TransformedDataset(dataset, transform, truth, seed, mean, std)
     return EpochLoader(
         items,

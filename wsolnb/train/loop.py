@@ -1,10 +1,15 @@
 """The training loop of every classifier: Accelerate underneath, resumable, with a history that can be plotted.
 
-One device today; `accelerate launch` on a script, or `notebook_launcher` in a notebook, runs the same loop on several.
+Accelerate is there for the device, for several processes (`accelerate launch` on a script, or `notebook_launcher` in a
+notebook) and for what these must exchange: gradients, losses, random states. Autocast is the loop's own: Accelerate's
+would stay on the model's forward after the training. Every later evaluation would then run in low precision, and one
+process could not train in two precisions.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import os
 import random
@@ -12,15 +17,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from wsolnb.errors import ParameterError, TrainingError
@@ -123,8 +131,12 @@ def rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+FILES = ("last.safetensors", "best.safetensors", "history.csv", "state.pt")
+"""What a training writes into its folder; each first under the same name behind a dot."""
+
+
 def classify(model: nn.Module, batch: dict, config: TrainingConfig) -> Tensor:
-    """Return the classification loss of a batch: the objective of every classifier."""
+    """Return the classification loss of a batch, as an `objective`."""
     logits = model(batch["image"]).logits
     return classification_loss(logits.float(), batch["label"], config.label_smoothing)
 
@@ -136,60 +148,79 @@ def train(
     folder: str | Path,
     evaluate: Callable[[LocalizationModel], dict[str, float]] | None = None,
     progress: bool = True,
-    objective: Callable[[nn.Module, dict, TrainingConfig], Tensor] = classify,
+    objective: Callable[[nn.Module, dict, TrainingConfig], Tensor] | None = None,
 ) -> pd.DataFrame:
-    """Train `model` in place and return the history, one row per epoch.
+    """Train `model` in place by its own `loss` and return the history, one row per epoch.
 
     loader: batches `{"image": (B, 3, H, W), "label": (B,) or (B, C)}`; `set_epoch(epoch)` is called if it has one.
+        Several processes divide the batches of a DataLoader; of anything else each goes through all.
     folder: gets `last.safetensors` and, with `evaluate`, `best.safetensors` (weights), `history.csv`, and while the
         training runs `state.pt`, from which a second call with the same arguments goes on after an interruption.
     evaluate: called after every epoch with the model in evaluation mode; its numbers become columns of the history.
-    objective: the loss of a batch; it calls `model` once, under autocast.
+        Every process calls it, so that none waits for another longer than its communication allows.
+    objective: the loss of a batch in place of the model's own; it calls `model` once, under autocast.
 
-    Raises TrainingError when the loss is not finite (the last good epoch stays on disk) or memory runs out,
-    ParameterError when the evaluation lacks the column `config.select`.
+    The best epoch is the first with the largest finite `config.select`; if none is finite, it is the last one.
+
+    Raises TrainingError when the loss is not finite (the last good epoch stays on disk), when memory runs out, or when
+    the interrupted training had another configuration or its state is damaged. Raises ParameterError when the loader
+    has no batch, or the evaluation lacks the column `config.select`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
-    # Autocast is ours, not Accelerate's: that would stay on the model's forward and lower the precision of evaluation.
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
-    bf16 = pick_precision(config.precision, device) == "bf16"
-    set_seed(config.seed)
+    batches = accelerator.prepare(loader)
+    _require_batches(loader, batches, accelerator.num_processes)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:  # what a killed run was writing
+            (folder / f".{name}").unlink(missing_ok=True)
+    precision = pick_precision(config.precision, device)
+    # Dropout differs between processes, as it does between the images of a batch.
+    set_seed(config.seed + accelerator.process_index)
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     else:
         optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
-    steps = config.epochs * len(loader)
+    steps = config.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, config))
     plain = model
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # A resumed training must have all of these unchanged. Device and precision count as what `auto` picks: both change
+    # rounding, and the device also dropout. How they were asked for, and the index of a GPU, change nothing.
+    settings = config.model_dump() | {
+        "device": device.type,
+        "precision": precision,
+        "steps of an epoch": len(batches),
+        "processes": accelerator.num_processes,
+    }
 
-    history: list[dict[str, float]] = []
+    rows: list[dict[str, float]] = []
     state_file = folder / "state.pt"
     if state_file.exists():
-        history = _resume(state_file, plain, optimizer, schedule)
+        rows = _resume(state_file, settings, plain, optimizer, schedule, accelerator)
     # Once a second: every refresh is a message of the kernel, and a client that reads none while a cell runs (nbval)
     # loses what its queue cannot hold, the word that the cell is done among it.
-    done = len(history) * len(loader)
-    bar = tqdm(total=steps, initial=done, disable=not progress, unit="step", leave=False, mininterval=1.0)
-    for epoch in range(len(history), config.epochs):
+    shown = progress and accelerator.is_main_process
+    done = len(rows) * len(batches)
+    bar = tqdm(total=steps, initial=done, disable=not shown, unit="step", leave=False, mininterval=1.0)
+    for epoch in range(len(rows), config.epochs):
         # Accelerate's copy of a loader counts epochs by itself, from zero also when a training is resumed.
         for order in (loader, batches):
             if hasattr(order, "set_epoch"):
                 order.set_epoch(epoch)
         started = time.perf_counter()
         model.train()
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=accelerator.device)
         seen = 0
         for step, batch in enumerate(batches):
-            loss = _step(accelerator, model, optimizer, schedule, batch, config, bf16, objective)
+            loss = _step(accelerator, plain, model, optimizer, schedule, batch, config, precision, objective)
             total += loss.detach() * len(batch["image"])
             seen += len(batch["image"])
             # Reading the loss waits for the device, so it is read rarely; a NaN is still found within a few steps.
-            if step % 10 == 0 or step + 1 == len(loader):
-                value = float(total) / seen
+            if step % 10 == 0 or step + 1 == len(batches):
+                value = _mean(accelerator, total, seen)
                 if not math.isfinite(value):
                     bar.close()
                     raise TrainingError(
@@ -199,42 +230,93 @@ def train(
                     )
                 bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
             bar.update()
-        row = {"epoch": epoch + 1, "loss": float(total) / seen, "seconds": time.perf_counter() - started}
+        row = {"epoch": epoch + 1, "loss": _mean(accelerator, total, seen), "seconds": time.perf_counter() - started}
+        if accelerator.num_processes > 1:  # each has its own running means of normalisation layers
+            for buffer in plain.buffers():
+                buffer.copy_(broadcast(buffer))
         if evaluate is not None:
             plain.eval()
             with torch.inference_mode():
                 row |= evaluate(plain)
             if config.select not in row:
                 raise ParameterError(f"no column {config.select!r} in {sorted(row)}", "set select to one of them")
-        history.append(row)
+        rows.append(row)
+        random_states = gather_object([[module.get_rng_state() for module in _generators(accelerator.device)]])
         if accelerator.is_main_process:
-            _save_epoch(folder, plain, optimizer, schedule, history, config, evaluate is not None)
+            scores = None if evaluate is None else [row[config.select] for row in rows]
+            _save_epoch(folder, plain, optimizer, schedule, rows, scores, settings, random_states)
         accelerator.wait_for_everyone()
     bar.close()
     plain.eval()
-    state_file.unlink(missing_ok=True)
-    return pd.DataFrame(history)
+    if accelerator.is_main_process:
+        state_file.unlink(missing_ok=True)
+        if evaluate is not None and not any(math.isfinite(row[config.select]) for row in rows):
+            warnings.warn(f"{config.select} is finite in no epoch: the best is taken to be the last one", stacklevel=2)
+    accelerator.wait_for_everyone()
+    return pd.DataFrame(rows)
 
 
 def load_checkpoint(model: nn.Module, folder: str | Path, which: Literal["best", "last"]) -> nn.Module:
     """Load `best` or `last` weights of a trained folder into `model`, in evaluation mode.
 
-    Raises TrainingError when they are missing or do not fit.
+    Raises TrainingError when they are missing, damaged or do not fit.
     """
     path = Path(folder) / f"{which}.safetensors"
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            kept = (file.metadata() or {}).get("sha256")
+        # Safetensors itself does not notice a changed weight. Files of other origin carry no checksum.
+        if kept is not None and kept != _checksum(weights):
+            raise ValueError("its checksum differs, the file is damaged")
+        model.load_state_dict(weights)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"cannot load {path}: {str(error).splitlines()[0]}", "delete the folder and train again"
         ) from error
     return model.eval()
 
 
-def _step(accelerator, model, optimizer, schedule, batch, config, bf16: bool, objective) -> Tensor:
+def history(folder: str | Path) -> pd.DataFrame:
+    """Return the training history kept in a checkpoint folder, one row per epoch.
+
+    Raises TrainingError when it is missing or damaged.
+    """
+    path = Path(folder) / "history.csv"
     try:
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-            loss = objective(model, batch, config)
+        text = path.read_text("utf-8")
+        table = pd.read_csv(io.StringIO(text))
+        rows = range(1, len(table) + 1)
+        if not text.endswith("\n") or not len(rows) or not {"epoch", "loss", "seconds"} <= set(table.columns):
+            raise ValueError("a part of it is missing")
+        numbers = all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes)
+        if not numbers or list(table["epoch"]) != list(rows):
+            raise ValueError("its rows are not the numbers of one epoch each")
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"cannot read {path}: {str(error).splitlines()[0]}", "delete the folder and train again"
+        ) from error
+    return table
+
+
+def _require_batches(loader: Iterable[dict], batches: Iterable[dict], processes: int) -> None:
+    if len(batches):
+        return
+    share = f" for each of {processes} processes" if processes > 1 else ""
+    problem = f"the loader has no batch{share}"
+    if isinstance(loader, DataLoader) and loader.batch_size:
+        problem = f"{len(loader.dataset)} training images make no batch of {loader.batch_size}{share}"
+    raise ParameterError(problem, "lower batch_size")
+
+
+def _step(accelerator, plain, model, optimizer, schedule, batch, config, precision: str, objective) -> Tensor:
+    try:
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # The forward goes through `model`: around several processes' it has the wrapper that joins gradients.
+            if objective is None:
+                loss = plain.loss(model, batch, config.label_smoothing)
+            else:
+                loss = objective(model, batch, config)
         optimizer.zero_grad()
         accelerator.backward(loss)
         if config.clip:
@@ -249,41 +331,82 @@ def _step(accelerator, model, optimizer, schedule, batch, config, bf16: bool, ob
     return loss
 
 
-def _save_epoch(folder, model, optimizer, schedule, history, config, evaluated: bool) -> None:
+def _mean(accelerator: Accelerator, total: Tensor, seen: int) -> float:
+    """Mean loss over the images of all processes."""
+    total, seen = accelerator.reduce(torch.stack([total, total.new_tensor(seen)]), "sum").tolist()
+    return total / seen
+
+
+def _generators(device: torch.device) -> list[Any]:
+    """The modules that hold the random states which a training draws from."""
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
+def _is_best(scores: list[float]) -> bool:
+    """Whether the last epoch is better than all before: of equal epochs the earliest is kept.
+
+    Only a finite score counts. While there is none, the last epoch is the best, so that there always is one.
+    """
+    *before, last = (score if math.isfinite(score) else -math.inf for score in scores)
+    best = max(before, default=-math.inf)
+    return last > best or best == -math.inf
+
+
+def _checksum(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _save_epoch(folder, model, optimizer, schedule, rows, scores, settings, random_states) -> None:
     """Write the epoch's weights, table and state, each by rename, so an interruption leaves the epoch before."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    values = [row.get(config.select) for row in history]
     names = ["last.safetensors"]
-    # Strictly better than every epoch before: of equal epochs the earliest is kept.
-    if evaluated and values[-1] == max(values) and values.count(values[-1]) == 1:
+    if scores and _is_best(scores):
         names.append("best.safetensors")
+    checksum = _checksum(weights)
     for name in names:
-        save_file(weights, folder / f".{name}")
+        save_file(weights, folder / f".{name}", {"sha256": checksum})
         os.replace(folder / f".{name}", folder / name)
-    pd.DataFrame(history).to_csv(folder / ".history.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / ".history.csv", index=False)
     os.replace(folder / ".history.csv", folder / "history.csv")
     state = {
+        "settings": settings,
         "model": weights,
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
-        "history": history,
-        "rng": torch.get_rng_state(),
+        "history": rows,
+        "random": random_states,
     }
     torch.save(state, folder / ".state.pt")
     os.replace(folder / ".state.pt", folder / "state.pt")
 
 
-def _resume(path: Path, model, optimizer, schedule) -> list[dict[str, float]]:
+def _resume(path: Path, settings, model, optimizer, schedule, accelerator) -> list[dict[str, float]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
+        before = state["settings"]
+        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if not names:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            states = state["random"][accelerator.process_index]
+            for module, random_state in zip(_generators(accelerator.device), states, strict=True):
+                module.set_rng_state(random_state)
     except Exception as error:
         raise TrainingError(
             f"the interrupted training in {path} cannot be resumed: {type(error).__name__}: {error}",
             f"delete {path} to start again",
         ) from error
-    warnings.warn(f"resuming after epoch {len(state['history'])} of an interrupted training in {path}", stacklevel=3)
+    if names:
+        changes = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in names)
+        raise TrainingError(
+            f"the training in {path} was interrupted with {changes}",
+            f"delete {path} to start again, or go on with the settings that it was interrupted with",
+        )
+    if accelerator.is_main_process:
+        done = len(state["history"])
+        warnings.warn(f"resuming after epoch {done} of an interrupted training in {path}", stacklevel=3)
     return state["history"]
