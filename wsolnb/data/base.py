@@ -58,16 +58,6 @@ class LocalizationDataset(ABC):
             may look at, and what makes it fast.
         """
 
-    def __cache_key__(self, reading: Any) -> dict[str, Any]:
-        """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`)."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, (bool, int, float, str))}
-        listed = {"images": self.image_ids, "labels": self.labels, "classes": self.class_names}
-        return {**plain, **listed, "files": [reading.files(path) for path in self.sources()]}
-
-    def sources(self) -> list[Path]:
-        """Return the files and folders that the data set reads."""
-        return [self.root]
-
     def subset(self, indices: Sequence[int]) -> Subset:
         """Return the images at `indices`, in that order, as a data set."""
         return Subset(self, indices)
@@ -116,6 +106,20 @@ class FolderDataset(LocalizationDataset):
                     box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
                     raise DataError(f"the box {box} lies outside of {path} ({width}x{height})", self.remedy)
         return sample
+
+    def __cache_key__(self, reading: Any) -> dict[str, Any]:
+        """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`).
+
+        Of private attributes only numbers and text count: all else is taken to be read from the files.
+        """
+        plain = (bool, int, float, str)
+        named = {n: v for n, v in vars(self).items() if n != "root" and (n[0] != "_" or isinstance(v, plain))}
+        described = {name: reading.describe(value, f"{self.name}.{name}") for name, value in named.items()}
+        return {**described, "files": [reading.files(path) for path in self.sources()]}
+
+    def sources(self) -> list[Path]:
+        """Return the files and folders that the data set reads."""
+        return [self.root]
 
     @abstractmethod
     def image_path(self, index: int) -> Path:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import io
 import json
 import os
@@ -240,10 +241,7 @@ class Run:
             if self._reuse(name, folder, key):  # another process has built it meanwhile
                 return folder
             why = _reason(self.checkpoints, name, folder, key)
-            record = keys.read_record(folder)
-            for file in keys.damaged(folder, record.get("files", {})):
-                (folder / file).unlink(missing_ok=True)
-            (folder / keys.RECORD).unlink(missing_ok=True)
+            self._clear(folder)
             clock = time.perf_counter()
             build(folder)
             seconds = round(time.perf_counter() - clock, 1)
@@ -257,15 +255,20 @@ class Run:
 
     def _reuse(self, name: str, folder: Path, key: keys.Key) -> bool:
         record = keys.read_record(folder)
-        if record.get("hash") != key.hash or record.get("made_for", "") != os.environ.get(
-            REMAKE, record.get("made_for")
-        ):
-            return False
-        if keys.damaged(folder, record["files"]):
+        if record.get("hash") != key.hash or _is_to_remake(record) or keys.damaged(folder, record["files"]):
             return False
         self.artefacts[folder.name] = key.hash
         print(f"reusing {name} (built in {record['seconds']:.0f} s; all that it depends on is unchanged)", flush=True)
         return True
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Take away what a builder must not go on from: what is damaged, and all of it if it is to be made again."""
+        record = keys.read_record(folder)
+        all_of_it = record and _is_to_remake(record)
+        for file in keys.hashes(folder) if all_of_it else keys.damaged(folder, record.get("files", {})):
+            (folder / file).unlink(missing_ok=True)
+        (folder / keys.RECORD).unlink(missing_ok=True)
 
     def cached_rows(
         self, name: str, measure: Callable[[], Any], uses: Sequence[Any] = (), ignore: Sequence[str] = HARMLESS
@@ -330,19 +333,26 @@ def _relative(data: Mapping[str, str]) -> dict[str, str]:
     return {os.path.relpath(p, root) if Path(p).is_relative_to(root) else p: found for p, found in data.items()}
 
 
+def _is_to_remake(record: Mapping[str, Any]) -> bool:
+    return REMAKE in os.environ and record.get("made_for") != os.environ[REMAKE]
+
+
 def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
     """Return in words why an artefact of that name cannot be reused; empty where there is none yet."""
     record = keys.read_record(folder)
-    if record:
+    if record.get("hash") == key.hash:
         bad = keys.damaged(folder, record["files"])
         return f", again: {', '.join(bad[:3])} missing or damaged" if bad else ", again: as was asked for"
-    others = [keys.read_record(path) for path in checkpoints.glob(f"{name}-{'?' * 12}")]
-    others = sorted((record for record in others if record), key=lambda record: record["finished"])
+    if (folder / keys.RECORD).exists():
+        return f", again: {keys.RECORD} damaged"
+    others = [keys.read_record(path) for path in checkpoints.glob(f"{glob.escape(name)}-{'?' * 12}")]
+    others = sorted((record for record in others if record.get("name") == name), key=lambda record: record["finished"])
     if not others:
         return ""
-    old = {part: others[-1]["key"][part] for part in ("inputs", "code", "versions")}
-    new = {"inputs": key.inputs, "code": key.code, "versions": key.versions}
-    return f", anew: {keys.differences(old, json.loads(to_json(new)))}"
+    parts = ("inputs", "code", "versions")
+    old = {part: others[-1]["key"].get(part) for part in parts}
+    new = json.loads(to_json({part: getattr(key, part) for part in parts}))
+    return f", anew: {keys.differences(old, new)}"
 
 
 def check_current(folder: str | os.PathLike[str]) -> None:
