@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsolnb.backbones import normalisation
 from wsolnb.errors import ParameterError
 
 
@@ -32,6 +33,16 @@ class LocalizationModel(nn.Module, ABC):
     @abstractmethod
     def head(self) -> nn.Module:
         """The layers that start from random weights and are trained at the head's learning rate."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """What is subtracted from RGB values in [0, 1] per channel, as the backbone's weights were trained."""
+        return normalisation(self)[0]
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """What they are then divided by, per channel."""
+        return normalisation(self)[1]
 
     def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
         """Return the training loss of a batch; by default that of its classification.
