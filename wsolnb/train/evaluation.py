@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wsolnb import maps as score_maps
+from wsolnb.backbones import normalisation
 from wsolnb.data import LocalizationDataset, Sample
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Transform
@@ -51,7 +52,8 @@ def predict(
     """
     device = next(model.parameters()).device
     model.eval()
-    for batch in make_loader(dataset, transform, batch_size, truth=True):
+    mean, std = normalisation(model)
+    for batch in make_loader(dataset, transform, batch_size, truth=True, mean=mean, std=std):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
             size = batch["image"].shape[2:]
