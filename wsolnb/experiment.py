@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsolnb import backbones, conformer, data, errors, maps, metrics, weights
+from wsolnb import backbones, data, errors, maps, metrics, weights
 from wsolnb.data import LocalizationDataset, aviary, open_dataset, transforms
 from wsolnb.data.loading import make_loader
 from wsolnb.errors import ParameterError, nearest
@@ -29,7 +29,7 @@ from wsolnb.train import evaluation, loop
 from wsolnb.train.loop import TrainingConfig
 from wsolnb.train.loop import history as history  # also found here
 
-CODE = (backbones, conformer, data, errors, evaluation, maps, metrics, loop, base, sys.modules[__name__])
+CODE = (backbones, data, errors, evaluation, maps, metrics, loop, base, sys.modules[__name__])
 """What every trained artefact depends on, next to the module of its method."""
 
 METHODS: dict[str, tuple[Callable[..., LocalizationModel], tuple[ModuleType, ...]]] = {
@@ -201,6 +201,8 @@ def train_once(
     }
 
     def build(folder: Path) -> None:
+        model = recipe.build(classes)
+        mean, std = backbones.normalisation(model)
         loader = make_loader(
             splits.train,
             recipe.train_transform(),
@@ -209,8 +211,10 @@ def train_once(
             seed=recipe.training.seed,
             num_workers=recipe.num_workers,
             drop_last=True,
+            mean=mean,
+            std=std,
         )
-        loop.train(recipe.build(classes), loader, recipe.training, folder, validate, progress, objective)
+        loop.train(model, loader, recipe.training, folder, validate, progress, objective)
 
     folder = run.cached(name, inputs, list(code), build)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.

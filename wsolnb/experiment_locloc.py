@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wsolnb import experiment
-from wsolnb.backbones import TransformerBackbone, create_backbone
+from wsolnb.backbones import TransformerBackbone, create_backbone, normalisation
 from wsolnb.data import LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import make_loader, to_tensor
 from wsolnb.errors import ParameterError
@@ -102,8 +102,9 @@ class Attend:
             self._backbone = open_backbone(self.recipe, self.device)
         side = self.recipe.image_size
         images = np.stack([transforms.resize(sample, (side, side)).image for sample in samples])
+        pixels = to_tensor(images, self._backbone.mean, self._backbone.std)
         with torch.inference_mode():
-            attention = self._backbone(to_tensor(images).to(next(self._backbone.parameters()).device)).attention
+            attention = self._backbone(pixels.to(next(self._backbone.parameters()).device)).attention
         found = grabcut.class_token_map(attention, self._backbone.grid, self.config.layers, self.config.heads)
         return found.cpu().numpy()
 
@@ -220,6 +221,8 @@ def fit(
         transform = recipe.train_transform()
         if enhanced:
             transform = transforms.Compose([Enhance(planned.config.rectangle), transform])
+        model = planned.build(open_backbone(recipe, recipe.training.device), classes)
+        mean, std = normalisation(model)
         loader = make_loader(
             dataset,
             transform,
@@ -229,8 +232,9 @@ def fit(
             seed=recipe.training.seed,
             num_workers=recipe.num_workers,
             drop_last=True,
+            mean=mean,
+            std=std,
         )
-        model = planned.build(open_backbone(recipe, recipe.training.device), classes)
         loop.train(model, loader, recipe.training, folder, None, progress, planned.objective())
 
     folder = run.cached(name, inputs, CODE, build)
@@ -283,7 +287,8 @@ def predict(model: LocalizationModel, dataset: LocalizationDataset, transform: t
     device, logits, done = next(model.parameters()).device, [], 0
     maps: dict[str, np.ndarray] = {}
     model.eval()
-    for batch in make_loader(dataset, transform, 50):
+    mean, std = normalisation(model)
+    for batch in make_loader(dataset, transform, 50, mean=mean, std=std):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
             named = model.localize(output, batch["label"].to(device))
@@ -341,7 +346,7 @@ def attention_maps(
 ) -> np.ndarray:
     """Return the class token's attention of a split's transformed images, as maps (n, H, W) in [0, 1]."""
     backbone, whole, done = open_backbone(recipe, device), None, 0
-    for batch in make_loader(dataset, recipe.test_transform(), 50):
+    for batch in make_loader(dataset, recipe.test_transform(), 50, mean=backbone.mean, std=backbone.std):
         with torch.inference_mode():
             rows = backbone(batch["image"].to(next(backbone.parameters()).device)).attention
             maps: Tensor = grabcut.class_token_map(rows, backbone.grid, config.layers, config.heads)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from wsolnb import backbones, conformer, data, errors, experiment
+from wsolnb import backbones, data, errors, experiment
 from wsolnb.data import CONTEXT, IGNORE, LocalizationDataset, Sample, aviary, transforms
 from wsolnb.data.loading import IMAGENET_MEAN, make_loader
 from wsolnb.errors import MapError, ParameterError, nearest
@@ -35,7 +35,7 @@ from wsolnb.notebook.runs import Run
 from wsolnb.train import loop
 from wsolnb.train.loop import TrainingConfig
 
-CODE = (backbones, conformer, data, errors, experiment, loop, base, sys.modules[__name__])
+CODE = (backbones, data, errors, experiment, loop, base, sys.modules[__name__])
 """What every trained classifier depends on, next to the module of its method."""
 
 Objective = Callable[[nn.Module, dict, TrainingConfig], Tensor]
@@ -53,10 +53,12 @@ class RandomLongSideCrop:
     how the LPCAM lineage trains on photographs.
 
     Padding has the mean colour of the normalisation, so that the network sees zeros; the mask is `IGNORE` there.
+    mean: that colour, per channel in [0, 1].
     """
 
     long_side: tuple[int, int] = (320, 640)
     crop: int = 512
+    mean: tuple[float, float, float] = IMAGENET_MEAN
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the crop x crop sample."""
@@ -74,7 +76,7 @@ class RandomLongSideCrop:
 
         return replace(
             sample,
-            image=pad(sample.image, [round(255 * channel) for channel in IMAGENET_MEAN]),
+            image=pad(sample.image, [round(255 * channel) for channel in self.mean]),
             boxes=sample.boxes + np.array([right, down, right, down]),
             mask=pad(sample.mask, IGNORE),
             parts=pad(sample.parts, CONTEXT),
@@ -112,7 +114,7 @@ class ClassifierRecipe(BaseModel):
     def train_transform(self) -> transforms.Transform:
         """The random transform: crop or shift, flip, light."""
         if self.long_side:
-            first = [RandomLongSideCrop(self.long_side, self.image_size)]
+            first = [RandomLongSideCrop(self.long_side, self.image_size, backbones.normalisation(self.backbone)[0])]
         else:
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
         light = transforms.RandomBrightnessContrast(self.brightness, 0.0)
@@ -165,7 +167,8 @@ def predict(
     device = next(model.parameters()).device
     found = []
     model.eval()
-    for batch in make_loader(dataset, transforms.Resize(image_size), batch_size):
+    mean, std = backbones.normalisation(model)
+    for batch in make_loader(dataset, transforms.Resize(image_size), batch_size, mean=mean, std=std):
         with torch.inference_mode():
             found.append(model(batch["image"].to(device)).logits.float().cpu().numpy())
     labels = np.zeros((len(dataset), len(dataset.class_names)), np.int64)

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from wsolnb.backbones import normalisation
 from wsolnb.data import CONTEXT, DISCRIMINATIVE, IGNORE, REST, LocalizationDataset
-from wsolnb.data.loading import to_tensor
+from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, MapError, ParameterError, nearest
 from wsolnb.files import fingerprint, write_atomically
@@ -67,6 +68,7 @@ class ConvExtractor:
 
     def __init__(self, model: CAMClassifier):
         self.model = model.eval()
+        self.mean, self.std = normalisation(model)
         self.weight = model.classifier.weight.detach().float()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -84,6 +86,7 @@ class TokenExtractor:
 
     def __init__(self, backbone: torch.nn.Module, weight: Tensor):
         self.backbone = backbone.eval()
+        self.mean, self.std = normalisation(backbone)
         weight = weight.detach().float()
         if weight.ndim not in (2, 4):
             raise ParameterError(f"classifier weights of shape {tuple(weight.shape)}", "give (C, D) or (C, D, k, k)")
@@ -166,6 +169,8 @@ class LiveFeatures(FeatureSource):
         self.extractor, self.dataset = extractor, dataset
         self.image_size, self.batch_size = image_size, batch_size
         self.weight = extractor.weight
+        self.mean = getattr(extractor, "mean", IMAGENET_MEAN)
+        self.std = getattr(extractor, "std", IMAGENET_STD)
         self.class_names, self.image_ids, self.labels = dataset.class_names, dataset.image_ids, dataset.labels
         if len(self.weight) != len(self.class_names):
             raise ParameterError(
@@ -189,7 +194,7 @@ class LiveFeatures(FeatureSource):
         size = sample.size
         if self.image_size:
             sample = resize(sample, (self.image_size, self.image_size))
-        return index, to_tensor(sample.image), size
+        return index, to_tensor(sample.image, self.mean, self.std), size
 
     def _extract(self, held: list[tuple], scales: Sequence[float], flip: bool) -> Iterator[ImageFeatures]:
         batch = torch.stack([image for _, image, _ in held]).to(self.weight.device)

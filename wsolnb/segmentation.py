@@ -28,10 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from wsolnb import backbones, data, errors, multilabel, seeds
-from wsolnb.backbones import ConvBackbone, TransformerBackbone, create_backbone
+from wsolnb.backbones import ConvBackbone, TransformerBackbone, create_backbone, normalisation
 from wsolnb.data import IGNORE, LocalizationDataset, Sample, transforms
 from wsolnb.data.base import read_label_map
-from wsolnb.data.loading import make_loader, to_tensor
+from wsolnb.data.loading import IMAGENET_MEAN, make_loader, to_tensor
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.files import fingerprint, resolve
 from wsolnb.methods import crf, irn
@@ -124,15 +124,19 @@ class UPerNet(nn.Module):
 
 @dataclass(frozen=True)
 class RandomScaleCrop:
-    """Resize by a factor drawn from `scale`, then crop, or pad, to a random window of `crop` pixels."""
+    """Resize by a factor drawn from `scale`, then crop, or pad, to a random window of `crop` pixels.
+
+    mean: colour of the padding, per channel in [0, 1].
+    """
 
     scale: tuple[float, float]
     crop: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the crop x crop sample; the mask is `IGNORE` where the image was padded."""
         side = max(1, round(max(sample.size) * rng.uniform(*self.scale)))
-        return RandomLongSideCrop((side, side), self.crop)(sample, rng)
+        return RandomLongSideCrop((side, side), self.crop, self.mean)(sample, rng)
 
 
 class MaskRecipe(BaseModel):
@@ -171,7 +175,7 @@ class MaskRecipe(BaseModel):
     def train_transform(self) -> transforms.Transform:
         """The random transform: scaled crop or shift, flip, light."""
         if self.scale:
-            first = [RandomScaleCrop(self.scale, self.image_size)]
+            first = [RandomScaleCrop(self.scale, self.image_size, normalisation(self.backbone)[0])]
         else:
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
         light = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
@@ -326,7 +330,7 @@ def boundary_of(model: IRN, image: np.ndarray, image_size: int | None = None) ->
         blank = Sample(image, "", ())
         image = transforms.resize(blank, (image_size, image_size)).image
     device = next(model.parameters()).device
-    return irn.boundaries(model, to_tensor(image)[None].to(device))[0]
+    return irn.boundaries(model, to_tensor(image, *normalisation(model))[None].to(device))[0]
 
 
 def walk_steps(
@@ -442,6 +446,8 @@ def fit(run: Run, name: str, recipe: MaskRecipe, dataset: WithMasks, progress: b
     }
 
     def build(folder: Path) -> None:
+        model = recipe.build(classes)
+        mean, std = normalisation(model)
         loader = make_loader(
             dataset,
             recipe.train_transform(),
@@ -451,9 +457,11 @@ def fit(run: Run, name: str, recipe: MaskRecipe, dataset: WithMasks, progress: b
             seed=recipe.training.seed,
             num_workers=recipe.num_workers,
             drop_last=len(dataset) >= recipe.batch_size,
+            mean=mean,
+            std=std,
         )
         objective = recipe.objective()
-        loop.train(recipe.build(classes), loader, recipe.training, folder, None, progress, objective)
+        loop.train(model, loader, recipe.training, folder, None, progress, objective)
 
     folder = run.cached(name, inputs, CODE, build)
     empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
@@ -506,12 +514,13 @@ def predict(
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     """Yield every sample with its predicted mask (H, W) uint8, at the image's size on disk."""
     held: list[tuple[Sample, Tensor]] = []
+    mean, std = normalisation(model)
     for index in range(len(dataset)):
         sample = dataset[index]
         seen = sample
         if inference.image_size:
             seen = transforms.resize(sample, (inference.image_size, inference.image_size))
-        image = to_tensor(seen.image)
+        image = to_tensor(seen.image, mean, std)
         if held and (len(held) == batch_size or held[0][1].shape != image.shape):
             yield from _predict(model, held, inference)
             held = []

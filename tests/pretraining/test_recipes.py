@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 
 from wsolnb import backbones, weights
 from wsolnb.backbones import create_backbone
@@ -389,7 +390,7 @@ def test_halfway_patches_are_those_between_two_layers():
         tokens, halfway = pretraining.forward_halfway(backbone, images, 3)
         x = torch.cat([torch.zeros(2, 1, backbone.dim), halfway], dim=1)
         # Patches do not read the class token, so the rest of the network can go on without it.
-        x = backbones._run_block(backbone.vit.blocks[3], x, backbone.masks[3])[0]
+        x = backbones.run_block(backbone.vit.blocks[3], x, backbone.masks[3])[0]
         torch.testing.assert_close(backbone.vit.norm(x)[:, 1:], tokens.patches, atol=1e-4, rtol=1e-4)
     assert not backbone.vit.blocks[3].norm1._forward_pre_hooks
 
@@ -431,7 +432,7 @@ def test_views_of_another_size_use_the_resized_position_embedding():
     backbone = create_backbone("vit_mini").eval()
     same = create_backbone("vit_mini", image_size=56).eval()
     state = backbone.vit.state_dict()
-    state["pos_embed"] = backbones.resample_abs_pos_embed(state["pos_embed"], (7, 7), num_prefix_tokens=1)
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (7, 7), num_prefix_tokens=1)
     same.vit.load_state_dict(state)
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsolnb.backbones import create_backbone
+from wsolnb.backbones import create_backbone, normalisation
 from wsolnb.errors import ParameterError
 
 
@@ -36,6 +36,16 @@ class Trainable(nn.Module, ABC):
     def head(self) -> nn.Module:
         """The layers that start from random weights and are trained at the head's learning rate."""
 
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """What is subtracted from RGB values in [0, 1] per channel, as the backbone's weights were trained."""
+        return normalisation(self)[0]
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """What they are then divided by, per channel."""
+        return normalisation(self)[1]
+
     def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
         """Return the training loss of a batch; by default that of its classification.
 
@@ -43,12 +53,6 @@ class Trainable(nn.Module, ABC):
         batch: `image` (B, 3, H, W) normalised, `label` (B,) or multi-hot (B, C), and `samples` where truth is loaded.
         """
         return classification_loss(forward(batch["image"]).logits.float(), batch["label"], label_smoothing)
-
-    @property
-    def normalisation(self) -> dict[str, tuple[float, ...]]:
-        """Mean and standard deviation, per channel in [0, 1], that the backbone wants its images normalised with."""
-        backbone = self.backbone if hasattr(self, "backbone") else self.frozen.backbone
-        return {"mean": backbone.mean, "std": backbone.std}
 
     def first_transforms(self) -> list[Callable]:
         """Return transforms of training samples that come before those of the recipe; here none."""

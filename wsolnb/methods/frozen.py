@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsolnb.backbones import ConformerBackbone, TransformerBackbone
+from wsolnb.backbones import ConformerBackbone, TransformerBackbone, embed, plain_block, run_blocks
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.errors import ParameterError
 
@@ -18,8 +18,8 @@ from wsolnb.errors import ParameterError
 class FrozenTokens(NamedTuple):
     """What one pass of a frozen transformer leaves.
 
-    embedded: (B, 1 + N, D) class and patch tokens with their position embedding, before any block.
-    last: outputs (B, 1 + N, D) of the last blocks, in their order, before the final normalisation.
+    embedded: (B, P + N, D) prefix and patch tokens with their position embedding, before any block.
+    last: outputs (B, P + N, D) of the last blocks, in their order, before the final normalisation.
     """
 
     embedded: Tensor
@@ -29,6 +29,7 @@ class FrozenTokens(NamedTuple):
 class FrozenBackbone(nn.Module):
     """A transformer that is never trained: no gradient, always in evaluation mode.
 
+    Its P prefix tokens, the class token and registers, come before the N patch tokens.
     Raises ParameterError for a backbone that is no plain vision transformer.
     """
 
@@ -48,28 +49,23 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens (B, 1 + N, D) of normalised images (B, 3, H, W) before any block."""
-        vit = self.backbone.vit
-        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        """Return the tokens (B, P + N, D) of normalised images (B, 3, H, W) before any block."""
+        return embed(self.backbone.vit, images)
 
     @torch.no_grad()
     def forward(self, images: Tensor, last: int = 1) -> FrozenTokens:
         """Run all blocks once; keep the outputs of the `last` ones."""
-        embedded = x = self.embed(images)
-        outputs = []
-        blocks = self.backbone.vit.blocks
-        for block, mask in zip(blocks, self.backbone.masks or [None] * len(blocks), strict=True):
-            x = block(x, attn_mask=mask)
-            outputs.append(x)
-        return FrozenTokens(embedded, tuple(outputs[-last:]))
+        embedded = self.embed(images)
+        ran = run_blocks(self.backbone.vit.blocks, embedded, self.backbone.masks, plain_block)
+        return FrozenTokens(embedded, tuple(x for x, _ in ran)[-last:])
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        """Apply the final layer normalisation to tokens (B, 1 + N, D)."""
+        """Apply the final layer normalisation to tokens (B, P + N, D)."""
         return self.backbone.vit.norm(tokens)
 
     def to_grid(self, tokens: Tensor) -> Tensor:
-        """Return the patch tokens of (B, 1 + N, D) as a feature map (B, D, h, w)."""
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        """Return the patch tokens of (B, P + N, D) as a feature map (B, D, h, w)."""
+        return tokens[:, self.backbone.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
 
 def deconvolutions(in_channels: int, channels: int, count: int, momentum: float = 0.1) -> nn.Sequential:

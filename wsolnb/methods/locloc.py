@@ -8,6 +8,7 @@ trained.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from wsolnb.backbones import TransformerBackbone
+from wsolnb.backbones import TransformerBackbone, plain_block, run_blocks
 from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from wsolnb.data.sample import Sample
 from wsolnb.errors import ParameterError
@@ -121,7 +122,7 @@ def _join(block: nn.Module, deep: Tensor, skip: Tensor) -> Tensor:
 
 
 class LocalFeatureDigging(nn.Module):
-    """LFDM: tokens before any block (B, 1 + N, D) -> class maps (B, C, h, w) >= 0, whose means are the logits.
+    """LFDM: tokens before any block (B, P + N, D) -> class maps (B, C, h, w) >= 0, whose means are the logits.
 
     Blocks and final normalisation start as copies of the backbone's, and are trained. Behind them: 3x3 convolution,
     ReLU, 3x3 convolution to the classes, batch normalisation, ReLU, 3x3 average pooling.
@@ -130,7 +131,7 @@ class LocalFeatureDigging(nn.Module):
 
     def __init__(self, backbone: TransformerBackbone, num_classes: int, drop_path: float = 0.0):
         super().__init__()
-        self.grid = backbone.grid
+        self.grid, self.prefix_tokens = backbone.grid, backbone.prefix_tokens
         self.blocks = copy.deepcopy(backbone.vit.blocks).requires_grad_(True)
         self.norm = copy.deepcopy(backbone.vit.norm).requires_grad_(True)
         for position, block in enumerate(self.blocks):
@@ -150,10 +151,10 @@ class LocalFeatureDigging(nn.Module):
 
     def forward(self, embedded: Tensor) -> Tensor:
         """Return the class maps."""
-        x = embedded
-        for layer, block in enumerate(self.blocks):
-            x = block(x, attn_mask=getattr(self, f"mask_{layer}") if self.masked else None)
-        patches = self.norm(x)[:, 1:]
+        masks = [getattr(self, f"mask_{layer}") for layer in range(len(self.blocks))] if self.masked else ()
+        for x, _ in run_blocks(self.blocks, embedded, masks, plain_block):  # noqa: B007
+            pass
+        patches = self.norm(x)[:, self.prefix_tokens :]
         return self.classifier(patches.transpose(1, 2).unflatten(2, self.grid))
 
 
@@ -211,7 +212,7 @@ class LocLoc(LocalizationModel):
             return LocLocOutput(images.new_zeros(len(images), self.num_classes), generated, None)
         if self.config.enhance_test and not self.training:
             mask = upsample(generated, images.shape[2:]) >= self.config.mask_threshold
-            embedded = self.frozen.embed(blacken(images, mask))
+            embedded = self.frozen.embed(blacken(images, mask, self.mean, self.std))
         class_maps = self.classifier(embedded)
         return LocLocOutput(class_maps.mean(dim=(2, 3)), generated, class_maps)
 
@@ -235,9 +236,14 @@ def learn_masks(model: LocLoc, batch: dict, config) -> Tensor:
 # -------------------------------------------------------------------------------------------------- enhanced images
 
 
-def blacken(images: Tensor, mask: Tensor) -> Tensor:
-    """Return normalised images (B, 3, H, W) that are black (pixel value 0) where `mask` (B, H, W) is false."""
-    black = -images.new_tensor(IMAGENET_MEAN) / images.new_tensor(IMAGENET_STD)
+def blacken(
+    images: Tensor, mask: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """Return normalised images (B, 3, H, W) that are black (pixel value 0) where `mask` (B, H, W) is false.
+
+    mean, std: what the images were normalised with, per channel.
+    """
+    black = -images.new_tensor(mean) / images.new_tensor(std)
     return torch.where(mask[:, None], images, black.view(1, 3, 1, 1))
 
 

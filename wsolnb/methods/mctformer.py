@@ -9,6 +9,7 @@ it. For LPCAM the patch tokens are the local features and the convolution is the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,14 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from wsolnb.backbones import ConformerBackbone, TransformerBackbone
+from wsolnb.backbones import (
+    ConformerBackbone,
+    TransformerBackbone,
+    normalisation,
+    positioned_prefix,
+    run_block,
+    run_blocks,
+)
 from wsolnb.errors import ParameterError
 from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel, pick
@@ -45,7 +53,8 @@ class MCTformerOutput(NamedTuple):
 class MCTformer(LocalizationModel):
     """A vision transformer of `wsolnb.backbones` whose class token is replaced by one per category.
 
-    The tokens and their position start from the pretrained class token. Images of any size are taken: the position
+    The tokens and their position start from the pretrained class token. Registers stay, between them and the patches;
+    no map counts them. Images of any size are taken: the position
     embedding is resampled to their grid.
     layers: number of last layers whose class attention is averaged.
     padding: of the 3 x 3 convolution over the patches, `zeros` as published, or `replicate`.
@@ -63,7 +72,9 @@ class MCTformer(LocalizationModel):
         self.backbone = backbone
         self.layers = min(layers, backbone.depth)
         vit = backbone.vit
-        start = vit.cls_token.detach() + vit.pos_embed.detach()[:, :1]
+        start = vit.cls_token.detach()
+        if positioned_prefix(vit):
+            start = start + vit.pos_embed.detach()[:, :1]
         self.class_tokens = nn.Parameter(start.repeat(1, num_classes, 1))
         noise = torch.empty_like(self.class_tokens)
         # Equal tokens would differ by the loss of their own class only; noise as timm starts a class token with.
@@ -84,28 +95,25 @@ class MCTformer(LocalizationModel):
         if images.shape[2] % size or images.shape[3] % size:
             raise ParameterError(f"images of {tuple(images.shape[2:])} pixels", f"use multiples of {size}")
         side = self.backbone.grid
-        patches = self._embed(images)
-        position = vit.pos_embed[:, 1:]
+        patches = vit.patch_embed(images)
+        positioned = positioned_prefix(vit)
+        position = vit.pos_embed[:, positioned:]
         if (rows, columns) != side:
             position = resample_abs_pos_embed(position, (rows, columns), side, num_prefix_tokens=0)
         count = self.class_tokens.shape[1]
-        x = torch.cat([self.class_tokens.expand(len(images), -1, -1), patches + position], dim=1)
+        prefix = [self.class_tokens]
+        if vit.reg_token is not None:
+            prefix.append(vit.reg_token + vit.pos_embed[:, 1:positioned] if positioned else vit.reg_token)
+        prefix = torch.cat(prefix, dim=1)
+        x = torch.cat([prefix.expand(len(images), -1, -1), patches + position], dim=1)
         x = vit.norm_pre(vit.pos_drop(x))
-        masks = self._masks(rows, columns, count, x.device)
+        masks, first = self._masks(rows, columns, count, x.device), prefix.shape[1]
         attention, affinity = [], 0.0
-        for block, mask in zip(vit.blocks, masks, strict=True):
-            mixed, weights = _attend(block.attn, block.norm1(x), mask)
-            x = x + block.drop_path1(block.ls1(mixed))
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-            attention.append(weights[:, :count, count:])
-            affinity = affinity + weights[:, count:, count:] / len(masks)
-        x = vit.norm(x)
-        return x[:, :count], x[:, count:], (rows, columns), torch.stack(attention[-self.layers :], dim=1), affinity
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Embed patches of images of any size, (B, N, D); timm's own check of the size is passed by."""
-        embed = self.backbone.vit.patch_embed
-        return embed(images) if not hasattr(embed, "proj") else embed.norm(embed.proj(images).flatten(2).mT)
+        for tokens, weights in run_blocks(vit.blocks, x, masks, partial(run_block, attend=_attend)):  # noqa: B007
+            attention.append(weights[:, :count, first:])
+            affinity = affinity + weights[:, first:, first:] / len(masks)
+        x = vit.norm(tokens)
+        return x[:, :count], x[:, first:], (rows, columns), torch.stack(attention[-self.layers :], dim=1), affinity
 
     def _masks(self, rows: int, columns: int, count: int, device: torch.device) -> list[Tensor | None]:
         """The backbone's masks (`Mixing`) with `count` class tokens in the place of one."""
@@ -154,6 +162,7 @@ class PatchTokens:
 
     def __init__(self, model: MCTformer):
         self.model = model.eval()
+        self.mean, self.std = normalisation(model)
         self.weight = model.semantic.weight.detach().float().sum(dim=(2, 3))
 
     def __call__(self, images: Tensor) -> Tensor:

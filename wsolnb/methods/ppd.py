@@ -44,20 +44,26 @@ class ProxyProbingDecoder(nn.Module):
 
 
 class LinearProbe(nn.Module):
-    """Linear classifier of the class tokens of the last blocks and, with `pool`, of the last one's mean patch token."""
+    """Linear classifier of the class tokens of the last blocks and, with `pool`, of the last one's mean patch token.
 
-    def __init__(self, dim: int, num_classes: int, blocks: int = 4, pool: bool = True):
+    dim: channels D of the tokens. prefix_tokens: how many of them come before the patches, those of the backbone. PPD
+    sets them where they are None.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, blocks: int = 4, pool: bool = True, prefix_tokens: int | None = None
+    ):
         super().__init__()
-        self.blocks, self.pool = blocks, pool
+        self.blocks, self.pool, self.prefix_tokens = blocks, pool, prefix_tokens
         self.linear = nn.Linear(dim * (blocks + pool), num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, last: list[Tensor]) -> Tensor:
-        """Return logits (B, C) from the normalised outputs (B, 1 + N, D) of the last blocks, in their order."""
+        """Return logits (B, C) from the normalised outputs (B, P + N, D) of the last blocks, in their order."""
         features = [tokens[:, 0] for tokens in last[-self.blocks :]]
         if self.pool:
-            features.append(last[-1][:, 1:].mean(dim=1))
+            features.append(last[-1][:, self.prefix_tokens or 1 :].mean(dim=1))
         return self.linear(torch.cat(features, dim=-1))
 
 
@@ -85,6 +91,13 @@ class PPD(LocalizationModel):
             raise ParameterError("a PPD of neither decoder nor probe", "give one of them, or both")
         self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
         self.decoder, self.probe = decoder, probe
+        if probe is not None and probe.prefix_tokens not in (None, backbone.prefix_tokens):
+            raise ParameterError(
+                f"a probe behind {probe.prefix_tokens} prefix tokens, on a backbone with {backbone.prefix_tokens}",
+                "leave prefix_tokens of the LinearProbe out",
+            )
+        if probe is not None:
+            probe.prefix_tokens = backbone.prefix_tokens
 
     @property
     def head(self) -> nn.Module:

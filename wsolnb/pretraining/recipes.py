@@ -30,7 +30,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from wsolnb import backbones
-from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbone, forward_tapped
+from wsolnb.backbones import Mixing, Tokens, TransformerBackbone, create_backbone, forward_tapped, positioned_prefix
 from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.transforms import resize
@@ -331,7 +331,9 @@ def forward_view(backbone: TransformerBackbone, images: Tensor) -> Tokens:
         return backbone(images)
     whole = vit._parameters["pos_embed"]
     try:
-        vit._parameters["pos_embed"] = resample_abs_pos_embed(whole, (grid, grid), num_prefix_tokens=1)
+        vit._parameters["pos_embed"] = resample_abs_pos_embed(
+            whole, (grid, grid), num_prefix_tokens=positioned_prefix(vit)
+        )
         return forward_tapped(vit, images, _masks(backbone.mixing, grid, backbone.depth, images.device))
     finally:
         vit._parameters["pos_embed"] = whole
@@ -346,8 +348,8 @@ def forward_halfway(backbone: TransformerBackbone, images: Tensor, layers: int) 
     """Run `forward_view`; returns its tokens and the patches (B, N, D) as they are after so many layers."""
     if layers >= backbone.depth:
         raise ParameterError(f"{backbone.name} has {backbone.depth} layers, got {layers}", "give a smaller number")
-    halfway = []
-    hook = backbone.vit.blocks[layers].norm1.register_forward_pre_hook(lambda _, x: halfway.append(x[0][:, 1:]))
+    halfway, first = [], backbone.prefix_tokens
+    hook = backbone.vit.blocks[layers].norm1.register_forward_pre_hook(lambda _, x: halfway.append(x[0][:, first:]))
     try:
         return forward_view(backbone, images), halfway[0]
     finally:
@@ -717,7 +719,7 @@ def shrink_positions(backbone: TransformerBackbone, share: float) -> None:
     Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and can only
     learn it from the position embedding. 1 changes nothing; with 0 the patches do not know where they are.
     """
-    patches = backbone.vit.pos_embed[:, backbone.vit.num_prefix_tokens :]
+    patches = backbone.vit.pos_embed[:, positioned_prefix(backbone.vit) :]
     patches.lerp_(patches.mean(dim=1, keepdim=True), 1 - share)
 
 
@@ -775,7 +777,7 @@ def export(
     Returns the path of the card.
     """
     folder = Path(folder)
-    model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.resnet
+    model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.cnn
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     half = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
     content = safetensors.torch.save(half)

@@ -53,7 +53,7 @@ def predict(
     """
     device = next(model.parameters()).device
     model.eval()
-    for batch in make_loader(dataset, transform, batch_size, truth=True, **model.normalisation):
+    for batch in make_loader(dataset, transform, batch_size, truth=True, mean=model.mean, std=model.std):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
             size = batch["image"].shape[2:]

@@ -167,17 +167,17 @@ def fit(
 
     def build(folder: Path) -> None:
         model = recipe.build(classes)
-        mean = model.normalisation["mean"]
         loader = make_loader(
             seen,
-            Compose([*model.first_transforms(), recipe.train_transform(mean)]),
+            Compose([*model.first_transforms(), recipe.train_transform(model.mean)]),
             recipe.batch_size,
             shuffle=True,
             truth=model.learns_from_masks,
             seed=recipe.training.seed,
             num_workers=recipe.num_workers,
             drop_last=True,
-            **model.normalisation,
+            mean=model.mean,
+            std=model.std,
         )
         train(model, loader, recipe.training, folder, validate, progress)
 

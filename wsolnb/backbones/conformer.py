@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-UNUSED = (
-    "trans_cls_head",
-    "conv_cls_head",
-    *(f"conv_trans_12.{name}" for name in ("expand_block", "fusion_block", "cnn_block.conv3", "cnn_block.bn3")),
-)
-"""Tensors of the published files that begin so are not needed here."""
+from wsolnb.backbones.vit import Tokens, TransformerBackbone, run_block
 
 RunBlock = Callable[[Block, Tensor], tuple[Tensor, Tensor]]
 _norm2d, _norm = partial(nn.BatchNorm2d, eps=1e-6), partial(nn.LayerNorm, eps=1e-6)
@@ -110,11 +105,19 @@ class Conformer(nn.Module):
     """The transformer branch's tokens, with the convolutional branch that feeds it.
 
     width: channels of the first stage. dim, heads: of the transformer. depth: blocks, a multiple of 3. Patches of 16.
+    UNUSED: tensors of the published files that begin so are not needed here.
     """
+
+    UNUSED = (
+        "trans_cls_head",
+        "conv_cls_head",
+        *(f"conv_trans_12.{name}" for name in ("expand_block", "fusion_block", "cnn_block.conv3", "cnn_block.bn3")),
+    )
+    has_class_token, num_prefix_tokens = True, 1
 
     def __init__(self, width: int = 256, dim: int = 384, depth: int = 12, heads: int = 6, drop_path: float = 0.0):
         super().__init__()
-        self.embed_dim, self.depth, self.heads = dim, depth, heads
+        self.embed_dim = dim
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
@@ -134,6 +137,11 @@ class Conformer(nn.Module):
         self.apply(_start)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer's blocks, in their order."""
+        return [self.trans_1, *(getattr(self, name).trans_block for name in self.names)]
+
     def forward(self, images: Tensor, run: RunBlock) -> tuple[Tensor, list[Tensor]]:
         """Return normalised tokens (B, 1 + N, dim) of (B, 3, H, W) images, and each block's attention row.
 
@@ -148,6 +156,17 @@ class Conformer(nn.Module):
             x, tokens, row = getattr(self, name)(x, tokens, run)
             rows.append(row)
         return self.trans_norm(tokens), rows
+
+
+class ConformerBackbone(TransformerBackbone):
+    """Conformer: patch and class tokens of its transformer branch. Attributes as of `TransformerBackbone`."""
+
+    def __init__(self, conformer: Conformer, name: str, image_size: int):
+        super().__init__(conformer, name, image_size, 16)
+
+    def _tokens(self, images: Tensor) -> Tokens:
+        x, rows = self.vit(images, run_block)
+        return Tokens(x[:, 1:], x[:, 0], torch.stack(rows, dim=1)[..., 1:])
 
 
 def _start(module: nn.Module) -> None:

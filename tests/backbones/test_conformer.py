@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsolnb.backbones import create_backbone
-from wsolnb.conformer import Conformer, ConvBlock, ToFeatures
+from wsolnb.backbones.conformer import Conformer, ConvBlock, ToFeatures
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.methods.scm import SCM, SCMConfig
 

@@ -145,7 +145,7 @@ def test_pretrained_without_network_says_what_to_download(monkeypatch):
     def offline(*_arguments, **_options):
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(backbones.timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(WeightsError) as caught:
         backbones.create_backbone("dino_small", pretrained=True)
     assert "vit_small_patch16_224.dino" in str(caught.value)

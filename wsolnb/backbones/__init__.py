@@ -1,0 +1,64 @@
+"""Feature extractors: vision transformers with the class token's attention, Conformers, and convolutional networks.
+
+    backbone = create_backbone("vit_mini", pretrained=True)                   # a short name, `BACKBONES`
+    backbone = create_backbone("vit_small_patch14_dinov2", image_size=224)    # any classifier of timm that fits
+
+A backbone tells what depends on it: `dim`, `mean`, `std`; a transformer `grid`, `patch_size` and `prefix_tokens`, a
+convolutional network `stride`.
+"""
+
+from wsolnb.backbones.base import Backbone
+from wsolnb.backbones.checkpoints import load_weights, positioned_prefix
+from wsolnb.backbones.cnn import ConvBackbone
+from wsolnb.backbones.conformer import Conformer, ConformerBackbone
+from wsolnb.backbones.registry import (
+    BACKBONES,
+    CONFORMERS,
+    MINI,
+    MIXING,
+    RESNETS,
+    TRANSFORMERS,
+    create_backbone,
+    normalisation,
+)
+from wsolnb.backbones.vit import (
+    PLAIN,
+    BoundedNorm,
+    ConvStem,
+    Mixing,
+    Tokens,
+    TransformerBackbone,
+    embed,
+    forward_tapped,
+    plain_block,
+    run_block,
+    run_blocks,
+)
+
+__all__ = [
+    "BACKBONES",
+    "CONFORMERS",
+    "MINI",
+    "MIXING",
+    "PLAIN",
+    "RESNETS",
+    "TRANSFORMERS",
+    "Backbone",
+    "BoundedNorm",
+    "Conformer",
+    "ConformerBackbone",
+    "ConvBackbone",
+    "ConvStem",
+    "Mixing",
+    "Tokens",
+    "TransformerBackbone",
+    "create_backbone",
+    "embed",
+    "forward_tapped",
+    "load_weights",
+    "normalisation",
+    "plain_block",
+    "positioned_prefix",
+    "run_block",
+    "run_blocks",
+]

@@ -1,0 +1,145 @@
+"""Weights from files, also of other programs: wrapped, with prefixes, for another grid, or none at all."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from wsolnb.errors import WeightsError
+
+HEADS = ("head", "fc.", "classifier", "mask_token")
+"""Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a local file of weights into `model`; no code of the file is run.
+
+    Dictionaries in dictionaries (`model`, `state_dict`, `teacher`) are opened. What stands before all of the model's
+    names (`module.`, `backbone.vit.`) is taken off, and with it everything beside; of a teacher and a student the
+    teacher is taken. Classifier heads that the model does not have are left out. A position embedding of another square
+    grid is resampled to the model's.
+
+    Raises WeightsError when the file is missing, damaged or no dictionary of tensors, or when it misses a tensor,
+    changes the shape of one, or holds one that the model lacks.
+    """
+    path = Path(path)
+    state, own = dict(_tensors(_read(path))), model.state_dict()
+    if not state:
+        raise WeightsError(
+            f"{path} holds no tensors by name",
+            "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
+        )
+    prefix = _prefix(state, own)
+    begins = {name.partition(".")[0] for name in state}
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = _fit_positions(_dinov2(state, own), own, model)
+    # Files older than PyTorch 0.4.1 do not count the batches of a normalisation.
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or reshaped:
+        name = (missing or reshaped)[0]
+        told = "misses it" if missing else f"has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        prefixed = f"; every tensor begins with '{begins.pop()}.'" if len(begins) == 1 else ""
+        prefixed += f"; names are compared behind the prefix {prefix!r}" if prefix else ""
+        raise WeightsError(
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(reshaped)} of another shape; "
+            f"first: {name!r} ({told}){prefixed}",
+            "build the backbone with the name and image size that the weights were made for",
+        )
+    unused = (*HEADS, *getattr(model, "UNUSED", ()))
+    extra = [name for name in state if name not in own and not name.startswith(unused)]
+    if extra:
+        raise WeightsError(
+            f"{path} holds {len(extra)} tensors that the model lacks; first: {extra[0]!r}",
+            "build the backbone that the weights were made for",
+        )
+    model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+
+
+def positioned_prefix(vit: nn.Module) -> int:
+    """Return how many first rows of a vision transformer's position embedding belong to prefix tokens.
+
+    None do in DeiT-3 and in DINOv2 with registers, whose embedding is of the patches alone.
+    """
+    return 0 if vit.no_embed_class else vit.num_prefix_tokens
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint at {path}", "check the path; .safetensors, .pth and .pt files are read")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        if refused is None:
+            raise WeightsError(
+                f"cannot read weights from {path}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                "download it again; pickled objects other than tensors are refused",
+            ) from error
+        raise WeightsError(
+            f"cannot read weights from {path}: beside its tensors it holds {refused[1]}, which would run code",
+            f"where you trust the file, save its tensors without {refused[1]}: "
+            "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)",
+        ) from error
+
+
+def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of dictionaries in dictionaries, their names joined by dots."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _tensors(value, f"{before}.{name}" if before else str(name))
+    elif isinstance(content, Tensor):
+        yield before, content
+
+
+def _prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Return what stands before the model's names in a file: that behind which most of them are found."""
+    found: Counter[str] = Counter()
+    for name in state:
+        for cut in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            found[name[:cut]] += name[cut:] in own
+    return max(found, key=lambda prefix: (found[prefix], "student" not in prefix)) if found.total() else ""
+
+
+def _dinov2(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file as published with DINOv2's registers under timm's names."""
+    if "register_tokens" in state and "reg_token" in own:
+        state["reg_token"] = state.pop("register_tokens")
+    return state
+
+
+def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
+    """Resample the position embedding (1, prefix + n * n, D) of a file to the model's grid, if it is of a square grid.
+
+    Where the model's is of the patches alone and the file's begins with the class token's, that is added to the token.
+    """
+    given, wanted = state.get("pos_embed"), own.get("pos_embed")
+    if given is None or wanted is None or given.shape == wanted.shape or given.ndim != 3 or not _same_width(given, own):
+        return state  # what does not fit is reported as a tensor of another shape
+    prefix = positioned_prefix(vit)
+    if not prefix and not _square(given.shape[1]) and _square(given.shape[1] - 1) and "cls_token" in state:
+        state |= {"cls_token": state["cls_token"] + given[:, :1]}
+        given = given[:, 1:]
+    if _square(given.shape[1] - prefix):
+        side = math.isqrt(wanted.shape[1] - prefix)
+        given = resample_abs_pos_embed(given.float(), (side, side), num_prefix_tokens=prefix)
+    return state | {"pos_embed": given}
+
+
+def _square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _same_width(given: Tensor, own: dict[str, Tensor]) -> bool:
+    return given.shape[2] == own["pos_embed"].shape[2]

@@ -1,0 +1,193 @@
+"""Backbones by name: the short names of this package, and every classifier of timm that a method can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from timm.models import is_model_in_modules
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from wsolnb import weights
+from wsolnb.backbones.base import Backbone, Colour, colours
+from wsolnb.backbones.checkpoints import load_weights
+from wsolnb.backbones.cnn import STRIDES, ConvBackbone
+from wsolnb.backbones.conformer import Conformer, ConformerBackbone
+from wsolnb.backbones.vit import PLAIN, BoundedNorm, ConvStem, Mixing, TransformerBackbone, check_size
+from wsolnb.errors import ParameterError, WeightsError, nearest
+
+TRANSFORMERS = {
+    "deit_tiny": "deit_tiny_patch16_224.fb_in1k",
+    "deit_small": "deit_small_patch16_224.fb_in1k",
+    "deit_base": "deit_base_patch16_224.fb_in1k",
+    "vit_small": "vit_small_patch16_224.augreg_in1k",
+    "dino_small": "vit_small_patch16_224.dino",
+}
+RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
+MINI = ("vit_mini", "vit_mini_dino", "vit_mini_dino_co", "vit_mini_plain", "resnet_mini")
+"""Backbones small enough for two CPU cores. All but `vit_mini_plain` have embedded pretrained weights
+(`wsolnb.weights`). `vit_mini_dino` and `vit_mini_dino_co` have self-distilled weights, the latter with attention that
+was told what two frames have in common; `vit_mini_plain` is an ordinary small vision transformer, in which every token
+attends to every other, to be trained from scratch."""
+
+CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 12, 6)}
+"""First stage's channels, token width, depth and heads."""
+
+BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *MINI)
+"""The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
+
+MIXING = {
+    "vit_mini": Mixing(local_layers=4),
+    "vit_mini_dino": Mixing(),
+    "vit_mini_dino_co": Mixing(),
+    "vit_mini_plain": PLAIN,
+}
+"""How the mini transformers exchange tokens unless told otherwise: as their embedded weights were made."""
+
+VIT_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")
+"""Modules of timm whose models are plain vision transformers; what else they hold, `TransformerBackbone` refuses."""
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
+    output_stride: int = 16,
+    drop_path: float = 0.0,
+    mixing: Mixing | None = None,
+) -> TransformerBackbone | ConvBackbone:
+    """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
+
+    pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones, the
+        embedded weights, after checking their hash.
+    checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
+    image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112.
+        Position embeddings are resized to it.
+    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
+    mixing: of the mini transformers; default that of `MIXING`.
+
+    Raises ParameterError for unknown names, for models that no method can use, and for sizes and strides that a model
+    cannot have; WeightsError when weights are missing or do not fit.
+    """
+    timm_name = timm_name_of(name)
+    if pretrained and checkpoint:
+        raise ParameterError("both pretrained=True and a checkpoint were given", "choose one")
+    if output_stride not in STRIDES:
+        raise ParameterError(f"a final map of stride {output_stride} was asked for", "use 8, 16 or 32")
+    if pretrained and name in MINI:
+        checkpoint = weights.verified(name)
+    if pretrained and name not in BACKBONES:
+        # What cannot be used is told before anything is downloaded.
+        create_backbone(name, image_size=image_size, output_stride=output_stride)
+    if name in CONFORMERS:
+        backbone = _conformer(name, pretrained, image_size, drop_path)
+    elif name.startswith("vit_mini"):
+        backbone = _vit_mini(name, image_size, drop_path, mixing or MIXING[name])
+    elif name != "resnet_mini" and is_model_in_modules(timm_name.split(".")[0], VIT_MODULES):
+        backbone = _vit(name, timm_name, pretrained, image_size, drop_path)
+    else:
+        if image_size is not None and image_size < 32:
+            raise ParameterError(f"{name} cannot take images of side {image_size}", "use 32 or more")
+        backbone = _cnn(name, timm_name, pretrained, output_stride)
+    if checkpoint:
+        load_weights(backbone.cnn if isinstance(backbone, ConvBackbone) else backbone.vit, checkpoint)
+    return backbone
+
+
+def timm_name_of(name: str) -> str:
+    """Return timm's name of a backbone, of one that timm does not have its own.
+
+    Raises ParameterError for an unknown name or tag; the nearest one is given.
+    """
+    if name in BACKBONES:
+        return {**TRANSFORMERS, **RESNETS}.get(name, name)
+    architecture, _, tag = name.partition(".")
+    tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if not timm.is_model(architecture) or (tag and name not in tagged):
+        hint = nearest(name, tagged or [*BACKBONES, *timm.list_models()])
+        known = ", ".join(tagged or BACKBONES)
+        raise ParameterError(f"unknown backbone {name!r}{hint}", f"one of {known}, or a name of timm.list_models()")
+    return name
+
+
+def normalisation(source: str | nn.Module) -> tuple[Colour, Colour]:
+    """Return mean and std per channel of RGB values in [0, 1], as a backbone's weights expect its images.
+
+    source: a backbone's name, or a model that holds a backbone; of all others, ImageNet's.
+    """
+    if isinstance(source, str):
+        timm_name = {**TRANSFORMERS, **RESNETS}.get(source, source)
+        config = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
+        return colours(config and config.to_dict())
+    backbone = next((part for part in source.modules() if isinstance(part, Backbone)), None)
+    return (backbone.mean, backbone.std) if backbone else colours()
+
+
+def _conformer(name: str, pretrained: bool, image_size: int | None, drop_path: float) -> ConformerBackbone:
+    if pretrained:
+        raise WeightsError(
+            f"no library holds the weights of {name!r}",
+            "download Conformer_small_patch16.pth or _tiny_ from the links of https://github.com/pengzhiliang/"
+            "Conformer and give its path as the checkpoint",
+        )
+    size = 224 if image_size is None else image_size
+    return ConformerBackbone(Conformer(*CONFORMERS[name], drop_path=drop_path), name, size)
+
+
+def _vit_mini(name: str, image_size: int | None, drop_path: float, mixing: Mixing) -> TransformerBackbone:
+    size = 112 if image_size is None else image_size
+    check_size(name, size, 8)
+    model = VisionTransformer(
+        img_size=size, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=0, global_pool="token",
+        embed_layer=ConvStem, drop_path_rate=drop_path,
+    )  # fmt: skip
+    if mixing.bound is not None:
+        for block in model.blocks:
+            block.attn.q_norm = block.attn.k_norm = BoundedNorm(mixing.bound, block.attn.head_dim)
+    return TransformerBackbone(model, name, size, 8, mixing)
+
+
+def _vit(name: str, timm_name: str, pretrained: bool, image_size: int | None, drop_path: float) -> TransformerBackbone:
+    config = timm.get_pretrained_cfg(timm_name)
+    size = image_size if image_size is not None else config.input_size[-1] if config else 224
+    if size < 1:
+        raise ParameterError(f"{name} cannot take images of side {size}", "use a multiple of its patches' side")
+    model = _timm_model(timm_name, pretrained, num_classes=0, img_size=size, drop_path_rate=drop_path)
+    return TransformerBackbone(model, name, size)
+
+
+def _cnn(name: str, timm_name: str, pretrained: bool, output_stride: int) -> ConvBackbone:
+    if name == "resnet_mini":
+        widths = (32, 64, 128, 256)
+        model = ResNet(BasicBlock, (1, 1, 1, 1), channels=widths, stem_width=32, output_stride=output_stride)
+        return ConvBackbone(model, name)
+    try:
+        model = _timm_model(timm_name, pretrained, output_stride=output_stride)
+    except (AssertionError, NotImplementedError, TypeError):  # timm's ways to say that a network has one stride only
+        model = _timm_model(timm_name, pretrained)
+    backbone = ConvBackbone(model, name)
+    if backbone.stride != output_stride:
+        raise ParameterError(
+            f"the final map of {name!r} has stride {backbone.stride}, not {output_stride}: timm has it in no other",
+            f"use output_stride={backbone.stride}, or a ResNet, EfficientNet or ConvNeXt",
+        )
+    return backbone
+
+
+def _timm_model(timm_name: str, pretrained: bool, **options) -> nn.Module:
+    try:
+        return timm.create_model(timm_name, pretrained=pretrained, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        # timm reports an unreachable hub, a missing file and a full disk through many exception types.
+        raise WeightsError(
+            f"the pretrained weights {timm_name!r} could not be loaded: {str(error).splitlines()[0]}",
+            f"on a machine with network run: python -c \"import timm; timm.create_model('{timm_name}', "
+            f'pretrained=True)" and copy its Hugging Face cache (HF_HOME) here; or download model.safetensors of '
+            f"https://huggingface.co/timm/{timm_name} and give its path as the checkpoint",
+        ) from error
