@@ -84,7 +84,7 @@ def _read(path: Path) -> Any:
         refused = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
         if refused is None:
             raise WeightsError(
-                f"cannot read weights from {path}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                f"cannot read weights from {path}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
                 "download it again; pickled objects other than tensors are refused",
             ) from error
         raise WeightsError(

@@ -135,6 +135,7 @@ def _conformer(name: str, pretrained: bool, image_size: int | None, drop_path: f
             "Conformer and give its path as the checkpoint",
         )
     size = 224 if image_size is None else image_size
+    check_size(name, size, 16)
     return ConformerBackbone(Conformer(*CONFORMERS[name], drop_path=drop_path), name, size)
 
 
