@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from wsolnb import keys
+from wsolnb import files, keys
 from wsolnb.errors import ParameterError
 from wsolnb.notebook import pipeline, runs
 
@@ -348,7 +348,7 @@ def test_files_that_are_not_as_they_were_left_are_made_again(repository, execute
 
 
 def test_a_summary_is_written_whatever_is_damaged(repository, executed, capsys, monkeypatch):
-    damaged = runs.write_atomically(repository.root / "outputs/mini/metrics/07_other.json", b"\xff{")
+    damaged = files.write_atomically(repository.root / "outputs/mini/metrics/07_other.json", b"\xff{")
     summary = pipeline.reproduce("mini")
     assert summary["complete"]
     assert set(summary["tables"]) == set(ALL)
@@ -357,10 +357,9 @@ def test_a_summary_is_written_whatever_is_damaged(repository, executed, capsys, 
     def full(path, content):
         if Path(path).parent.name == "notebooks":
             raise runs.RunError(f"{path} cannot be written: No space left on device")
-        return runs.files_write(path, content)
+        return files.write_atomically(path, content)
 
-    monkeypatch.setattr(runs, "files_write", runs.write_atomically, raising=False)
-    monkeypatch.setattr(runs, "write_atomically", full)
+    monkeypatch.setattr(pipeline, "write_atomically", full)
     summary = pipeline.reproduce("mini", ["seed=4"], only=["03_cam"])
     assert status(summary) == {"01_data": "failed", "03_cam": "not run"}
     assert "No space left" in summary["steps"][0]["error"]
