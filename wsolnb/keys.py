@@ -264,7 +264,7 @@ def _chains(parsed: ast.Module) -> Iterator[list[str]]:
 
 
 def _is_for_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in (getattr(node.test, n, None) for n in ("id", "attr"))
 
 
 def _runnable(node: ast.AST) -> Iterator[ast.AST]:
