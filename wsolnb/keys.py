@@ -264,7 +264,7 @@ def _chains(parsed: ast.Module) -> Iterator[list[str]]:
 
 
 def _is_for_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in (getattr(node.test, n, None) for n in ("id", "attr"))
 
 
 def _runnable(node: ast.AST) -> Iterator[ast.AST]:
@@ -278,9 +278,10 @@ def _runnable(node: ast.AST) -> Iterator[ast.AST]:
 
 def package_root() -> Path:
     """Return the folder that the package is imported from."""
-    return Path(__file__).resolve().parent
+    return _ROOT
 
 
+_ROOT = Path(__file__).resolve().parent
 _AT_START = {str(path): path.read_bytes() for path in package_root().rglob("*.py")}
 
 
@@ -295,8 +296,12 @@ def path_of(module: str) -> Path | None:
     return None
 
 
-@functools.cache
+_OUTSIDE: dict[str, Path | None] = {}
+
+
 def _path_outside(module: str) -> Path | None:
+    if module in _OUTSIDE:
+        return _OUTSIDE[module]
     top = module.partition(".")[0]
     if module in ("", "__main__") or (top != module and not _path_outside(top)):
         return None
@@ -304,12 +309,14 @@ def _path_outside(module: str) -> Path | None:
     if spec is None:
         with contextlib.suppress(ImportError, ValueError, AttributeError):
             spec = importlib.util.find_spec(module)
-    if spec is None or not spec.has_location or not spec.origin.endswith(".py"):
-        return None
-    path = Path(spec.origin)
+    if spec is None:
+        return None  # not kept: it may be found later
+    path = Path(spec.origin) if spec.has_location and spec.origin else Path()
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = any(path.is_relative_to(sysconfig.get_path(kind)) for kind in kinds)
-    return None if installed or {"site-packages", "dist-packages"} & set(path.parts) else path
+    outside = path.suffix == ".py" and not installed and not {"site-packages", "dist-packages"} & set(path.parts)
+    _OUTSIDE[module] = path if outside else None
+    return _OUTSIDE[module]
 
 
 def _is_package(module: str) -> bool:
@@ -505,8 +512,9 @@ class _Reading:
 
     def files(self, path: Path) -> str:
         """Return the fingerprint of a file or a folder of data, and note that it was read."""
-        self.data[str(path)] = found = tree(path)
-        return found
+        if str(path) not in self.data:
+            self.data[str(path)] = tree(path)
+        return self.data[str(path)]
 
     def _of(self, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"<class>": self.describe(type(value), type(value).__qualname__), **fields}
@@ -642,7 +650,11 @@ class _Reading:
             return {"<tensor>": str(plain.dtype), "shape": str(tuple(plain.shape)), "sha256": digest(raw)}
         if library == "numpy" and hasattr(value, "tobytes") and hasattr(value, "dtype"):
             raw = b"" if value.dtype.hasobject else value.tobytes()
-            found = {"<array>": str(value.dtype), "shape": str(value.shape), "sha256": digest(raw)}
+            found = {
+                "<array>": f"{type(value).__name__} {value.dtype}",
+                "shape": str(value.shape),
+                "sha256": digest(raw),
+            }
             if value.dtype.hasobject:
                 found["items"] = self._compact(self._all(value.ravel().tolist(), where))
             if hasattr(value, "mask"):

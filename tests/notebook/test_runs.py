@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import wsolnb.errors
 from wsolnb import files
 from wsolnb.notebook import runs
 
@@ -34,9 +34,9 @@ def run(root):
 def test_the_root_is_found_from_any_place(root, tmp_path_factory, monkeypatch):
     assert files.repository_root() == root
     monkeypatch.chdir(root / "notebooks")
-    assert runs.resolve("../data") == root.parent / "data"
-    assert runs.resolve("/data") == Path("/data")
-    assert runs.resolve("~/data") == Path.home() / "data"
+    assert files.resolve("../data") == root.parent / "data"
+    assert files.resolve("/data") == Path("/data")
+    assert files.resolve("~/data") == Path.home() / "data"
 
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(root):
         runs.start("a", {"run_folder": "file"})
     assert "run_folder" in error.value.remedy
     with pytest.raises(runs.RunError, match="cannot be written"):
-        runs.write_atomically(root / "file" / "a.json", "x")
+        files.write_atomically(root / "file" / "a.json", "x")
 
 
 def test_a_folder_without_permission_is_a_clear_error(run, monkeypatch):
@@ -90,7 +90,7 @@ def test_metrics_keep_rows_and_provenance(run):
 
 def test_torch_values_are_stored(run):
     torch = pytest.importorskip("torch")
-    assert runs.plain({"s": torch.tensor(0.5, requires_grad=True), "v": torch.tensor([1, 2])}) == {
+    assert files.plain({"s": torch.tensor(0.5, requires_grad=True), "v": torch.tensor([1, 2])}) == {
         "s": 0.5,
         "v": [1, 2],
     }
@@ -113,7 +113,7 @@ def test_plain_knows_models_and_dataclasses():
         path: Path = Path("a/b")
         model: Model = field(default_factory=Model)
 
-    assert runs.plain(Config()) == {"path": "a/b", "model": {"a": 1}}
+    assert files.plain(Config()) == {"path": "a/b", "model": {"a": 1}}
 
 
 def test_tables_and_figures(run):
@@ -132,7 +132,7 @@ def test_tables_and_figures(run):
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
-    path = runs.write_atomically(tmp_path / "deep" / "a.txt", "öld")
+    path = files.write_atomically(tmp_path / "deep" / "a.txt", "öld")
     assert path.read_text("utf-8") == "öld"
 
     def fail(*_):
@@ -140,92 +140,214 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(runs.RunError, match="No space left"):
-        runs.write_atomically(path, "new")
+        files.write_atomically(path, "new")
     assert path.read_text("utf-8") == "öld"
     assert [item.name for item in path.parent.iterdir()] == ["a.txt"]
 
 
 def test_fingerprints_depend_on_values_not_on_order():
-    assert runs.fingerprint({"a": 1, "b": (1, 2)}) == runs.fingerprint({"b": [1, 2], "a": np.int64(1)})
-    assert runs.fingerprint({"a": 1}) != runs.fingerprint({"a": 2})
-
-
-def test_source_fingerprints_follow_files_modules_and_packages(tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("a = 1")
-    before = runs.source_fingerprint([package, wsolnb.errors])
-    assert before == runs.source_fingerprint([package / "__init__.py", Path(wsolnb.errors.__file__)])
-    (package / "a.py").write_text("a = 2")
-    assert before != runs.source_fingerprint([package, wsolnb.errors])
-    for nothing in (sys, tmp_path / "none.py", tmp_path.parent / "none"):
-        with pytest.raises(runs.RunError, match="has no source file"):
-            runs.source_fingerprint([nothing])
+    assert files.fingerprint({"a": 1, "b": (1, 2)}) == files.fingerprint({"b": [1, 2], "a": np.int64(1)})
+    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})
 
 
 class Builder:
-    def __init__(self):
-        self.calls = 0
+    """Writes two files, and counts how often."""
+
+    def __init__(self, text="w"):
+        self.text, self.calls = text, []
+
+    def __cache_key__(self, _reading):
+        return self.text
 
     def __call__(self, folder):
-        self.calls += 1
-        (folder / "weights").write_text("w")
+        self.calls.append(sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
+        for name in ("weights", "history"):
+            (folder / name).write_text(self.text * 100)
 
 
-def test_a_checkpoint_is_built_once(run, tmp_path, capsys):
-    code, build = tmp_path / "code.py", Builder()
-    code.write_text("1")
-    first = run.cached("tscam", {"lr": 0.1}, [code], build)
+def test_an_artefact_is_built_once(run, capsys):
+    build = Builder()
+    first = run.cached("tscam", build)
     assert first.parent == run.checkpoints
-    assert first.name.startswith("tscam-")
-    assert len(first.name) == len("tscam-") + 12
+    assert re.fullmatch(r"tscam-[0-9a-f]{12}", first.name)
     assert capsys.readouterr().out == "built tscam in 0 s\n"
-    done = json.loads((first / "done.json").read_text())
-    assert done["inputs"] == {"lr": 0.1}
-    assert {"seconds", "versions", "code"} <= set(done)
+    record = json.loads((first / "done.json").read_text())
+    assert record["files"].keys() == {"weights", "history"}
+    assert record["key"].keys() == {"inputs", "code", "versions", "data"}
+    assert record["hash"].startswith(first.name.removeprefix("tscam-"))
+    assert run.seconds_of(first) == record["seconds"]
 
-    assert run.cached("tscam", {"lr": 0.1}, [code], build) == first
-    assert capsys.readouterr().out == "reusing tscam (built in 0 s, parameters and code unchanged)\n"
-    assert build.calls == 1
+    assert run.cached("tscam", build) == first
+    assert capsys.readouterr().out == "reusing tscam (built in 0 s; all that it depends on is unchanged)\n"
+    assert len(build.calls) == 1
+    assert run.artefacts == {first.name: record["hash"]}
 
-    assert run.cached("tscam", {"lr": 0.2}, [code], build) != first
-    code.write_text("2")
-    assert run.cached("tscam", {"lr": 0.1}, [code], build) != first
-    assert build.calls == 3
+    assert run.cached("tscam", Builder("v")) != first
+    assert capsys.readouterr().out.startswith("built tscam in 0 s, anew: ")
+    assert run.cached("tscam", build, uses=["more"]) != first
+    assert run.cached("cam[1]", build) != first
+    assert "anew" not in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_an_interrupted_build_goes_on_in_its_folder(run):
-    def fail(folder):
-        (folder / "last.pt").write_text("epoch 3")
-        raise KeyboardInterrupt
+def test_what_made_it_stale_is_said(run, capsys):
+    for rate in (0.1, 0.2):
+        run.cached("a", lambda folder, rate=rate: None)
+    assert capsys.readouterr().out.splitlines()[1].startswith("built a in 0 s, anew: ")
+    path = run.folder / "list.txt"
+    for text in "ab":
+        path.write_text(text)
+        run.cached("b", lambda folder: path)
+    assert "anew: " in capsys.readouterr().out.splitlines()[1]
+    assert str(path) in run.data
+
+
+def _flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[50] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "a flipped bit": _flip,
+    "a cut": lambda path: path.write_bytes(path.read_bytes()[:50]),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a lost file": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_made_again_and_said(run, capsys, name):
+    build = Builder()
+    folder = run.cached("tscam", build)
+    DAMAGE[name](folder / "weights")
+    assert run.cached("tscam", build) == folder
+    assert capsys.readouterr().out.splitlines()[1] == "built tscam in 0 s, again: weights missing or damaged"
+    assert build.calls == [[], ["history"]]  # what is damaged is gone before the builder looks
+    assert (folder / "weights").read_text() == "w" * 100
+    run.cached("tscam", build)
+    assert len(build.calls) == 2
+
+
+RECORDS = {
+    "cut": lambda record: json.dumps(record)[:50],
+    "empty": lambda record: "",
+    "a list": lambda record: "[]",
+    "files are a list": lambda record: json.dumps({**record, "files": []}),
+    "no seconds": lambda record: json.dumps({k: v for k, v in record.items() if k != "seconds"}),
+    "no key": lambda record: json.dumps({k: v for k, v in record.items() if k != "key"}),
+    "another hash": lambda record: json.dumps({**record, "hash": "0" * 64}),
+    "no text": lambda record: "\0\xff",
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_is_made_again_and_said(run, capsys, name):
+    build = Builder()
+    folder = run.cached("tscam", build)
+    path = folder / "done.json"
+    path.write_text(RECORDS[name](json.loads(path.read_text())), encoding="latin-1")
+    run.cached("tscam", Builder("other"))  # another artefact of the name is not disturbed
+    run.cached("tscam", build)
+    assert len(build.calls) == 2
+    assert capsys.readouterr().out.splitlines()[-1] == "built tscam in 0 s, again: done.json damaged"
+    run.cached("tscam", build)
+    assert len(build.calls) == 2
+
+
+def test_further_files_do_no_harm(run):
+    build = Builder()
+    folder = run.cached("tscam", build)
+    (folder / "notes.txt").touch()
+    run.cached("tscam", build)
+    assert len(build.calls) == 1
+
+
+def test_an_artefact_that_may_only_be_read_is_reused(run, monkeypatch):
+    folder = run.cached("tscam", Builder())
+
+    def refuse(*_):
+        raise runs.RunError("read only", "")
+
+    monkeypatch.setattr(runs, "locked", refuse)
+    assert run.cached("tscam", Builder()) == folder
+
+
+def test_a_failed_build_leaves_no_record_and_the_next_one_goes_on(run):
+    def build(folder):
+        if not (folder / "last.pt").exists():
+            (folder / "last.pt").write_text("epoch 3")
+            raise KeyboardInterrupt
+        (folder / "resumed").touch()
 
     with pytest.raises(KeyboardInterrupt):
-        run.cached("tscam", {}, [wsolnb.errors], fail)
-
-    def resume(folder):
-        assert (folder / "last.pt").read_text() == "epoch 3"
-
-    assert (run.cached("tscam", {}, [wsolnb.errors], resume) / "done.json").exists()
+        run.cached("tscam", build)
+    assert not run.artefacts
+    folder = run.cached("tscam", build)
+    assert {"last.pt", "resumed", "done.json"} <= {path.name for path in folder.iterdir()}
 
 
-def test_a_damaged_marker_counts_as_none(run):
+def test_force_makes_again_once_and_from_nothing(run, monkeypatch, capsys):
     build = Builder()
-    folder = run.cached("tscam", {}, [wsolnb.errors], build)
-    (folder / "done.json").write_text("{")
-    run.cached("tscam", {}, [wsolnb.errors], build)
-    assert build.calls == 2
+    run.cached("tscam", build)
+    monkeypatch.setenv(runs.REMAKE, "today")
+    run.cached("tscam", build)
+    assert capsys.readouterr().out.splitlines()[1] == "built tscam in 0 s, again: as was asked for"
+    run.cached("tscam", build)
+    assert build.calls == [[], []]  # a builder that goes on from what is there must not find it
+    monkeypatch.setenv(runs.REMAKE, "tomorrow")
+    run.cached("tscam", build)
+    monkeypatch.delenv(runs.REMAKE)
+    run.cached("tscam", build)
+    assert len(build.calls) == 3
+
+
+def test_rows_are_kept(run):
+    calls = []
+
+    def measure():
+        return [{"a": np.float32(0.5), "b": math.nan, "n": len([1])}]
+
+    def count():
+        calls.append(1)
+        return measure()
+
+    assert run.cached_rows("rows", measure) == [{"a": 0.5, "b": None, "n": 1}]
+    assert run.cached_rows("rows", measure) == run.cached_rows("rows", measure)
+    run.cached_rows("counted", count)
+    assert len(calls) == 1
+
+
+def test_what_another_notebook_was_run_with(run):
+    with pytest.raises(runs.RunError, match="04_next goes on from 03_cam, which has no result"):
+        runs.start("04_next", run.parameters).used("03_cam")
+    run.save_metrics({"table": []})
+    after = runs.start("04_next", run.parameters)
+    assert after.used("03_cam", lr=0.1) == run.parameters
+    with pytest.raises(runs.RunError, match=r"03_cam was run with lr=0.1, 04_next with 0.2"):
+        after.used("03_cam", lr=0.2)
+    for text in ("{", "[]", "{}", '{"provenance": 1}'):
+        (run.folder / "metrics" / "03_cam.json").write_text(text)
+        with pytest.raises(runs.RunError, match="damaged"):
+            after.used("03_cam")
+
+
+def test_recorded_studies_count_as_data(run, root):
+    assert list(run.recorded("long", ["a", "b"]).columns) == ["a", "b"]
+    path = root / "outputs" / "reference" / "long.csv"
+    assert run.data == {str(path): "missing"}
+    path.parent.mkdir()
+    path.write_text("a,b\n1,2\n")
+    assert run.recorded("long").to_dict("records") == [{"a": 1, "b": 2}]
+    assert run.data[str(path)] != "missing"
 
 
 def test_the_second_builder_waits_for_the_first(run, capsys):
-    calls, go_on = [], threading.Event()
+    go_on, calls = threading.Event(), []
 
-    def build(folder):
-        calls.append(folder)
-        go_on.wait(30)
-
-    def ask():
-        run.cached("tscam", {}, [wsolnb.errors], build)
+    class Slow(Builder):
+        def __call__(self, folder):
+            calls.append(folder)
+            go_on.wait(30)
 
     def until(condition):
         end = time.monotonic() + 30
@@ -233,7 +355,7 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
             time.sleep(0.01)
 
     out = []
-    first, second = threading.Thread(target=ask), threading.Thread(target=ask)
+    first, second = (threading.Thread(target=lambda: run.cached("tscam", Slow())) for _ in range(2))
     first.start()
     until(lambda: calls)
     second.start()
@@ -245,6 +367,23 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
     assert len(calls) == 1
     assert f"waiting for process {os.getpid()}, which is building tscam" in out
     assert "reusing tscam" in out
+
+
+def test_of_two_processes_one_builds(root):
+    program = (
+        "import sys, time\n"
+        "from wsolnb.notebook import runs\n"
+        "run = runs.start('a', {'run_folder': sys.argv[1]})\n"
+        "def build(folder):\n"
+        "    time.sleep(2)\n"
+        "    (folder / 'a').touch()\n"
+        "run.cached('a', build)\n"
+    )
+    command = [sys.executable, "-c", program, str(root / "run")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = "".join(process.communicate(timeout=120)[0] for process in started)
+    assert said.count("built a") == 1
+    assert said.count("reusing a") == 1
 
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
@@ -329,4 +468,4 @@ def test_commit_is_that_of_this_checkout_only(root):
 def test_the_environment_report_can_be_stored():
     report = runs.environment_report()
     assert {"python", "torch", "device", "processor", "cores"} <= set(report)
-    assert json.loads(runs.to_json(report)) == report
+    assert json.loads(files.to_json(report)) == report
