@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -26,9 +27,10 @@ def by_depth(steps):
     return [ROOT / "notebooks" / f"{name}.ipynb" for name in sorted(depth, key=depth.get)]
 
 
-NOTEBOOKS = by_depth(pipeline.plan("mini"))
-LONG = ("11_scm_training", "12_scm_results", "23_lpcam_segmentation", "32_locloc_classifier", "33_locloc_results")
-"""Together ten minutes of two cores: `make test` runs them in small, `make test-full` as they are."""
+STEPS = {step.notebook: step for step in pipeline.plan("mini")}
+NOTEBOOKS = by_depth(STEPS.values())
+LONG = ("12_scm_results", "23_lpcam_segmentation", "32_locloc_classifier", "33_locloc_results")
+"""`make test` runs them in small, `make test-full` as they are. No other notebook needs one of them."""
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
@@ -54,19 +56,50 @@ def test_the_long_notebooks_run_in_small(tmp_path):  # first, as it takes longes
     assert set(LONG) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
 
 
+@pytest.fixture
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this test run see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def await_needs(name: str, selected: set[str], shared: Path) -> None:
+    """Wait until what a notebook goes on from has been run: by the test of another worker, or else by the command.
+
+    The notebooks are handed out in the order of their needs, so a need has always been started before.
+    """
+    for need in STEPS[name].needs:
+        if need not in selected:
+            command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--only", need]
+            subprocess.run(command, cwd=ROOT, env={**os.environ, "WSOLNB_ROOT": str(ROOT)}, check=True)
+            continue
+        until = time.monotonic() + 1800
+        while not (shared / need).exists():
+            assert time.monotonic() < until, f"{need} has not ended in half an hour"
+            time.sleep(1)
+        assert (shared / need).read_text() == "passed", f"{name} goes on from {need}, whose test failed"
+
+
 def marked(path: Path):
     return pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
-def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path):
-    done = nbval(path, root=ROOT)
-    tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
-    assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
-    # One test, so that the comparison comes after the run also where workers share the tests out.
-    if path.stem in reference.ROOM:
-        reference.compare(path.stem)
+def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path, request, shared):
+    outcome = "failed"
+    try:
+        calls = (getattr(item, "callspec", None) for item in request.session.items)
+        await_needs(path.stem, {call.params["path"].stem for call in calls if call and "path" in call.params}, shared)
+        done = nbval(path, root=ROOT)
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
+        assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
+        # One test, so that the comparison comes after the run also where workers share the tests out.
+        if path.stem in reference.ROOM:
+            reference.compare(path.stem)
+        outcome = "passed"
+    finally:
+        (shared / path.stem).write_text(outcome)
 
 
 def test_every_notebook_is_a_step_of_the_default_run_and_every_table_is_recorded():
@@ -80,7 +113,7 @@ def test_nbval_takes_what_may_differ_and_finds_what_may_not(tmp_path, monkeypatc
     monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
     cells = [
         "import time, os, sys\nfrom tqdm import tqdm",
-        'folder = run.cached("model", {}, [params], lambda folder: None); folder',
+        'folder = run.cached("model", lambda folder: None); folder',
         'print(f"{time.perf_counter():.3f} s, {time.time():.0f} images/s, {object()}, {run.started}")',
         'for i in tqdm(range(3), file=sys.stdout, desc=f"{os.getpid()}"): pass',
         "epochs",
