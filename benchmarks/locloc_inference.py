@@ -11,8 +11,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import re
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +23,10 @@ from wsolnb.backbones import create_backbone
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import Resize, ResizeCenterCrop
+from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.locloc import GrabCutEnhancedGenerator, LocalFeatureDigging, LocLoc
 from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
+from wsolnb.papers.locloc import computations, seconds
 
 BATCH, CLASSES = 32, 200
 
@@ -42,50 +42,31 @@ def files() -> list[bytes]:
     return found
 
 
-def load(encoded: list[bytes], transform, device) -> torch.Tensor:
+def decode(encoded: list[bytes], transform, device) -> torch.Tensor:
     samples = [transform(Sample(np.asarray(Image.open(io.BytesIO(data))), "", (0,)), None) for data in encoded]
     return to_tensor(np.stack([sample.image for sample in samples])).to(device)
 
 
-def models(device) -> tuple[LocLoc, PPD]:
+def models(device) -> dict[str, LocalizationModel]:
     torch.manual_seed(0)
     backbone = create_backbone("dino_small")
     classifier = LocalFeatureDigging(backbone, CLASSES)
-    locloc = LocLoc(backbone, CLASSES, GrabCutEnhancedGenerator(384, CLASSES), classifier)
+    whole = LocLoc(backbone, CLASSES, GrabCutEnhancedGenerator(384, CLASSES), classifier)
     ppd = PPD(backbone, CLASSES, ProxyProbingDecoder(384), LinearProbe(384, CLASSES))
-    return locloc.to(device).eval(), ppd.to(device).eval()
+    return {"LocLoc": whole.to(device).eval(), "PPD": ppd.to(device).eval()}
 
 
-def tasks(locloc: LocLoc, ppd: PPD, device) -> dict[str, Callable[[], object]]:
+def tasks(both: dict[str, LocalizationModel], device) -> dict[str, Callable[[], object]]:
     """What is timed, by name; each loads its images itself."""
     encoded = files()
     once, crop = Resize(224), ResizeCenterCrop(256, 224, keep_aspect=True)
-    frozen = locloc.frozen
 
-    def generate():
-        return locloc.generator(frozen.to_grid(frozen(load(encoded, once, device)).last[-1]))
+    def load() -> torch.Tensor:
+        return decode(encoded, once, device)
 
-    return {
-        "LocLoc, classifier": lambda: locloc.classifier(frozen.embed(load(encoded, once, device))),
-        "LocLoc, generator": generate,
-        "LocLoc, total": lambda: locloc(load(encoded, once, device)),
-        "PPD, classifier": lambda: ppd.classify(load(encoded, crop, device)),
-        "PPD, generator": lambda: ppd.draw(load(encoded, once, device)),
-        "PPD, total": lambda: ppd(load(encoded, once, device), load(encoded, crop, device)),
-        "loading once": lambda: load(encoded, once, device),
-    }
-
-
-def seconds(task: Callable[[], object], device, repeats: int) -> float:
-    times = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            task()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    named = computations(both, load, lambda: decode(encoded, crop, device))
+    flat = {f"{name}, {part}": task for name, parts in named.items() for part, task in parts.items()}
+    return {**flat, "loading once": load}
 
 
 def flops(module_call: Callable[[], object]) -> float:
@@ -97,10 +78,10 @@ def flops(module_call: Callable[[], object]) -> float:
 def peak_megabytes(name: str, device) -> float:
     """What one batch adds to the peak of memory; on the CPU in a process of its own, and on Linux only (else NaN)."""
     if device.type == "cuda":
-        locloc, ppd = models(device)
+        both = models(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds(tasks(locloc, ppd, device)[name], device, 1)
+        seconds(tasks(both, device)[name], device, 1)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (name, torch.get_num_threads()))
@@ -109,7 +90,7 @@ def peak_megabytes(name: str, device) -> float:
 def _peak_here(name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    task = tasks(*models(device), device)[name]
+    task = tasks(models(device), device)[name]
     try:
         # Forgets the peak so far, which building the models, or the process that started this one, has set.
         Path("/proc/self/clear_refs").write_text("5")
@@ -128,11 +109,11 @@ def _kilobytes(entry: str) -> int:
 
 def main(repeats: int = 3) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    locloc, ppd = models(device)
+    both = models(device)
     result, all_threads = {"device": device.type, "seconds": {}, "ratio": {}}, torch.get_num_threads()
     for threads in sorted({1, all_threads}):
         torch.set_num_threads(threads)
-        measured = {name: seconds(task, device, repeats) for name, task in tasks(locloc, ppd, device).items()}
+        measured = {name: seconds(task, device, repeats) for name, task in tasks(both, device).items()}
         for name, value in measured.items():
             print(f"{device.type}, {threads} thread(s), batch {BATCH}, {name}: {value:.2f} s")
         result["seconds"][str(threads)] = measured
@@ -145,9 +126,9 @@ def main(repeats: int = 3) -> dict:
     features = torch.randn(1, 384, 14, 14, device=device)
     tokens = torch.randn(1, 197, 384, device=device)
     parts = {
-        "generator": lambda: locloc.generator(features),
-        "PPD decoder": lambda: ppd.decoder(features),
-        "classifier": lambda: locloc.classifier(tokens),
+        "generator": lambda: both["LocLoc"].generator(features),
+        "PPD decoder": lambda: both["PPD"].decoder(features),
+        "classifier": lambda: both["LocLoc"].classifier(tokens),
     }
     result["gflops"] = {name: flops(call) / 1e9 for name, call in parts.items()}
     for name, value in result["gflops"].items():

@@ -1,21 +1,32 @@
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 
+from wsolnb.backbones import create_backbone
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.sample import Sample
-from wsolnb.data.transforms import Compose, Resize, shift
-from wsolnb.errors import DataError, MapError, ParameterError
+from wsolnb.data.store import Store
+from wsolnb.data.transforms import Resize
+from wsolnb.errors import MapError, ParameterError
 from wsolnb.methods import grabcut
-from wsolnb.methods.grabcut import BACKGROUND, FOREGROUND, UNCERTAIN, GrabCutConfig, Masked, MaskFolder, enhance, trimap
+from wsolnb.methods.grabcut import (
+    BACKGROUND,
+    FOREGROUND,
+    UNCERTAIN,
+    Attend,
+    GrabCutConfig,
+    enhance,
+    generate,
+    maker,
+    report,
+    trimap,
+)
+from wsolnb.notebook import runs
 
 
 def scene(side=48, noise=12, seed=0):
@@ -33,7 +44,7 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------- tri-map
+# Tri-map
 
 
 def test_trimap_is_a_comparison_of_every_pixel():
@@ -137,7 +148,7 @@ def test_bad_arguments_are_named():
         GrabCutConfig(fg_threshold=0.1, bg_threshold=0.2)
 
 
-# -------------------------------------------------------------------------------------------------------------- cut
+# Cut
 
 
 @pytest.mark.parametrize("uncertain", ["background", "none"])
@@ -266,7 +277,7 @@ def test_presets_differ_where_the_sources_differ():
     assert (released.fg_threshold, released.bg_threshold, released.size) == (0.1, 0.03, 256)
 
 
-# ------------------------------------------------------------------------------------------------- masks of a data set
+# Masks of a data set
 
 
 class Discs(LocalizationDataset):
@@ -276,9 +287,12 @@ class Discs(LocalizationDataset):
 
     def __init__(self, count=6):
         self.scenes = [scene(seed=s) for s in range(count)]
-        self.image_ids = tuple(f"disc {s}" for s in range(count))
+        self.image_ids = tuple(f"discs/{s}" for s in range(count))
         self.labels = ((0,),) * count
         self.asked = []
+
+    def __cache_key__(self, _reading):
+        return self.image_ids
 
     def read(self, index, truth=True):
         assert not truth, "masks are made without looking at the truth"
@@ -290,134 +304,116 @@ CONFIG = GrabCutConfig(fg_threshold=0.75, bg_threshold=0.3, size=48)
 
 
 def attend(samples):
-    return np.stack([scene(seed=int(s.image_id.split()[1]))[2] for s in samples])
+    return np.stack([scene(seed=int(s.image_id.split("/")[1]))[2] for s in samples])
+
+
+def made(folder, dataset=None, guide=attend, config=CONFIG, **options):
+    return generate(dataset or Discs(), guide, config, Store(folder), **{"progress": False, **options})
 
 
 def test_masks_are_those_of_enhance_and_are_read_back(tmp_path):
     discs = Discs()
-    store = grabcut.generate(discs, attend, CONFIG, tmp_path, jobs=2, chunk=4, progress=False)
-    for index, (image, _, attention) in enumerate(discs.scenes):
+    store = made(tmp_path, discs, jobs=2, chunk=4)
+    for image_id, (image, _, attention) in zip(discs.image_ids, discs.scenes, strict=True):
         expected = enhance(image, attention, 0.75, 0.3)
-        found = store.read(index, discs.image_ids[index])
-        assert np.array_equal(found.mask, expected.mask)
-        assert found.outcome == expected.outcome
-    assert store.report(discs.image_ids) == {"images": 6, "enhanced": 6, "unchanged": 0, "empty": 0, "full": 0}
-    alone = grabcut.generate(Discs(), attend, CONFIG, tmp_path / "alone", jobs=1, chunk=1, progress=False)
-    assert all(alone.path(i).read_bytes() == store.path(i).read_bytes() for i in range(6))
+        mask, facts = store.read_mask(image_id)
+        assert mask.dtype == bool
+        assert np.array_equal(mask, expected.mask)
+        assert facts == {"outcome": expected.outcome}
+    assert report(store, discs.image_ids) == {"images": 6, "enhanced": 6, "unchanged": 0, "empty": 0, "full": 0}
+
+
+def test_masks_do_not_depend_on_jobs_chunks_or_order(tmp_path):
+    discs = Discs()
+    store = made(tmp_path / "together", discs, jobs=2, chunk=4)
+    alone = made(tmp_path / "alone", jobs=1, chunk=1)
+    reversed_ = made(tmp_path / "reversed", Discs().subset([5, 4, 3, 2, 1, 0]), jobs=1, chunk=3)
+    for image_id in discs.image_ids:
+        whole = store.path(image_id, ".png").read_bytes()
+        assert alone.path(image_id, ".png").read_bytes() == whole
+        assert reversed_.path(image_id, ".png").read_bytes() == whole
 
 
 def test_the_report_counts_what_fell_back(tmp_path):
     discs = Discs(3)
-    maps = {"disc 0": 0.0, "disc 1": 1.0}
+    maps = {"discs/0": 0.0, "discs/1": 1.0}
 
     def odd(samples):
         return np.stack([np.full((6, 6), maps[s.image_id]) if s.image_id in maps else attend([s])[0][::8, ::8]
                          for s in samples])  # fmt: skip
 
-    store = grabcut.generate(discs, odd, CONFIG, tmp_path, progress=False)
-    assert store.report(discs.image_ids) == {"images": 3, "enhanced": 1, "unchanged": 0, "empty": 1, "full": 1}
+    store = made(tmp_path, discs, odd)
+    assert report(store, discs.image_ids) == {"images": 3, "enhanced": 1, "unchanged": 0, "empty": 1, "full": 1}
 
 
 def test_an_interrupted_run_goes_on_without_redoing_or_losing(tmp_path):
     discs = Discs()
 
     def interrupted(samples):
-        if samples[0].image_id == "disc 4":
+        if samples[0].image_id == "discs/4":
             raise KeyboardInterrupt
         return attend(samples)
 
     with pytest.raises(KeyboardInterrupt):
-        grabcut.generate(discs, interrupted, CONFIG, tmp_path, jobs=1, chunk=2, progress=False)
+        made(tmp_path, discs, interrupted, jobs=1, chunk=2)
     kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.png")}
     assert len(kept) == 4
     again = Discs()
-    store = grabcut.generate(again, attend, CONFIG, tmp_path, jobs=1, chunk=2, progress=False)
+    store = made(tmp_path, again, jobs=1, chunk=2)
     assert sorted(again.asked) == [4, 5]
     assert all((path.read_bytes(), path.stat().st_mtime_ns) == state for path, state in kept.items())
     assert store.to_do(discs.image_ids) == []
     assert not list(tmp_path.rglob(".*png*")), "half-written files are left"
 
 
-def test_a_finished_folder_asks_for_nothing(tmp_path):
-    grabcut.generate(Discs(), attend, CONFIG, tmp_path, progress=False)
+def test_finished_masks_ask_for_nothing(tmp_path):
+    made(tmp_path)
     again = Discs()
-    grabcut.generate(again, None, CONFIG, tmp_path, progress=False)
+    made(tmp_path, again, guide=None)
     assert again.asked == []
 
 
-def flip_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def flip_pixel(path):
-    """A valid PNG whose pixels are not those that were stored."""
-    image = Image.open(path)
-    text = image.text
-    values = np.array(image)
-    values[0, 0] = ~values[0, 0]
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
-    Image.fromarray(values.astype(np.uint8) * 255).convert("1").save(path, pnginfo=info)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [flip_bit, flip_pixel, lambda p: p.write_bytes(p.read_bytes()[:-40]), lambda p: p.write_bytes(b""),
-     lambda p: p.write_bytes(b"no png"), lambda p: p.unlink(),
-     lambda p: p.write_bytes(p.with_name("000003.png").read_bytes())],
-    ids=["bit", "pixel", "truncated", "empty", "other", "missing", "of another image"],
-)  # fmt: skip
-def test_a_damaged_mask_is_detected_and_redone(tmp_path, damage):
+def test_a_damaged_mask_is_made_again_and_no_other(tmp_path):
     discs = Discs()
-    store = grabcut.generate(discs, attend, CONFIG, tmp_path, progress=False)
-    whole = store.path(2).read_bytes()
-    damage(store.path(2))
-    with pytest.raises(DataError, match="000002"):
-        store.read(2, "disc 2")
-    assert store.to_do(discs.image_ids) == [2]
-    again = Discs()
-    grabcut.generate(again, attend, CONFIG, tmp_path, progress=False)
-    assert again.asked == [2]
-    assert store.path(2).read_bytes() == whole
+    store = made(tmp_path, discs)
+    file = store.path("discs/2", ".png")
+    whole = file.read_bytes()
+    for damaged in (whole[:-40], store.path("discs/3", ".png").read_bytes()):
+        file.write_bytes(damaged)
+        again = Discs()
+        made(tmp_path, again)
+        assert again.asked == [2]
+        assert file.read_bytes() == whole
 
 
-def test_a_folder_of_another_configuration_is_refused(tmp_path):
-    MaskFolder(tmp_path, CONFIG)
-    with pytest.raises(DataError, match="made otherwise"):
-        MaskFolder(tmp_path, CONFIG.model_copy(update={"iterations": 2}))
-    (tmp_path / "format.json").write_text("{")
-    with pytest.raises(DataError, match="format"):
-        MaskFolder(tmp_path, CONFIG)
+def test_the_guide_is_the_backbones_attention_of_the_resized_images():
+    torch.manual_seed(0)
+    backbone = create_backbone("vit_mini_dino", image_size=64).eval()
+    samples = [Sample(scene(side=80, seed=s)[0], str(s), (0,)) for s in range(2)]
+    images = np.stack([Resize(64)(sample, None).image for sample in samples])
+    pixels = (images / 255 - backbone.mean) / backbone.std
+    with torch.no_grad():
+        rows = backbone(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).attention
+    for layers, heads in (("last", 0), ("mean", 2)):
+        expected = grabcut.class_token_map(rows, (8, 8), layers, heads).numpy()
+        assert np.allclose(Attend(backbone, layers, heads)(samples), expected, atol=1e-5)
 
 
-def test_the_format_is_the_documented_one(tmp_path):
-    store = MaskFolder(tmp_path, CONFIG)
-    mask = np.random.default_rng(0).random((5, 9)) > 0.5
-    store.write(1234, "a/b.jpg", mask, "unchanged")
-    head = json.loads((tmp_path / "format.json").read_text())
-    assert head == {"format": 1, "config": CONFIG.model_dump()}
-    with Image.open(tmp_path / "001" / "001234.png") as image:
-        assert image.mode == "1"
-        assert image.size == (9, 5)
-        assert image.text["image_id"] == "a/b.jpg"
-        assert image.text["outcome"] == "unchanged"
-        assert np.array_equal(np.asarray(image, bool), mask)
+@pytest.fixture
+def run(tmp_path):
+    return runs.start("x", {"seed": 0}, tmp_path)
 
 
-def test_masked_samples_carry_the_generated_mask_and_no_truth(tmp_path):
+def test_a_run_keeps_masks_and_makes_what_is_damaged(run, capsys):
     discs = Discs()
-    config = CONFIG.model_copy(update={"size": 24})
-    masked = Masked(discs, grabcut.generate(discs, attend, config, tmp_path, progress=False))
-    sample = masked[1]
-    small = masked.masks.read(1, "disc 1").mask
-    assert sample.mask.shape == (48, 48)
-    assert np.array_equal(sample.mask, np.kron(small, np.ones((2, 2))))
-    assert len(sample.boxes) == 0
-    assert sample.parts is None
-    assert masked.read(1, truth=False).mask is None
-    moved = shift(sample, 5, -3)
-    assert np.array_equal(moved.mask[5:, :-3], sample.mask[:-5, 3:])
-    assert Compose([Resize(24)])(sample).mask.shape == (24, 24)
+    make = lambda config=CONFIG, jobs=1: run.cached("masks", maker(discs, attend, config, jobs, False))  # noqa: E731
+    folder = make()
+    assert make(jobs=2) == folder, "the number of jobs does not change a mask"
+    file = Store(folder).path("discs/2", ".png")
+    whole, seen = file.read_bytes(), len(discs.asked)
+    file.write_bytes(whole[:50])
+    assert make() == folder
+    assert file.read_bytes() == whole
+    assert discs.asked[seen:] == [2]
+    assert make(CONFIG.model_copy(update={"iterations": 2})) != folder
+    assert "iterations was 1, is 2" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
+from wsolnb.methods import create_method, get_method
 from wsolnb.methods.frozen import FrozenBackbone, half_squared_error, map_targets
 from wsolnb.methods.locloc import (
     Enhance,
@@ -19,7 +20,6 @@ from wsolnb.methods.locloc import (
     LocLoc,
     LocLocConfig,
     blacken,
-    learn_masks,
 )
 from wsolnb.train.loop import TrainingConfig, load_checkpoint, parameter_groups, train
 
@@ -37,7 +37,7 @@ def mini(seed=0, **options):
     return backbone
 
 
-SMALL = LocLocConfig(channels=8, momentum=0.1, drop_path=0.0)
+SMALL = LocLocConfig(channels=8, momentum=0.1)
 
 
 def joint(**changes):
@@ -48,7 +48,7 @@ def joint(**changes):
     return LocLoc(backbone, 5, generator, LocalFeatureDigging(backbone, 5), config)
 
 
-# --------------------------------------------------------------------------------------------------------- generator
+# Generator
 
 
 @pytest.mark.parametrize("side", [14, 16, 28])
@@ -157,7 +157,7 @@ def test_targets_are_shares_of_what_is_known():
         map_targets([Sample(sample.image, "b", (0,))], (2, 2))
 
 
-# -------------------------------------------------------------------------------------------------------- classifier
+# Classifier
 
 
 def test_parameters_of_the_classifier():
@@ -219,7 +219,7 @@ def test_drop_path_rises_to_the_last_block():
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-# ------------------------------------------------------------------------------------------------------------- joint
+# Joint
 
 
 class Passes:
@@ -306,7 +306,7 @@ def test_parts_can_be_missing_and_are_named():
         FrozenBackbone(create_backbone("resnet_mini"))
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# Training
 
 
 def batches(masks=True):
@@ -330,7 +330,7 @@ def test_both_parts_learn_through_the_shared_loop(tmp_path):
     config = TrainingConfig(epochs=12, lr=0.002, head_lr=0.03, device="cpu", precision="fp32")
     backbone = mini()
     model = LocLoc(backbone, 2, generator=GrabCutEnhancedGenerator(96, 2, SMALL))
-    history = train(model, batches(), config, tmp_path / "geg", progress=False, objective=learn_masks)
+    history = train(model, batches(), config, tmp_path / "geg", progress=False)
     assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
     again = LocLoc(mini(5), 2, generator=GrabCutEnhancedGenerator(96, 2, SMALL))
     load_checkpoint(again, tmp_path / "geg", "last")
@@ -351,7 +351,62 @@ def test_blocks_train_at_the_backbones_rate_and_convolutions_at_the_heads():
     assert not any(id(p) in rates for p in model.frozen.parameters())
 
 
-# --------------------------------------------------------------------------------------------------- enhanced images
+def test_each_part_has_its_loss():
+    generator = create_method("locloc", mini(), 2, part="generator", config=SMALL).eval()
+    batch = batches()[0]
+    with torch.no_grad():
+        drawn = generator(batch["image"]).generated
+    targets = map_targets(batch["samples"], drawn.shape[1:])
+    assert torch.equal(generator.loss(generator, batch), half_squared_error(drawn, *targets))
+    classifier = create_method("locloc", mini(), 2, part="classifier").eval()
+    expected = F.cross_entropy(classifier(batch["image"]).logits, batch["label"])
+    assert torch.allclose(classifier.loss(classifier, batch), expected)
+    with pytest.raises(ParameterError, match="each of them alone"):
+        joint().loss(None, batch)
+
+
+@pytest.mark.parametrize("part", ["generator", "classifier"])
+def test_the_loss_goes_through_the_forward_that_it_is_given(part):
+    """Several processes wrap the model: a pass beside the wrapper would join no gradients."""
+    model, calls = create_method("locloc", mini(), 2, part=part, config=SMALL), []
+
+    def wrapper(images):
+        calls.append(images)
+        return model(images)
+
+    model.loss(wrapper, batches()[0]).backward()
+    assert len(calls) == 1
+
+
+def test_a_part_is_made_by_its_name():
+    generator = create_method("locloc", mini(), 5, part="generator", config={"channels": 8, "third_level": True})
+    assert generator.maps == ("generated",)
+    assert generator.generator.config == LocLocConfig(channels=8, third_level=True)
+    assert generator.learns_from_masks
+    assert generator.first_transforms() == []
+    classifier = create_method("locloc", mini(), 5, part="classifier", config=LocLocConfig.paper(), drop_path=0.3)
+    assert classifier.maps == ("classifier",)
+    assert classifier.classifier.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert classifier.learns_from_masks
+    assert classifier.first_transforms() == [Enhance(rectangle=False)]
+    assert classifier.eval()(torch.randn(1, 3, 64, 64)).logits.shape == (1, 5), "alone it masks no test image"
+    plain = create_method("locloc", mini(), 5, part="classifier", config={"enhance_training": False})
+    assert not plain.learns_from_masks
+    assert plain.first_transforms() == []
+    for options, problem in (({"part": "decoder"}, "no part 'decoder'"), ({"drop": 1}, "drop")):
+        with pytest.raises(ParameterError, match=problem):
+            create_method("locloc", mini(), 5, **options)
+
+
+def test_making_a_backbone_leaves_the_random_numbers_as_they_were():
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    get_method("locloc").make_backbone("vit_mini_dino", image_size=64)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# Enhanced images
 
 
 def test_enhanced_images_are_black_outside_of_the_mask():

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
-from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder, attention_objective
+from wsolnb.methods import create_method
+from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
 from wsolnb.train.loop import TrainingConfig, train
 
 
@@ -105,10 +106,17 @@ def test_parts_can_be_missing():
 
 
 @pytest.mark.parametrize("threshold", [None, 0.4])
-def test_the_objective_is_half_the_squared_error_to_the_attention(threshold):
-    model = PPD(mini(), 5, decoder=ProxyProbingDecoder(96, 16, 8)).eval()
+def test_the_loss_is_half_the_squared_error_to_the_attention(threshold):
+    model = create_method("ppd", mini(), 5, part="decoder", hidden=16, channels=8, threshold=threshold).eval()
     images = torch.randn(2, 3, 64, 64)
-    loss = attention_objective(threshold)(model, {"image": images}, None)
+    calls = []
+
+    def wrapper(images):  # as several processes have it: a function, without the model's parts
+        calls.append(images)
+        return model(images)
+
+    loss = model.loss(wrapper, {"image": images})
+    assert len(calls) == 1
     with torch.no_grad():
         rows = model.frozen.backbone(images).attention[:, -1].mean(dim=1).view(2, 8, 8)
         drawn = model(images).proxy
@@ -132,10 +140,26 @@ def test_decoder_and_probe_learn_through_the_shared_loop(tmp_path):
     config = TrainingConfig(epochs=8, lr=0.01, device="cpu", precision="fp32")
     model = PPD(mini(), 2, decoder=ProxyProbingDecoder(96, 16, 8))
     before = {k: v.clone() for k, v in model.frozen.state_dict().items()}
-    history = train(model, loader, config, tmp_path / "decoder", progress=False, objective=attention_objective())
+    history = train(model, loader, config, tmp_path / "decoder", progress=False)
     assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
     model.probe = LinearProbe(96, 2)
     model.decoder = None
     history = train(model, loader, config, tmp_path / "probe", progress=False)
     assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
     assert all(torch.equal(v, before[k]) for k, v in model.frozen.state_dict().items())
+
+
+def test_a_part_is_made_by_its_name():
+    decoder = create_method("ppd", mini(), 5, part="decoder", hidden=16, channels=8)
+    assert decoder.probe is None
+    assert (decoder.decoder.layers[0].out_channels, decoder.decoder.layers[-1].in_channels) == (16, 8)
+    probe = create_method("ppd", mini(), 5, part="probe").eval()
+    assert probe.decoder is None
+    assert not any(model.learns_from_masks for model in (decoder, probe))
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
+    expected = F.cross_entropy(probe(images).logits, labels)
+    assert torch.allclose(probe.loss(probe, {"image": images, "label": labels}), expected)
+    with pytest.raises(ParameterError, match="no part 'generator'"):
+        create_method("ppd", mini(), 5, part="generator")
+    with pytest.raises(ParameterError, match="each of them alone"):
+        whole().loss(None, {"image": images})

@@ -64,7 +64,12 @@ class Store:
         return self.folder / f"{image_id}{suffix}"
 
     def write_mask(self, image_id: str, mask: np.ndarray, **facts: str) -> None:
-        """Store the mask of an image, with facts about it."""
+        """Store the mask of an image, with facts about it.
+
+        Raises ParameterError for a mask that is not (H, W) of bool or uint8.
+        """
+        if mask.ndim != 2 or not mask.size or mask.dtype not in (bool, np.uint8):
+            raise ParameterError(f"a mask of shape {mask.shape} and type {mask.dtype}", "give (H, W) bool or uint8")
         text = PngInfo()
         for key, value in {**facts, "sha256": _digest(image_id, mask, facts)}.items():
             text.add_text(key, value)
@@ -85,8 +90,9 @@ class Store:
                 facts, mask = dict(getattr(image, "text", {})), np.array(image)
         except Exception as error:  # Pillow reports damage through many types
             raise DataError(f"the mask {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error
-        if mask.ndim != 2:
-            raise DataError(f"the mask {path} has the shape {mask.shape}", "save it as grey or palette indices")
+        if mask.ndim != 2 or mask.dtype not in (bool, np.uint8):
+            problem = f"the mask {path} has the shape {mask.shape} and the type {mask.dtype}"
+            raise DataError(problem, "save it as 8-bit grey or palette indices")
         if facts.pop("sha256", None) not in (None, _digest(image_id, mask, facts)):
             raise DataError(f"the mask {path} is damaged, or of another image: its digest does not fit", REMEDY)
         return mask, facts
@@ -102,7 +108,10 @@ class Store:
         path = self.path(image_id, ".npz")
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return ClassMaps(image_id, tuple(stored["classes"].tolist()), stored["maps"].astype(np.float32))
+                found = ClassMaps(image_id, tuple(stored["classes"].tolist()), stored["maps"].astype(np.float32))
+            if found.maps.ndim != 3 or len(found.maps) != len(found.classes):
+                raise ValueError(f"maps of shape {found.maps.shape} for {len(found.classes)} classes")
+            return found
         except Exception as error:  # zip and NumPy report damage through many types
             raise DataError(f"the maps {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error
 
@@ -121,8 +130,8 @@ class Store:
         return left
 
     def count(self, image_ids: Iterable[str], fact: str) -> Counter[str]:
-        """Count the masks of some images by a fact."""
-        return Counter(self.read_mask(image_id)[1][fact] for image_id in image_ids)
+        """Count the masks of some images by a fact; masks without it count under an empty text."""
+        return Counter(self.read_mask(image_id)[1].get(fact, "") for image_id in image_ids)
 
 
 def _digest(image_id: str, mask: np.ndarray, facts: dict[str, str]) -> str:

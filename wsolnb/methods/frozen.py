@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wsolnb.backbones import ConformerBackbone, TransformerBackbone, embed, plain_block, run_blocks
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.errors import ParameterError
+from wsolnb.methods.base import LocalizationModel
 
 
 class FrozenTokens(NamedTuple):
@@ -68,6 +69,22 @@ class FrozenBackbone(nn.Module):
         return tokens[:, self.backbone.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
 
+class OnFrozen(LocalizationModel):
+    """A localization model on a frozen transformer, `frozen`, and its trained parts."""
+
+    frozen: FrozenBackbone
+
+    @classmethod
+    def make_backbone(cls, name: str, **options: Any) -> Any:
+        """Return the backbone that is to be frozen; the options are those of `create_backbone`.
+
+        The random numbers go on as if it had drawn none: of one seed, a part starts with the same weights on every
+        backbone of that width, and in every other order of building.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().make_backbone(name, **options)
+
+
 def deconvolutions(in_channels: int, channels: int, count: int, momentum: float = 0.1) -> nn.Sequential:
     """Return `count` transposed 4x4 convolutions of stride 2, each with batch normalisation and ReLU.
 
@@ -92,7 +109,7 @@ def map_targets(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[Tenso
     """
     for sample in samples:
         if sample.mask is None:
-            raise ParameterError(f"image {sample.image_id!r} has no mask to learn from", "train on `grabcut.Masked`")
+            raise ParameterError(f"image {sample.image_id!r} has no mask to learn from", "train on `WithMasks`")
     masks = torch.from_numpy(np.stack([sample.mask for sample in samples]))
     known = (masks != IGNORE).float()
     objects = known * (masks > 0)

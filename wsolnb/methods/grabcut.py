@@ -4,34 +4,30 @@ A map in [0, 1] is split by two thresholds into sure foreground, uncertain and s
 Kolmogorov, Blake, 2004; OpenCV's implementation: mixtures of 5 Gaussians, gamma 50, eight neighbours) models the
 colours of both sure sets and gives every uncertain pixel to one side by a minimum cut.
 
-Masks of a data set are kept in one folder, one file an image (see `MaskFolder`), so that an interrupted run goes on.
+Masks of a data set are kept in a `wsolnb.data.store.Store`, one file an image, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
+import torch
 from joblib import Parallel, delayed
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from wsolnb.backbones import TransformerBackbone
 from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import to_tensor
 from wsolnb.data.sample import Sample
-from wsolnb.data.transforms import resize, resize_map
-from wsolnb.errors import DataError, MapError, ParameterError
-from wsolnb.files import write_atomically
+from wsolnb.data.store import Store
+from wsolnb.data.transforms import resize
+from wsolnb.errors import MapError, ParameterError
 from wsolnb.maps import normalise
 
 BACKGROUND, FOREGROUND, UNCERTAIN = cv2.GC_BGD, cv2.GC_FGD, cv2.GC_PR_BGD
@@ -143,6 +139,15 @@ def trimap(attention: np.ndarray, fg_threshold: float, bg_threshold: float) -> n
     return found
 
 
+def enlarge(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an attention map (h, w) in [0, 1] resized bilinearly to `size` = (H, W), float32. Raises as `trimap`."""
+    whole = _checked(attention).astype(np.float32)
+    if whole.shape == tuple(size):
+        return whole
+    # Clipped: bilinear weights add up to one only up to rounding.
+    return cv2.resize(whole, (size[1], size[0]), interpolation=cv2.INTER_LINEAR).clip(0, 1)
+
+
 def _checked(attention: np.ndarray) -> np.ndarray:
     attention = np.asarray(attention)
     if attention.ndim != 2 or not attention.size:
@@ -173,10 +178,7 @@ def enhance(
     if iterations < 1:
         raise ParameterError(f"{iterations} iterations of GrabCut", "use one or more")
     height, width = image.shape[:2]
-    whole = _checked(attention).astype(np.float32)
-    if whole.shape != (height, width):
-        # Clipped: bilinear weights add up to one only up to rounding.
-        whole = cv2.resize(whole, (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
+    whole = enlarge(attention, (height, width))
     start = trimap(whole, fg_threshold, bg_threshold)
     threshold = (fg_threshold + bg_threshold) / 2 if fallback is None else fallback
     if not (start == FOREGROUND).any() or not (start == BACKGROUND).any():
@@ -212,117 +214,49 @@ def _mixture(model: np.ndarray) -> Mixture:
     return Mixture(weights, means.reshape(-1, 3), covariances.reshape(-1, 3, 3))
 
 
-# ------------------------------------------------------------------------------------------------- masks of a data set
-
-FORMAT = 1
-"""Raised whenever the layout of a mask folder or the meaning of a file in it changes."""
+# Masks of a data set
 
 
-class StoredMask(NamedTuple):
-    """A mask (H, W) bool read back, and its `Outcome`."""
+class Attend:
+    """The guide of GrabCut: a frozen transformer's attention maps of whole images.
 
-    mask: np.ndarray
-    outcome: Outcome
-
-
-class MaskFolder:
-    """Masks on disk, one file for each image of a data set.
-
-    folder/format.json: `{"format": 1, "config": {...}}`, written first; a folder of another configuration is refused.
-    folder/000/000123.png: mask of image 123 of the data set, a thousand to a subfolder. 1 bit a pixel, white = object:
-        any viewer shows it. Text chunks: `image_id`, `outcome`, `sha256` (of the id, outcome, shape and packed bits,
-        by which damage of any kind is found). Files appear by rename: there is no half of one.
+    backbone: in evaluation mode, on the device where it is to run. layers, heads: as of `GrabCutConfig`.
     """
 
-    def __init__(self, folder: str | Path, config: GrabCutConfig):
-        """Open or make the folder. Raises DataError when it holds masks of another configuration."""
-        self.folder, self.config = Path(folder), config
-        head = self.folder / "format.json"
-        own = {"format": FORMAT, "config": config.model_dump(mode="json")}
-        if not head.exists():
-            write_atomically(head, json.dumps(own, indent=1) + "\n")
-        try:
-            found = json.loads(head.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{head} cannot be read: {error}", "delete the folder; its masks are made again") from error
-        if found != own:
-            raise DataError(f"{self.folder} holds masks made otherwise ({found})", "use another folder, or delete it")
+    def __init__(self, backbone: TransformerBackbone, layers: Literal["last", "mean"] = "last", heads: int = 0):
+        self.backbone, self.layers, self.heads = backbone, layers, heads
 
-    def path(self, index: int) -> Path:
-        """Return the file of image `index`."""
-        return self.folder / f"{index // 1000:03d}" / f"{index:06d}.png"
+    def maps(self, images: Tensor) -> Tensor:
+        """Return the maps (B, h, w) in [0, 1], float32, of normalised images (B, 3, H, W) of the backbone's size."""
+        with torch.inference_mode():
+            attention = self.backbone(images.to(next(self.backbone.parameters()).device)).attention
+            return class_token_map(attention, self.backbone.grid, self.layers, self.heads)
 
-    def write(self, index: int, image_id: str, mask: np.ndarray, outcome: Outcome) -> None:
-        """Store the mask (H, W) bool of image `index`."""
-        text = PngInfo()
-        for key, value in (("image_id", image_id), ("outcome", outcome), ("sha256", _digest(image_id, mask, outcome))):
-            text.add_text(key, value)
-        file = io.BytesIO()
-        Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(file, "png", pnginfo=text)
-        write_atomically(self.path(index), file.getvalue())
-
-    def read(self, index: int, image_id: str) -> StoredMask:
-        """Return the mask of image `index`, whose name must be `image_id`.
-
-        Raises DataError when the file is missing, damaged or of another image.
-        """
-        path = self.path(index)
-        remedy = "make the masks again: what is whole in the folder is kept"
-        try:
-            with Image.open(path) as image:
-                image.load()
-                text, mask = dict(image.text), np.asarray(image, bool)
-        except Exception as error:  # Pillow reports damage through many types
-            raise DataError(f"the mask {path} cannot be read: {type(error).__name__}: {error}", remedy) from error
-        outcome = text.get("outcome", "")
-        if outcome not in get_args(Outcome) or text.get("sha256") != _digest(text.get("image_id", ""), mask, outcome):
-            raise DataError(f"the mask {path} is damaged: its digest does not fit", remedy)
-        if text["image_id"] != image_id:
-            raise DataError(f"the mask {path} is of {text['image_id']!r}, not of {image_id!r}", remedy)
-        return StoredMask(mask, outcome)
-
-    def to_do(self, image_ids: Sequence[str]) -> list[int]:
-        """Return the images whose mask is missing or damaged; every file is read."""
-        left = []
-        for index, image_id in enumerate(image_ids):
-            try:
-                self.read(index, image_id)
-            except DataError:
-                left.append(index)
-        return left
-
-    def report(self, image_ids: Sequence[str]) -> dict[str, int]:
-        """Count the masks by outcome; `images` is their sum. Raises DataError as `read`."""
-        return count_outcomes(self.read(index, image_id).outcome for index, image_id in enumerate(image_ids))
-
-
-def count_outcomes(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    """Return how many there are of each `Outcome`, and of all as `images`."""
-    found = Counter(outcomes)
-    return {"images": found.total(), **{outcome: found[outcome] for outcome in get_args(Outcome)}}
-
-
-def _digest(image_id: str, mask: np.ndarray, outcome: str) -> str:
-    head = json.dumps([image_id, outcome, *mask.shape]).encode()
-    return hashlib.sha256(head + np.packbits(mask).tobytes()).hexdigest()
+    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return the maps (B, h, w) in [0, 1] of whole samples, each resized to the backbone's input."""
+        side = self.backbone.image_size
+        images = np.stack([resize(sample, (side, side)).image for sample in samples])
+        return self.maps(to_tensor(images, self.backbone.mean, self.backbone.std)).cpu().numpy()
 
 
 def generate(
     dataset: LocalizationDataset,
     attend: Callable[[Sequence[Sample]], np.ndarray],
     config: GrabCutConfig,
-    folder: str | Path,
+    store: Store,
     jobs: int = -1,
     chunk: int = 64,
     progress: bool = True,
-) -> MaskFolder:
-    """Make the masks of a data set that the folder lacks, or holds damaged, and return the folder.
+) -> Store:
+    """Make the masks of a data set that the store lacks, or holds damaged, and return the store.
+
+    Masks are bool, of `config.size`; their fact `outcome` is an `Outcome`. What is whole in the store is kept, whatever
+    it was made with: a store is for one configuration.
 
     attend: gives the attention maps (B, h, w) in [0, 1] of samples; called with `chunk` of them, never when all masks
         are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
     Interrupted, it has kept what was done; called again it goes on. Masks do not depend on `jobs`, `chunk` or order.
     """
-    store = MaskFolder(folder, config)
     left = store.to_do(dataset.image_ids)
     pool = Parallel(n_jobs=jobs, prefer="threads")
     with tqdm(total=len(left), disable=not (progress and left), unit="mask", leave=False, mininterval=1.0) as bar:
@@ -330,17 +264,14 @@ def generate(
             indices = left[first : first + chunk]
             samples = pool(delayed(dataset.read)(index, False) for index in indices)
             maps = attend(samples)
-            pool(
-                delayed(_store)(store, index, sample, attention)
-                for index, sample, attention in zip(indices, samples, maps, strict=True)
-            )
+            pool(delayed(_make)(store, *pair, config) for pair in zip(samples, maps, strict=True))
             bar.update(len(indices))
     return store
 
 
-def _store(store: MaskFolder, index: int, sample: Sample, attention: np.ndarray) -> None:
-    cut = enhance_sample(sample, attention, store.config)
-    store.write(index, sample.image_id, cut.mask, cut.outcome)
+def _make(store: Store, sample: Sample, attention: np.ndarray, config: GrabCutConfig) -> None:
+    cut = enhance_sample(sample, attention, config)
+    store.write_mask(sample.image_id, cut.mask, outcome=cut.outcome)
 
 
 def enhance_sample(sample: Sample, attention: np.ndarray, config: GrabCutConfig) -> Enhanced:
@@ -350,25 +281,25 @@ def enhance_sample(sample: Sample, attention: np.ndarray, config: GrabCutConfig)
     return enhance(image, attention, **options)
 
 
-class Masked(LocalizationDataset):
-    """A data set whose samples carry the generated mask in place of the true one, and no other truth.
+def maker(
+    dataset: LocalizationDataset,
+    attend: Callable[[Sequence[Sample]], np.ndarray],
+    config: GrabCutConfig,
+    jobs: int = -1,
+    progress: bool = True,
+) -> Callable[[Path], None]:
+    """Return what fills a folder with the masks of a data set, for a cache. The arguments are those of `generate`.
 
-    So transforms move the mask with its image, and what is trained on it cannot see a box or a true mask.
+    It stands here so that masks depend on the code of this module, and not on that of the networks that learn them.
     """
 
-    def __init__(self, dataset: LocalizationDataset, masks: MaskFolder):
-        self.dataset, self.masks = dataset, masks
-        self.name, self.root, self.split = dataset.name, dataset.root, dataset.split
-        self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
-        self.image_ids, self.labels = dataset.image_ids, dataset.labels
+    def make(folder: Path) -> None:
+        generate(dataset, attend, config, Store(folder), jobs, progress=progress)
 
-    def read(self, index: int, truth: bool = True) -> Sample:
-        """Read sample `index`; with `truth`, its generated mask (H, W) of 0 and 1.
+    return make
 
-        Raises DataError when the mask is missing or damaged.
-        """
-        sample = self.dataset.read(index, False)
-        if not truth:
-            return sample
-        mask = self.masks.read(index, sample.image_id).mask.astype(np.uint8)
-        return replace(sample, mask=resize_map(mask, sample.size))
+
+def report(store: Store, image_ids: Sequence[str]) -> dict[str, int]:
+    """Count the masks of some images by `Outcome`; `images` is their sum. Raises DataError for a damaged mask."""
+    found = store.count(image_ids, "outcome")
+    return {"images": found.total(), **{outcome: found[outcome] for outcome in get_args(Outcome)}}

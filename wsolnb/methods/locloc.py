@@ -8,9 +8,9 @@ trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from wsolnb.data.sample import Sample
 from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
-from wsolnb.methods.base import LocalizationModel, pick
-from wsolnb.methods.frozen import FrozenBackbone, deconvolutions, half_squared_error, map_targets
+from wsolnb.methods import register
+from wsolnb.methods.base import pick
+from wsolnb.methods.frozen import FrozenBackbone, OnFrozen, deconvolutions, half_squared_error, map_targets
 
 
 class LocLocConfig(BaseModel):
@@ -37,7 +38,7 @@ class LocLocConfig(BaseModel):
     rectangle: a random rectangle is left as it was.
     enhance_test: it is shown such images at test too, masked by the generator's map above `mask_threshold` (min-max).
     base: channels of the U-Net's levels are 2, 4, 8 times this. channels: of the transposed convolutions.
-    momentum: of the U-Net's batch normalisations. drop_path: stochastic depth of the classifier's last block.
+    momentum: of the U-Net's batch normalisations.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,6 @@ class LocLocConfig(BaseModel):
     base: int = Field(4, ge=1)
     channels: int = Field(256, ge=1)
     momentum: float = Field(0.01, gt=0, le=1)
-    drop_path: float = Field(0.1, ge=0, lt=1)
 
     @classmethod
     def paper(cls, **changes) -> LocLocConfig:
@@ -169,11 +169,12 @@ class LocLocOutput(NamedTuple):
     class_maps: Tensor | None
 
 
-class LocLoc(LocalizationModel):
+@register("locloc")
+class LocLoc(OnFrozen):
     """Frozen transformer, generator and classifier; either of the two may be missing, so that each is trained alone.
 
-    config: `enhance_test` and `mask_threshold` are read here. With `enhance_test` the masked image is embedded anew,
-    which takes no block of the frozen transformer: still one pass.
+    config: what does not concern the generator alone is read here. With `enhance_test` the masked image is embedded
+    anew, which takes no block of the frozen transformer: still one pass.
     Raises ParameterError without both parts, and for `enhance_test` without a generator when it is run.
     """
 
@@ -191,8 +192,32 @@ class LocLoc(LocalizationModel):
         self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
         self.generator, self.classifier = generator, classifier
         self.config = config or LocLocConfig.released()
+        self.learns_from_masks = classifier is None or self.config.enhance_training
         names = {"generated": generator, "classifier": classifier}
         self.maps = tuple(name for name, part in names.items() if part is not None)
+
+    @classmethod
+    def create(
+        cls,
+        backbone: TransformerBackbone,
+        num_classes: int,
+        part: Literal["generator", "classifier"] = "generator",
+        config: LocLocConfig | dict[str, Any] | None = None,
+        drop_path: float = 0.1,
+    ) -> LocLoc:
+        """Return a model with one part alone, to be trained.
+
+        config: default `LocLocConfig.released()`. drop_path: stochastic depth of the classifier's last block.
+        Raises ParameterError for an unknown part.
+        """
+        config = LocLocConfig.model_validate(config or LocLocConfig.released())
+        if part == "generator":
+            return cls(backbone, num_classes, GrabCutEnhancedGenerator(backbone.dim, num_classes, config), None, config)
+        if part != "classifier":
+            raise ParameterError(f"LocLoc has no part {part!r}", "use generator or classifier")
+        # Alone it has no map that could enhance its test images.
+        config = config.model_copy(update={"enhance_test": False})
+        return cls(backbone, num_classes, None, LocalFeatureDigging(backbone, num_classes, drop_path), config)
 
     @property
     def head(self) -> nn.Module:
@@ -225,15 +250,26 @@ class LocLoc(LocalizationModel):
             found["classifier"] = pick(output.class_maps, classes).float()
         return found
 
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss of a batch: the classifier's cross-entropy, or the generator's error.
 
-def learn_masks(model: LocLoc, batch: dict, config) -> Tensor:
-    """Objective of the generator: half squared error to the masks of `batch["samples"]`."""
-    generated = model(batch["image"]).generated
-    target, known = (part.to(generated.device) for part in map_targets(batch["samples"], generated.shape[1:]))
-    return half_squared_error(generated, target, known)
+        The generator's is half the squared error to the masks of `batch["samples"]`, where these are known.
+        Raises ParameterError for a model of both parts, which are trained one by one.
+        """
+        if self.classifier is None:
+            generated = forward(batch["image"]).generated
+            target, known = (part.to(generated.device) for part in map_targets(batch["samples"], generated.shape[1:]))
+            return half_squared_error(generated, target, known)
+        if self.generator is not None:
+            raise ParameterError("generator and classifier learn from different images", "train each of them alone")
+        return super().loss(forward, batch, label_smoothing)
+
+    def first_transforms(self) -> list[Callable]:
+        """Return what blackens the training images of a classifier, if the configuration asks for it."""
+        return [Enhance(self.config.rectangle)] if self.classifier is not None and self.config.enhance_training else []
 
 
-# -------------------------------------------------------------------------------------------------- enhanced images
+# Enhanced images
 
 
 def blacken(
@@ -261,7 +297,7 @@ class Enhance:
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         """Return the sample with its image blackened; `rng` is needed for the rectangle."""
         if sample.mask is None:
-            raise ParameterError(f"image {sample.image_id!r} has no mask", "read it from `grabcut.Masked`")
+            raise ParameterError(f"image {sample.image_id!r} has no mask", "read it from `WithMasks`")
         keep = sample.mask != 0
         if self.rectangle:
             height, width = sample.size

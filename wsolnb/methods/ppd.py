@@ -7,7 +7,7 @@ the frozen transformer over images that are loaded separately.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from wsolnb.backbones import TransformerBackbone
 from wsolnb.errors import ParameterError
 from wsolnb.maps import normalise
-from wsolnb.methods.base import LocalizationModel
-from wsolnb.methods.frozen import FrozenBackbone, deconvolutions, half_squared_error
+from wsolnb.methods import register
+from wsolnb.methods.frozen import FrozenBackbone, OnFrozen, deconvolutions, half_squared_error
 
 
 class ProxyProbingDecoder(nn.Module):
@@ -74,8 +74,12 @@ class PPDOutput(NamedTuple):
     proxy: Tensor | None
 
 
-class PPD(LocalizationModel):
-    """Frozen transformer, decoder and probe; either of the two may be missing, so that each is trained alone."""
+@register("ppd")
+class PPD(OnFrozen):
+    """Frozen transformer, decoder and probe; either of the two may be missing, so that each is trained alone.
+
+    threshold: makes the attention that the decoder learns 0 and 1 (>= threshold); None: it is soft.
+    """
 
     maps = ("proxy",)
 
@@ -85,12 +89,13 @@ class PPD(LocalizationModel):
         num_classes: int,
         decoder: ProxyProbingDecoder | None = None,
         probe: LinearProbe | None = None,
+        threshold: float | None = None,
     ):
         super().__init__()
         if decoder is None and probe is None:
             raise ParameterError("a PPD of neither decoder nor probe", "give one of them, or both")
         self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
-        self.decoder, self.probe = decoder, probe
+        self.decoder, self.probe, self.threshold = decoder, probe, threshold
         if probe is not None and probe.prefix_tokens not in (None, backbone.prefix_tokens):
             raise ParameterError(
                 f"a probe behind {probe.prefix_tokens} prefix tokens, on a backbone with {backbone.prefix_tokens}",
@@ -98,6 +103,28 @@ class PPD(LocalizationModel):
             )
         if probe is not None:
             probe.prefix_tokens = backbone.prefix_tokens
+
+    @classmethod
+    def create(
+        cls,
+        backbone: TransformerBackbone,
+        num_classes: int,
+        part: Literal["decoder", "probe"] = "decoder",
+        hidden: int = 2048,
+        channels: int = 256,
+        threshold: float | None = None,
+    ) -> PPD:
+        """Return a model with one part alone, to be trained.
+
+        hidden, channels: of the `ProxyProbingDecoder`. threshold: of the attention that it learns.
+        Raises ParameterError for an unknown part.
+        """
+        if part == "decoder":
+            decoder = ProxyProbingDecoder(backbone.dim, hidden, channels)
+            return cls(backbone, num_classes, decoder, threshold=threshold)
+        if part != "probe":
+            raise ParameterError(f"PPD has no part {part!r}", "use decoder or probe")
+        return cls(backbone, num_classes, probe=LinearProbe(backbone.dim, num_classes))
 
     @property
     def head(self) -> nn.Module:
@@ -127,23 +154,24 @@ class PPD(LocalizationModel):
         empty = output.logits.new_zeros(len(classes), *self.frozen.grid)
         return {"proxy": empty if output.proxy is None else output.proxy.float()}
 
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss of a batch: the probe's cross-entropy, or half the decoder's squared error to the attention.
 
-def attention_objective(threshold: float | None = None) -> Callable:
-    """Return the objective of the decoder for `wsolnb.train.loop.train`: half squared error to the attention map.
-
-    The target is the class token's attention of the same frozen transformer, last layer, mean over heads, min-max
-    normalised, resized bilinearly to the decoder's grid. threshold: makes it 0 and 1 (>= threshold); None: it is soft.
-    """
-
-    def objective(model: PPD, batch: dict, config) -> Tensor:
-        drawn = model(batch["image"]).proxy
+        The target is the class token's attention of the same frozen transformer, last layer, mean over heads, min-max
+        normalised, resized bilinearly to the decoder's grid, and thresholded if the model has a threshold.
+        Raises ParameterError for a model of both parts, which are trained one by one.
+        """
+        if self.decoder is None:
+            return super().loss(forward, batch, label_smoothing)
+        if self.probe is not None:
+            raise ParameterError("decoder and probe have losses of their own", "train each of them alone")
+        drawn = forward(batch["image"]).proxy
         with torch.no_grad():
-            backbone = model.frozen.backbone
+            # Not through `forward`: that may be a wrapper, which joins the gradients of several processes.
+            backbone = self.frozen.backbone
             attention = backbone(batch["image"]).attention[:, -1].mean(dim=1)
             target = normalise(attention.unflatten(1, backbone.grid))
             target = F.interpolate(target[:, None], size=drawn.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-            if threshold is not None:
-                target = (target >= threshold).float()
+            if self.threshold is not None:
+                target = (target >= self.threshold).float()
         return half_squared_error(drawn, target)
-
-    return objective

@@ -1,0 +1,596 @@
+"""The experiments of LocLoc (ACM MM 2023) and of its baseline PPD (Xu et al., ACM MM 2022).
+
+masks = locloc.Masks(**parameters)                 # notebook 30: masks by GrabCut
+experiment = locloc.Experiment(                    # notebooks 31 to 33: what is trained with them
+    masks=run.used("30_locloc_grabcut"), decoders=run.used("31_locloc_generator"), classifiers=parameters
+)
+taught = experiment.masks.taught(run, splits.train)
+model, folder = experiment.fit(run, "generator", seed, taught)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from wsolnb.backbones import TransformerBackbone, create_backbone
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import make_loader
+from wsolnb.data.readers import open_dataset
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.data.splits import DataSettings, Splits
+from wsolnb.data.store import Store, WithMasks
+from wsolnb.data.transforms import Transform, resize
+from wsolnb.errors import ParameterError
+from wsolnb.files import resolve
+from wsolnb.maps import upsample
+from wsolnb.methods import grabcut
+from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.grabcut import Attend, GrabCutConfig
+from wsolnb.methods.locloc import LocLoc, LocLocConfig
+from wsolnb.methods.ppd import PPD
+from wsolnb.notebook.runs import Run
+from wsolnb.train.evaluation import Prediction, beside, evaluate, predict, score
+from wsolnb.train.loop import TrainingConfig, pick_device
+from wsolnb.train.recipe import Recipe, fit
+
+Part = Literal["generator", "decoder", "classifier", "probe"]
+"""What is trained alone: LocLoc's generator and classifier, PPD's decoder and probe."""
+
+# Settings
+
+
+class Masks(DataSettings):
+    """Notebook 30: the data, the frozen backbone, and GrabCut's masks. The fields are the notebook's parameters."""
+
+    image_size: int
+    protocol: Literal["resize", "crop_resize", "crop"]
+    backbone: str
+    pretrained: bool
+    checkpoint: str
+    layers: Literal["last", "mean"]
+    heads: int
+    fg_threshold: float
+    bg_threshold: float
+    iterations: int
+    uncertain: Literal["none", "background"]
+    size: int
+    search_images: int
+    jobs: int
+    device: str
+
+    def grabcut(self, **changes: Any) -> GrabCutConfig:
+        """Return the configuration of the masks. changes: of its fields."""
+        return GrabCutConfig(**self.model_dump(include=set(GrabCutConfig.model_fields)) | changes)
+
+    def transformer(self, device: str | None = None) -> TransformerBackbone:
+        """Return the transformer as it will be frozen, in evaluation mode on the device."""
+        checkpoint = resolve(self.checkpoint) if self.checkpoint else None
+        options = {"pretrained": self.pretrained, "checkpoint": checkpoint, "image_size": self.image_size}
+        return create_backbone(self.backbone, **options).eval().to(pick_device(device or self.device))
+
+    def attend(self, config: GrabCutConfig | None = None) -> Attend:
+        """Return the guide of GrabCut: the transformer's attention, by layers and heads of a configuration."""
+        config = config or self.grabcut()
+        return Attend(self.transformer(), config.layers, config.heads)
+
+    def store(
+        self, run: Run, dataset: LocalizationDataset, config: GrabCutConfig | None = None, progress: bool = True
+    ) -> Store:
+        """Return the masks of a data set, made once per run folder. config: default `grabcut()`."""
+        config = config or self.grabcut()
+        make = grabcut.maker(dataset, self.attend(config), config, self.jobs, progress)
+        return Store(run.cached(f"masks-{dataset.split}", make))
+
+    def taught(self, run: Run, dataset: LocalizationDataset, config: GrabCutConfig | None = None) -> WithMasks:
+        """Return a data set with its masks in place of its truth."""
+        return WithMasks(dataset, self.store(run, dataset, config))
+
+
+class Decoders(BaseModel):
+    """Notebook 31: the generator, and PPD's decoder. The fields are the notebook's parameters.
+
+    preset: of `LocLocConfig`. generator_images: what both decoders see, evenly spaced; 0 = all. ppd_threshold: 0 = soft
+    targets. batch_size, shift, weight_decay, num_workers: of the classifiers' training, too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    preset: Literal["paper", "released"]
+    channels: int
+    momentum: float
+    generator_images: int
+    generator_epochs: int
+    generator_lr: float
+    ppd_hidden: int
+    ppd_channels: int
+    ppd_threshold: float
+    decoder_epochs: int
+    decoder_lr: float
+    weight_decay: float
+    batch_size: int
+    shift: int
+    seeds: tuple[int, ...]
+    precision: Literal["auto", "bf16", "fp32"]
+    device: str
+    num_workers: int
+
+
+class Classifiers(BaseModel):
+    """Notebook 32: LocLoc's classifier, and PPD's probe. The fields are the notebook's parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    drop_path: float
+    classifier_epochs: int
+    classifier_lr: float
+    classifier_head_lr: float
+    probe_epochs: int
+    probe_lr: float
+    seeds: tuple[int, ...]
+    precision: Literal["auto", "bf16", "fp32"]
+    device: str
+
+
+class Experiment(BaseModel):
+    """What decides everything that notebooks 31 to 33 train. classifiers: None where only decoders are trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    masks: Masks
+    decoders: Decoders
+    classifiers: Classifiers | None = None
+
+    def config(self, **changes: Any) -> LocLocConfig:
+        """Return LocLoc's configuration. changes: of the preset's fields, or another `preset`."""
+        preset = getattr(LocLocConfig, changes.pop("preset", self.decoders.preset))
+        return preset(**{"channels": self.decoders.channels, "momentum": self.decoders.momentum, **changes})
+
+    def recipe(self, part: Part, seed: int, **changes: Any) -> Recipe:
+        """Return how a part is trained with a seed. changes: as of `config`, or `threshold` of PPD's target.
+
+        A recipe holds nothing that its part does not depend on, so that other parameters do not train it again.
+        Raises ParameterError for the classifier or the probe without the settings of notebook 32.
+        """
+        own = self.decoders if part in ("generator", "decoder") else self.classifiers
+        if own is None:
+            raise ParameterError(f"the {part} has no settings", "give those of notebook 32 as `classifiers`")
+        options: dict[str, Any] = {"part": part, **changes}
+        if part == "decoder":
+            sizes = {"hidden": self.decoders.ppd_hidden, "channels": self.decoders.ppd_channels}
+            options = {**sizes, "threshold": self.decoders.ppd_threshold or None, **options}
+        elif part == "generator":
+            used = {"third_level", "base", "channels", "momentum"}
+            options = {"part": part, "config": self.config(**changes).model_dump(include=used)}
+        elif part == "classifier":
+            used = {"enhance_training", "rectangle"}
+            options = {"part": part, "config": self.config(**changes).model_dump(include=used)}
+            options["drop_path"] = self.classifiers.drop_path
+        loop = {"epochs": getattr(own, f"{part}_epochs"), "lr": getattr(own, f"{part}_lr"), "seed": seed}
+        loop |= {"weight_decay": self.decoders.weight_decay, "precision": own.precision, "device": own.device}
+        if part == "classifier":
+            loop["head_lr"] = self.classifiers.classifier_head_lr
+        return Recipe(
+            method="locloc" if part in ("generator", "classifier") else "ppd",
+            options=options,
+            checkpoint=self.masks.checkpoint or None,
+            images=self.decoders.generator_images if part in ("generator", "decoder") else 0,
+            training=TrainingConfig(**loop),
+            **self.masks.model_dump(include={"backbone", "pretrained", "image_size", "protocol"}),
+            **self.decoders.model_dump(include={"batch_size", "shift", "num_workers"}),
+        )
+
+    def test_transform(self) -> Transform:
+        """The deterministic transform of the protocol."""
+        return self.recipe("generator", 0).test_transform()
+
+    def fit(
+        self, run: Run, part: Part, seed: int, train: LocalizationDataset, progress: bool = True, **changes: Any
+    ) -> tuple[LocalizationModel, Path]:
+        """Return the model with the trained part at its last epoch, and its folder; trained once per run folder.
+
+        train: the training images, with the masks where the part learns from them (`Masks.taught`); a part that does
+        not learn from masks is given the images alone. changes: as of `recipe`.
+        Raises ParameterError when a part that learns from masks is given none.
+        """
+        recipe = self.recipe(part, seed, **changes)
+        learns = part == "generator" or (part == "classifier" and recipe.options["config"]["enhance_training"])
+        if learns and not isinstance(train, WithMasks):
+            raise ParameterError(f"the {part} learns from masks, and none were given", "give it `masks.taught(...)`")
+        if not learns and isinstance(train, WithMasks):
+            train = train.dataset
+        return fit(run, f"{part}-{seed}", recipe, train, None, progress)
+
+    def assemble(
+        self, run: Run, seed: int, train: LocalizationDataset, progress: bool = True
+    ) -> dict[str, LocalizationModel]:
+        """Return LocLoc and PPD of one seed, each from its two trained parts; `train` as of `fit`."""
+        found = {part: self.fit(run, part, seed, train, progress)[0] for part in get_args(Part)}
+        decoder, probe = found["decoder"], found["probe"]
+        whole = PPD(decoder.frozen.backbone, decoder.num_classes, decoder.decoder, probe.probe)
+        return {"LocLoc": joined(found["generator"], found["classifier"], self.config()), "PPD": whole.eval()}
+
+
+def joined(generator: LocLoc, classifier: LocLoc, config: LocLocConfig) -> LocLoc:
+    """Return the generator of one model and the classifier of another over one frozen transformer."""
+    backbone, classes = generator.frozen.backbone, generator.num_classes
+    return LocLoc(backbone, classes, generator.generator, classifier.classifier, config).eval()
+
+
+# Notebook 30: thresholds, and what they do to the masks
+
+FG, BG = (0.1, 0.2, 0.3, 0.4, 0.5), (0.003, 0.005, 0.01, 0.03)
+"""The thresholds that are searched: of sure foreground, and of sure background."""
+
+
+def mask_iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Return the IoU of a mask (H, W) bool with a true one (H, W) of 0, 1 and unknown (255, left out)."""
+    known = truth != IGNORE
+    both, either = (mask & (truth == 1) & known).sum(), ((mask | (truth == 1)) & known).sum()
+    return both / max(1, either)
+
+
+def evenly(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
+    """Return `count` evenly spaced images of a data set, or all where there are fewer."""
+    return dataset.subset(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
+
+
+class Guided(NamedTuple):
+    """An image, its mask and its attention at the masks' size: a sample, (h, w) as it was, (H, W)."""
+
+    square: Sample
+    guide: np.ndarray
+    attention: np.ndarray
+
+
+def guided(dataset: LocalizationDataset, attend: Attend, size: int, chunk: int = 50) -> Iterator[Guided]:
+    """Yield the images of a data set as GrabCut sees them, squares of `size` pixels; `chunk` are looked at at once."""
+    for first in range(0, len(dataset), chunk):
+        samples = [dataset[index] for index in range(first, min(first + chunk, len(dataset)))]
+        for sample, guide in zip(samples, attend(samples), strict=True):
+            yield Guided(resize(sample, (size, size)), guide, grabcut.enlarge(guide, (size, size)))
+
+
+def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame:
+    """Return the mean IoU of `search_images` images by thresholds: of the attention alone, and of GrabCut's cuts.
+
+    Where a data set has no masks (ILSVRC) nothing is searched: the given thresholds stand, with IoU NaN.
+    """
+    some, attend, size, jobs = evenly(dataset, masks.search_images), masks.attend(), masks.size, masks.jobs
+    options = {"iterations": masks.iterations, "seed": masks.seed}
+
+    def measure() -> Iterator[dict[str, Any]]:
+        if some[0].mask is None:
+            return
+        images = list(guided(some, attend, size, len(some)))
+        for threshold in np.round([*np.arange(0.01, 0.1, 0.01), *np.arange(0.1, 0.7, 0.05)], 2):
+            iou = np.mean([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
+            yield {"by": "attention", "fg": threshold, "bg": np.nan, "iou": iou}
+        for side in ("none", "background"):
+            for fg, bg in [(f, b) for f in FG for b in BG]:
+                iou, outcomes = cut_all(images, fg, bg, jobs, uncertain=side, **options)
+                fell_back = 1 - np.mean([outcome == "enhanced" for outcome in outcomes])
+                yield {"by": f"GrabCut, {side}", "fg": fg, "bg": bg, "iou": np.mean(iou), "fell_back": fell_back}
+
+    given = {"fg": masks.fg_threshold, "bg": masks.bg_threshold, "iou": np.nan}
+    found = run.cached_rows("grabcut-search", measure)
+    return pd.DataFrame(found or [{"by": "attention", **given}, {"by": "GrabCut", **given}]).astype({"bg": float})
+
+
+def cut_all(images: Sequence[Guided], fg: float, bg: float, jobs: int, **options: Any) -> tuple[np.ndarray, list[str]]:
+    """Return IoU with the truth (n,) and outcome of each image's cut by two thresholds. options: of `enhance`."""
+    pool = Parallel(n_jobs=jobs, prefer="threads")
+    cuts = pool(delayed(grabcut.enhance)(one.square.image, one.guide, fg, bg, **options) for one in images)
+    iou = [mask_iou(cut.mask, one.square.mask) for cut, one in zip(cuts, images, strict=True)]
+    return np.array(iou), [cut.outcome for cut in cuts]
+
+
+def pairs(
+    run: Run, masks: Masks, dataset: LocalizationDataset, threshold: float, config: GrabCutConfig | None = None
+) -> pd.DataFrame:
+    """Return, per image that has a true mask, its IoU before and after GrabCut, and the outcome of the cut.
+
+    threshold: of the attention before. config: of the masks after; default `masks.grabcut()`.
+    """
+    attend, size, store = masks.attend(), masks.size, masks.store(run, dataset, config, progress=False)
+
+    def measure() -> Iterator[dict[str, Any]]:
+        for index, one in enumerate(guided(dataset, attend, size)):
+            if one.square.mask is not None:
+                after, facts = store.read_mask(one.square.image_id)
+                before = mask_iou(one.attention >= threshold, one.square.mask)
+                iou = {"before": before, "after": mask_iou(after, one.square.mask)}
+                yield {"image": index, **iou, "outcome": facts["outcome"]}
+
+    return pd.DataFrame(run.cached_rows(f"grabcut-pairs-{dataset.split}", measure))
+
+
+def photographs(masks: Masks, root: str) -> pd.DataFrame:
+    """Return the IoU on photographs of attention and of GrabCut, with thresholds of the birds and of their own.
+
+    root: a folder in the Oxford-IIIT Pet layout. Own thresholds are those of `search_images` training photographs.
+    """
+    attend, options = masks.attend(), {"uncertain": masks.uncertain, "iterations": masks.iterations, "seed": masks.seed}
+    train, held = (open_dataset("pets", resolve(root), split, seed=masks.seed) for split in ("train", "test"))
+    train, held = (list(guided(part, attend, masks.size)) for part in (evenly(train, masks.search_images), held))
+
+    def plain(images: Sequence[Guided], threshold: float) -> np.ndarray:
+        return np.array([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
+
+    def cut(images: Sequence[Guided], fg: float, bg: float) -> np.ndarray:
+        return cut_all(images, fg, bg, masks.jobs, **options)[0]
+
+    threshold = max(np.round(np.arange(0.01, 0.7, 0.01), 2), key=lambda t: plain(train, t).mean())
+    own = max([(f, b) for f in FG for b in BG], key=lambda pair: cut(train, *pair).mean())
+    before = plain(held, threshold)
+    rows = [{"map": "everything", "fg": 0, "bg": np.nan, "iou": plain(held, 0.0).mean()}]
+    rows += [{"map": "attention", "fg": threshold, "bg": np.nan, "iou": before.mean()}]
+    tried = {"of the birds": (masks.fg_threshold, masks.bg_threshold), "of training photographs": own}
+    for name, (fg, bg) in {**tried, "published": (0.1, 0.03)}.items():
+        after = cut(held, fg, bg)
+        gain = {"gain": (after - before).mean(), "gain_se": (after - before).std() / np.sqrt(len(after))}
+        shares = {"better": (after > before + 0.05).mean(), "worse": (after < before - 0.05).mean()}
+        rows.append({"map": f"GrabCut, thresholds {name}", "fg": fg, "bg": bg, "iou": after.mean(), **gain, **shares})
+    return pd.DataFrame(rows).assign(images=len(before))
+
+
+# Notebook 31: maps of decoders, of attention and of masks
+
+
+def attention_maps(attend: Attend, dataset: LocalizationDataset, transform: Transform) -> Iterator[Prediction]:
+    """Yield the frozen transformer's attention of each transformed image as the map `attention`."""
+    mean, std = attend.backbone.mean, attend.backbone.std
+    for batch in make_loader(dataset, transform, 50, truth=True, mean=mean, std=std):
+        found = upsample(attend.maps(batch["image"]), batch["image"].shape[2:]).cpu().numpy()
+        for sample, score_map in zip(batch["samples"], found, strict=True):
+            yield Prediction(sample, None, None, {"attention": score_map})
+
+
+def mask_maps(store: Store, dataset: LocalizationDataset, transform: Transform) -> Iterator[Prediction]:
+    """Yield the stored mask of each image as the map `GrabCut mask` of 0 and 1, moved as its image is."""
+    masked = WithMasks(dataset, store)
+    for index in range(len(dataset)):
+        score_map = (transform(masked[index], None).mask == 1).astype(np.float32)
+        yield Prediction(transform(dataset[index], None), None, None, {"GrabCut mask": score_map})
+
+
+def titled(predictions: Iterable[Prediction], title: str) -> Iterator[Prediction]:
+    """Yield predictions with their first map alone, under a title."""
+    for found in predictions:
+        yield found._replace(maps={title: next(iter(found.maps.values()))})
+
+
+def four_maps(
+    attend: Attend,
+    store: Store,
+    models: Mapping[str, LocalizationModel],
+    dataset: LocalizationDataset,
+    transform: Transform,
+) -> Iterator[Prediction]:
+    """Yield each image with its attention, its stored mask and each model's own map, by the names of the models.
+
+    Classes are set aside: the predictions have no logits.
+    """
+    drawn = [titled(predict(model, dataset, transform), name) for name, model in models.items()]
+    yield from beside(attention_maps(attend, dataset, transform), mask_maps(store, dataset, transform), *drawn)
+
+
+def map_scores(
+    run: Run, experiment: Experiment, splits: Splits, models: Mapping[str, LocalizationModel]
+) -> pd.DataFrame:
+    """Return what `four_maps` score on test images at thresholds of the validation images; no class is asked for."""
+    attend, transform = experiment.masks.attend(), experiment.test_transform()
+    held = [(part, experiment.masks.store(run, part)) for part in (splits.val, splits.test)]
+
+    def measure() -> list[dict[str, Any]]:
+        val, test = (score(four_maps(attend, store, models, part, transform)) for part, store in held)
+        return test.table(val)
+
+    return pd.DataFrame(run.cached_rows("generator-scores", measure)).drop(columns=["top1", "top1_loc", "top5_loc"])
+
+
+class Variant(NamedTuple):
+    """One variant of a study: the part, changes of its recipe, and whether plain attention replaces GrabCut's masks."""
+
+    part: Part
+    changes: dict[str, Any]
+    attention: bool = False
+
+
+BEST_PLAIN = 0.07
+"""The attention's best threshold (notebook 30): what it is without GrabCut."""
+
+MAP_VARIANTS = {
+    "GEG": Variant("generator", {}),
+    "GEG, third level alive": Variant("generator", {"third_level": True}),
+    "GEG, attention >= 0.07": Variant("generator", {}, attention=True),
+    "PPD": Variant("decoder", {}),
+    "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
+}
+
+
+def map_study(
+    run: Run, experiment: Experiment, splits: Splits, variants: Sequence[str], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Train some of `MAP_VARIANTS` with each seed; yields the scores of each on test images."""
+    if not variants:
+        return
+    transform, masks = experiment.test_transform(), experiment.masks
+    # No uncertain pixel: the mask is the thresholded attention.
+    plain = masks.grabcut(fg_threshold=BEST_PLAIN, bg_threshold=BEST_PLAIN)
+    cut, attended = masks.taught(run, splits.train), masks.taught(run, splits.train, plain)
+    for seed in seeds:
+        for name in variants:
+            part, changes, by_attention = MAP_VARIANTS[name]
+            model, _ = experiment.fit(run, part, seed, attended if by_attention else cut, False, **changes)
+            val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
+            print(name, seed, flush=True)
+            row = test.table(val)[0]
+            yield {"variant": name, "seed": seed} | {
+                column: value for column, value in row.items() if not column.startswith("top") and column != "map"
+            }
+
+
+def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> str:
+    """Return mean and standard deviation over seeds of the difference of two rows of a study, and its sign, in words.
+
+    table: columns `seed`, `by` and the measure. one, other: values of `by`.
+    """
+    wide = table.pivot(index="seed", columns=by, values=measure)
+    gain = wide[one] - wide[other]
+    return f"{gain.mean():+.3f} ± {gain.std():.3f} ({(gain > 0).sum()} of {len(gain)} seeds)"
+
+
+# Notebook 32: classifiers
+
+
+def top1(model: LocalizationModel, dataset: LocalizationDataset, transform: Transform) -> float:
+    """Return the share of images whose class has the largest logit."""
+    return float(np.mean([np.argmax(one.logits) == one.sample.label for one in predict(model, dataset, transform)]))
+
+
+class EnhancedAtTest(NamedTuple):
+    """Top-1 on test images that are masked by the generator's map, and the map's threshold, chosen on validation."""
+
+    threshold: float
+    top1: float
+
+
+def enhanced_at_test(
+    joint: Callable[..., LocLoc],
+    splits: Splits,
+    transform: Transform,
+    thresholds: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3),
+) -> EnhancedAtTest:
+    """Score a classifier on masked test images. joint: gives it with a generator, by changes of their configuration."""
+    by = {t: top1(joint(enhance_test=True, mask_threshold=t), splits.val, transform) for t in thresholds}
+    best = max(by, key=by.get)
+    return EnhancedAtTest(best, top1(joint(enhance_test=True, mask_threshold=best), splits.test, transform))
+
+
+def class_scores(
+    run: Run, experiment: Experiment, splits: Splits, generator: LocLoc, classifier: LocLoc, probe: PPD
+) -> pd.DataFrame:
+    """Return what LocLoc's classifier and the linear probe score on test images, and the maps of the first."""
+    config, transform = experiment.config(), experiment.test_transform()
+
+    def joint(**changes: Any) -> LocLoc:
+        return joined(generator, classifier, config.model_copy(update=changes))
+
+    def measure() -> Iterator[dict[str, Any]]:
+        val, test = (evaluate(joint(), part, transform) for part in (splits.val, splits.test))
+        yield from ({"classifier": "LFDM", **row} for row in test.table(val))
+        yield {"classifier": "linear probe", "map": "none", "top1": top1(probe, splits.test, transform)}
+        masked = enhanced_at_test(joint, splits, transform)
+        yield {"classifier": "LFDM, enhanced at test", "map": "none", **masked._asdict()}
+
+    return pd.DataFrame(run.cached_rows("classifier-scores", measure))
+
+
+CLASS_VARIANTS = {
+    "LFDM": Variant("classifier", {}),
+    "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
+    "linear probe": Variant("probe", {}),
+}
+
+
+def class_study(
+    run: Run,
+    experiment: Experiment,
+    splits: Splits,
+    generator: LocLoc,
+    train: LocalizationDataset,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    """Train some of `CLASS_VARIANTS` with each seed; yields top-1, with a classifier also on enhanced test images.
+
+    generator: whose maps enhance them. train: as of `Experiment.fit`.
+    """
+    transform = experiment.test_transform()
+    for seed in seeds:
+        for name in variants:
+            part, changes, _ = CLASS_VARIANTS[name]
+            model, _ = experiment.fit(run, part, seed, train, False, **changes)
+            row = {"variant": name, "seed": seed, "top1": top1(model, splits.test, transform)}
+            if part == "classifier":
+
+                def joint(classifier: LocLoc = model, **update: Any) -> LocLoc:
+                    return joined(generator, classifier, experiment.config().model_copy(update=update))
+
+                masked = enhanced_at_test(joint, splits, transform)
+                val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
+                own = test.table(val)[0]
+                row |= {"top1_enhanced": masked.top1, "mask_threshold": masked.threshold}
+                row["gt_known_class_map"] = own["gt_known"]
+                row |= {c: own[c] for c in ("covers_discriminative", "covers_rest", "covers_context") if c in own}
+            print(row, flush=True)
+            yield row
+
+
+# Notebook 33: the whole
+
+
+def whole_scores(
+    run: Run, experiment: Experiment, splits: Splits, models: Mapping[str, LocalizationModel], seed: int
+) -> list[dict[str, Any]]:
+    """Return what whole models (`Experiment.assemble`) score on test images, class and box; a row for each."""
+    transform = experiment.test_transform()
+
+    def measure() -> Iterator[dict[str, Any]]:
+        for name, model in models.items():
+            own = model.maps[0]
+            val, test = (score(titled(predict(model, part, transform), own)) for part in (splits.val, splits.test))
+            top5 = test.localization[own].top5_cls
+            yield {"method": name, "seed": seed, **test.table(val)[0], "top5": top5}
+
+    return run.cached_rows("whole-scores", measure)
+
+
+def computations(
+    models: Mapping[str, LocalizationModel],
+    load: Callable[[], Tensor],
+    load_for_class: Callable[[], Tensor] | None = None,
+) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return what LocLoc and PPD compute for a batch, by model: `classifier`, `generator` and the `total`.
+
+    models: as of `Experiment.assemble`. load: gives the images (B, 3, H, W), anew for each call: loading counts.
+    load_for_class: those of PPD's class, which has another transform as published; default `load`.
+    """
+    whole, ppd, for_class = models["LocLoc"], models["PPD"], load_for_class or load
+    frozen = whole.frozen
+    return {
+        "LocLoc": {
+            "classifier": lambda: whole.classifier(frozen.embed(load())),
+            "generator": lambda: whole.generator(frozen.to_grid(frozen(load()).last[-1])),
+            "total": lambda: whole(load()),
+        },
+        "PPD": {
+            "classifier": lambda: ppd.classify(for_class()),
+            "generator": lambda: ppd.draw(load()),
+            "total": lambda: ppd(load(), for_class()),
+        },
+    }
+
+
+def seconds(task: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Return the median time of a computation over `repeats` runs, after one that is not counted."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
