@@ -6,7 +6,7 @@
     prototypes, _ = lpcam.cached_prototypes(run, host, base)
     claim = lpcam.Claim(**parameters)                      # notebook 22: LPCAM against CAM over seeds
     settings = lpcam.Segmentation(**parameters)            # notebook 23
-    stages = lpcam.Pipeline(run, host, base, settings)["lpcam"]
+    stages = lpcam.Pipeline(run, host, base, settings).stages["lpcam"]
     stages.seeds, stages.labels, stages.irn, stages.pseudo_masks, stages.segmenter
 
 Everything expensive is made once per run folder. Notebooks that describe the same classifier share it.
@@ -15,13 +15,14 @@ Everything expensive is made once per run folder. Notebooks that describe the sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -46,6 +47,7 @@ from wsolnb.methods.prototypes import (
     write_maps,
 )
 from wsolnb.notebook.runs import Run
+from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.train import multilabel
 from wsolnb.train.loop import TrainingConfig
 from wsolnb.train.recipe import Recipe, fit
@@ -308,10 +310,36 @@ class Claim(BaseModel):
         its = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
         yield from self.measured(run, classifier.changed(**its), base, "hosts", {"epochs": classifier.epochs})
 
-    def study(self, name: str, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the study `claim`, `photographs` or `hosts`."""
-        studies = {"claim": self.claim, "photographs": self.photographs, "hosts": self.hosts}
-        return studies[name](run, classifier, base)
+    def tables(
+        self, run: Run, studies: Sequence[str], host: Host, base: LPCAMConfig, chosen: LPCAMConfig
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the recorded tables of the paired studies, and of those of `CHECKED`, with some made here.
+
+        studies: to make: `claim`, `photographs`, `hosts`, or of `CHECKED`. chosen: what `CHECKED` varies.
+        """
+        paired = {"claim": self.claim, "photographs": self.photographs, "hosts": self.hosts}
+        rows = (row for name in studies if name in paired for row in paired[name](run, host.classifier, base))
+        claims = with_recorded(run, "22_claim", rows, "study")
+        rows = (row for name in studies if name in CHECKED for row in checked(run, host, chosen, name))
+        return claims, with_recorded(run, "22_checked", rows, "study")
+
+
+def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
+    """Return a row per condition: mIoU of CAM, and the paired differences of the others to it, with 95 % intervals.
+
+    table: of rows of `Claim.measured`. by: the columns that tell a condition.
+    """
+    rows = []
+    for key, group in table[table.study == study].groupby(by, sort=False):
+        cam = group[group["map"] == "cam"].set_index("seed")
+        row = dict(zip(by, key, strict=True)) | {"seeds": len(cam), "mAP": cam.mAP.mean(), "CAM": cam.miou.mean()}
+        for name, column in (("", "miou"), (" at 0.3", "miou_fixed")):
+            for hyper, kind in itertools.product(("paper", "chosen", "chosen, floor"), ("lpcam-f", "lpcam")):
+                other = group[(group["map"] == kind) & (group.hyper == hyper)].set_index("seed")
+                if len(other):
+                    row[f"{kind}, {hyper}{name}"] = plus_minus(other[column] - cam[column])
+        rows.append(row)
+    return pd.DataFrame(rows).round(3)
 
 
 def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[dict[str, Any]]:
@@ -446,7 +474,7 @@ COMPARED = ("cam", "lpcam")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """From the maps of one classifier to segmentation; `pipeline["lpcam"]` are the stages of one kind of map.
+    """From the maps of one classifier to segmentation; `pipeline.stages["lpcam"]` are those of one kind of map.
 
     base: LPCAM's configuration, of which mu_f, mu_b and the floor are chosen here.
     """
@@ -508,12 +536,9 @@ class Pipeline:
         return WithMasks(self.train, Store(self.run.cached(name, build)))
 
     @cached_property
-    def _stages(self) -> dict[str, Stages]:
+    def stages(self) -> dict[str, Stages]:
+        """The stages of CAM and of LPCAM."""
         return {kind: Stages(self, kind) for kind in COMPARED}
-
-    def __getitem__(self, kind: str) -> Stages:
-        """Return the stages of `cam` or `lpcam`."""
-        return self._stages[kind]
 
     def segmenter(self, kind: str, masks: WithMasks) -> Segmenter:
         """Return the segmentation network trained on masks, and the scores of what it predicts for test images."""
@@ -529,18 +554,12 @@ class Pipeline:
         """The segmenter that learns from true masks."""
         return self.segmenter("true masks", self.true_masks)
 
-    def rows(self, number: int | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the scores of all stages, of both kinds of maps; number: of the training, as a column."""
-        seed = {} if number is None else {"seed": number}
-        for kind in COMPARED:
-            yield self[kind].row("seeds") | seed
-        for kind in COMPARED:
-            yield self[kind].row("seeds, CRF") | seed
-        for kind in COMPARED:
-            yield self[kind].row("pseudo masks") | seed
-        for kind in COMPARED:
-            yield self[kind].row("segmentation") | seed
-        yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores) | seed
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""
+        for stage in ("seeds", "seeds, CRF", "pseudo masks", "segmentation"):
+            for own in self.stages.values():
+                yield own.row(stage)
+        yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
 
 
 class Segmenter(NamedTuple):
@@ -639,17 +658,27 @@ class Stages:
         """The segmenter that learns from the pseudo masks."""
         return self.pipeline.segmenter(self.kind, self.pseudo_masks)
 
-    def row(self, stage: Literal["seeds", "seeds, CRF", "pseudo masks", "segmentation"]) -> dict[str, Any]:
-        """Return the scores of a stage, with the threshold of its masks and the images that it is scored on."""
+    @cached_property
+    def crf_scores(self) -> dict[str, float]:
+        """Scores of `crf_masks`."""
+        return self.pipeline.run.cached_rows(f"scores-crf-{self._name}", partial(score_masks, self.crf_masks))[0]
+
+    @cached_property
+    def pseudo_scores(self) -> dict[str, float]:
+        """Scores of `pseudo_masks`."""
+        return self.pipeline.run.cached_rows(f"scores-pseudo-{self._name}", partial(score_masks, self.pseudo_masks))[0]
+
+    def row(self, stage: str) -> dict[str, Any]:
+        """Return the scores of a stage, with the threshold of its masks and the images that it is scored on.
+
+        stage: `seeds`, `seeds, CRF`, `pseudo masks` or `segmentation`.
+        """
         if stage == "segmentation":
             return _row(stage, self.kind, "test", np.nan, self.segmenter.scores)
-        if stage == "seeds":
-            return _row(stage, self.kind, "train", self.seeds["threshold"], self.seeds)
-        masks = self.crf_masks if stage == "seeds, CRF" else self.pseudo_masks
-        threshold = self.seeds["threshold"] if stage == "seeds, CRF" else self.walk.mask_background
-        name = f"scores-{'crf' if stage == 'seeds, CRF' else 'pseudo'}-{self._name}"
-        scores = self.pipeline.run.cached_rows(name, partial(score_masks, masks))[0]
-        return _row(stage, self.kind, "train", threshold, scores)
+        if stage == "pseudo masks":
+            return _row(stage, self.kind, "train", self.walk.mask_background, self.pseudo_scores)
+        scores = self.seeds if stage == "seeds" else self.crf_scores
+        return _row(stage, self.kind, "train", self.seeds["threshold"], scores)
 
 
 def score_walks(

@@ -132,7 +132,7 @@ def image_scores(
 ) -> Iterator[dict[str, float]]:
     """Yield the mean IoU of each image's seed mask, by name of the variant, at a threshold for each."""
     for index, found in enumerate(variant_maps(source, by_name, config)):
-        mask = source.dataset[index].mask
+        mask = class_mask(source.dataset[index], source.dataset.multi_label)
         row = {}
         for name, image in found.items():
             scores = SegmentationScores(len(source.class_names) + 1)
