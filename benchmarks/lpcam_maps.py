@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from wsolnb.methods.lpcam import direction, lpcam, similarity
-from wsolnb.metrics import SeedScores, SegmentationScores
-from wsolnb.seeds import THRESHOLDS, seed_mask
+from wsolnb.metrics import SeedScores, SegmentationScores, seed_mask
+from wsolnb.train.seeds import THRESHOLDS
 
 PROTOTYPES, CHANNELS, SIDE = 12, 2048, 32
 

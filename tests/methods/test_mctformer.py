@@ -100,7 +100,7 @@ def test_refinement_and_loss_by_loops():
     model = MCTformer(create_backbone("vit_mini_plain", image_size=32), 3)
     batch = {"image": torch.randn(2, 3, 32, 32), "label": torch.tensor([[1.0, 0, 1], [0, 1, 0]])}
     model.eval()
-    loss, output = mctformer.objective(model, batch, None), model(batch["image"])
+    loss, output = model.loss(model, batch), model(batch["image"])
     expected = 0.0
     for logits in (output.token_logits, output.patch_logits):
         p, y = logits.sigmoid(), batch["label"]

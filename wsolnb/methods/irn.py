@@ -4,8 +4,12 @@ Two small branches on a frozen backbone are trained on pairs of nearby pixels wh
 B, and a displacement field towards an object's centre. The affinity of two pixels is 1 - max B on the straight way
 between them. A random walk whose transition is that affinity spreads each class's map inside of boundaries.
 
-    model = IRN(create_backbone("resnet50", pretrained=True))
-    # trained with `pair_loss` on `pair_labels(seeds, radius)`
+    write_irn_labels(seeds, dataset, config, CRFConfig(), folder)     # masks of 0, class + 1 and 255
+    model = IRN(create_backbone("resnet50", pretrained=True))         # trained on them with its own loss
+    write_pseudo_masks(model, seeds, dataset, config, None, folder)   # maps that walked, and their masks
+
+`seeds` is a store of maps, one file an image; each stage reads and writes image by image. By hand, for one image:
+
     boundary = boundaries(model, images)                              # (B, h, w), stride 4
     scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
 
@@ -17,8 +21,9 @@ IRN's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +34,16 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from wsolnb.backbones import ConvBackbone
-from wsolnb.data.sample import IGNORE
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import to_tensor
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.data.store import ClassMaps, Store
+from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.methods import crf, register
+from wsolnb.methods.base import Trainable
+from wsolnb.methods.crf import CRFConfig
+from wsolnb.metrics.segmentation import seed_mask
 
 EPSILON = 1e-5
 """Inside of the logarithms and the denominators of the loss, as released."""
@@ -329,15 +342,20 @@ def _unit(before: int, after: int, groups: int, scale: int = 1) -> nn.Sequential
     return nn.Sequential(*layers, nn.ReLU(inplace=True))
 
 
-class IRN(nn.Module):
+@register("irn")
+class IRN(Trainable):
     """Boundary and displacement branches on the five stages of a frozen ResNet of stride 16.
 
     backbone: of `wsolnb.backbones`; its weights and statistics stay as they are. width: channels a stage gives to the
     boundary branch; the displacement branch has 2 to 8 times as many. 32 is the published size.
+    label_radius: largest distance, exclusive, of the pairs that the loss compares, in cells of stride 4.
     """
 
-    def __init__(self, backbone: ConvBackbone, width: int = 32):
+    learns_from_masks = True
+
+    def __init__(self, backbone: ConvBackbone, width: int = 32, label_radius: int = 10):
         super().__init__()
+        self.label_radius = label_radius
         if not isinstance(backbone, ConvBackbone) or backbone.stride != 16:
             raise ParameterError(
                 f"IRN was given {type(backbone).__name__} of stride {getattr(backbone, 'stride', None)}",
@@ -364,6 +382,11 @@ class IRN(nn.Module):
         )
         self.displacement_join = _unit(3 * d[2], d[2], 16, 2)
         self.displacement_out = nn.Sequential(_unit(sum(d), d[2], 16), nn.Conv2d(d[2], 2, 1, bias=False))
+
+    @classmethod
+    def create(cls, backbone: ConvBackbone, num_classes: int, **options: Any) -> IRN:
+        """Return a network on a backbone; what it learns does not depend on the number of classes."""
+        return cls(backbone, **options)
 
     @property
     def head(self) -> nn.Module:
@@ -393,6 +416,17 @@ class IRN(nn.Module):
         displacement = self.displacement_out(torch.cat([first, second, fit(joined)], 1))
         return IRNOutput(boundary[:, 0], displacement)
 
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return `pair_loss` of a batch, whose masks are brought to stride 4 by nearest pixel centre."""
+        output = forward(batch["image"])
+        size = tuple(output.boundary.shape[-2:])
+        labels = np.stack([resize_map(sample.mask, size) for sample in batch["samples"]])
+        labels = pair_labels(torch.from_numpy(labels).to(output.boundary.device), self.label_radius)
+        # Logarithms of affinities near 0 and 1: outside of autocast.
+        with torch.autocast(output.boundary.device.type, enabled=False):
+            boundary, displacement = output.boundary.float().sigmoid(), output.displacement.float()
+            return pair_loss(boundary, displacement, labels, self.label_radius).total
+
     def _stages(self, images: Tensor) -> list[Tensor]:
         resnet = self.backbone.resnet
         stages = [resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(images))))]
@@ -408,3 +442,87 @@ def boundaries(model: IRN, images: Tensor) -> Tensor:
         logits = model(torch.cat([images, images.flip(-1)])).boundary.float()
     plain, mirrored = logits.chunk(2)
     return ((plain + mirrored.flip(-1)) / 2).sigmoid()
+
+
+# -------------------------------------------------------------------------------------------------- stages, by images
+
+
+def irn_labels(found: ClassMaps, image: np.ndarray, config: IRNConfig, refinement: CRFConfig) -> np.ndarray:
+    """Return the mask (H, W) that IRN learns from: confident classes and background, 255 elsewhere.
+
+    The seed mask is made at a high and at a low background score, and each is refined by the CRF.
+    """
+    masks = [
+        crf.refine_labels(image, seed_mask(found.maps, found.classes, threshold), refinement)
+        for threshold in (config.foreground, config.background)
+    ]
+    return confident_labels(*masks)
+
+
+def write_irn_labels(
+    seeds: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig, folder: Path
+) -> None:
+    """Write `irn_labels` of every image of a data set whose seeds are stored; what is there and whole is kept."""
+    labels = Store(folder)
+    for index in labels.to_do(dataset.image_ids):
+        name, image = dataset.image_ids[index], dataset.read(index, truth=False).image
+        labels.write_mask(name, irn_labels(seeds.read_maps(name), image, config, refinement))
+
+
+def boundary_of(model: IRN, image: np.ndarray, image_size: int | None = None) -> Tensor:
+    """Return the boundary map (h, w) of an image (H, W, 3), resized to a square of `image_size` unless that is None."""
+    if image_size:
+        image = resize(Sample(image, "", ()), (image_size, image_size)).image
+    device = next(model.parameters()).device
+    return boundaries(model, to_tensor(image, model.mean, model.std)[None].to(device))[0]
+
+
+def on_grid(maps: np.ndarray, boundary: Tensor) -> Tensor:
+    """Return seed maps (K, H, W) on the grid of a boundary map, each by its own maximum, as released."""
+    if not len(maps):
+        return boundary.new_zeros((0, *boundary.shape))
+    small = torch.from_numpy(maps).to(boundary.device)[None]
+    small = F.interpolate(small, size=boundary.shape, mode="bilinear", align_corners=False, antialias=True)[0]
+    return small / small.amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
+
+
+def walk_steps(
+    model: IRN, found: Iterable[ClassMaps], dataset: LocalizationDataset, config: IRNConfig, exp_times: Sequence[int],
+    image_size: int | None = None,
+) -> Iterator[dict[int, ClassMaps]]:  # fmt: skip
+    """Yield each image's maps after 2 ** e steps of the random walk, by e of the ascending `exp_times`.
+
+    The maps have the image's size and values in [0, 1]; the rule of seeds makes masks of them.
+    image_size: side of the square that images are resized to before the network; None keeps their size.
+    """
+    position = {name: index for index, name in enumerate(dataset.image_ids)}
+    for seed in found:
+        image = dataset.read(position[seed.image_id], truth=False).image
+        boundary = boundary_of(model, image, image_size)
+        maps, size = on_grid(seed.maps, boundary), seed.maps.shape[1:]
+        walked = walks(maps, boundary, config.radius, config.beta, exp_times, config.damping)
+        scores = (unit_scores(one, size).cpu().numpy() for one in walked)
+        yield {e: seed._replace(maps=values) for e, values in zip(exp_times, scores, strict=True)}
+
+
+def walk(
+    model: IRN, found: Iterable[ClassMaps], dataset: LocalizationDataset, config: IRNConfig,
+    image_size: int | None = None,
+) -> Iterator[ClassMaps]:  # fmt: skip
+    """Yield each image's maps after `config.exp_times`; see `walk_steps`."""
+    for by_steps in walk_steps(model, found, dataset, config, (config.exp_times,), image_size):
+        yield by_steps[config.exp_times]
+
+
+def write_pseudo_masks(
+    model: IRN, seeds: Store, dataset: LocalizationDataset, config: IRNConfig, image_size: int | None, folder: Path
+) -> None:
+    """Write the pseudo mask of every image at `config.mask_background`, and the maps that walked; arguments as `walk`.
+
+    Images whose mask is there and whole are left out.
+    """
+    made = Store(folder)
+    left = [dataset.image_ids[index] for index in made.to_do(dataset.image_ids)]
+    for found in walk(model, seeds.all_maps(left), dataset, config, image_size):
+        made.write_maps(found)
+        made.write_mask(found.image_id, seed_mask(found.maps, found.classes, config.mask_background))

@@ -9,8 +9,9 @@ it. For LPCAM the patch tokens are the local features and the convolution is the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,12 @@ class MCTformer(LocalizationModel):
         attention = attention.unflatten(3, grid)
         return MCTformerOutput(logits, token_logits, patch_logits, semantic_map, features, attention, affinity)
 
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return the sum of the multi-label losses of class tokens and of patches."""
+        output, labels = forward(batch["image"]), batch["label"].float()
+        losses = [F.multilabel_soft_margin_loss(z.float(), labels) for z in (output.token_logits, output.patch_logits)]
+        return losses[0] + losses[1]
+
     def localize(self, output: MCTformerOutput, classes: Tensor) -> dict[str, Tensor]:
         """Class attention (mean over the last layers), rectified semantic map, and their product; each (B, h, w)."""
         attention = pick(output.attention.mean(dim=1), classes)
@@ -149,16 +156,8 @@ def refine(maps: Tensor, affinity: Tensor) -> Tensor:
     return torch.einsum("bnm,bkm->bkn", affinity, maps.flatten(2)).view_as(maps)
 
 
-def objective(model: nn.Module, batch: dict, _config) -> Tensor:
-    """Return the sum of the multi-label losses of class tokens and of patches."""
-    output = model(batch["image"])
-    loss = nn.functional.multilabel_soft_margin_loss
-    labels = batch["label"].float()
-    return loss(output.token_logits.float(), labels) + loss(output.patch_logits.float(), labels)
-
-
 class PatchTokens:
-    """MCTformer as an extractor of `wsolnb.seeds`: patch tokens, and the convolution summed over its positions."""
+    """MCTformer as an `Extractor`: patch tokens, and the convolution summed over its positions."""
 
     def __init__(self, model: MCTformer):
         self.model = model.eval()

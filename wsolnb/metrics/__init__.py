@@ -8,7 +8,7 @@ from wsolnb.metrics.boxes import PROTOCOLS, TSCAM, WSOLEVALUATION, BoxProtocol, 
 from wsolnb.metrics.curves import ThresholdCurve
 from wsolnb.metrics.localization import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc
 from wsolnb.metrics.parts import PartCoverage
-from wsolnb.metrics.segmentation import SeedScores, SegmentationScores
+from wsolnb.metrics.segmentation import SeedScores, SegmentationScores, seed_mask
 from wsolnb.metrics.spill import Spill, spill
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "box_iou",
     "boxes_from_score_map",
     "pixel_auc",
+    "seed_mask",
     "spill",
 ]

@@ -224,3 +224,18 @@ class SeedScores:
         classes = _ratios(self._truth, predicted, hits)
         means = {"miou" if name == "iou" else name: _mean(values) for name, values in classes.items()}
         return SeedSegmentation(ThresholdCurve(self.thresholds, means), classes, self._images)
+
+
+def seed_mask(maps: np.ndarray, classes: Sequence[int], threshold: float) -> np.ndarray:
+    """Return the seed mask (H, W) uint8: 0 background, class index + 1; the rule of `SeedScores`.
+
+    maps: (K, H, W) in [0, 1], one per class; K = 0 gives background. A pixel belongs to the class of its highest map
+    where that exceeds the threshold; the first of equal ones.
+    """
+    if maps.ndim != 3 or len(maps) != len(classes):
+        raise MapError(f"maps of shape {maps.shape} for {len(classes)} classes", "pass one map per class: (K, H, W)")
+    if not len(maps):
+        return np.zeros(maps.shape[1:], np.uint8)
+    best = maps.argmax(axis=0)
+    values = np.asarray(classes, np.uint8)[best] + np.uint8(1)
+    return np.where(maps.max(axis=0) > np.float32(threshold), values, 0).astype(np.uint8)

@@ -10,11 +10,14 @@ from torch import nn
 from wsolnb import backbones, seeds
 from wsolnb.data import Sample
 from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.store import Store
 from wsolnb.errors import DataError, MapError, ParameterError
 from wsolnb.methods import lpcam
+from wsolnb.methods import prototypes as prototypes_module
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.lpcam import LPCAMConfig
 from wsolnb.methods.mctformer import MCTformer, PatchTokens
+from wsolnb.train.seeds import best_thresholds, image_scores, score_stored, score_variants
 
 ONE = {"scales": (1.0,), "flip": "none"}
 
@@ -114,7 +117,7 @@ def test_sampling_of_images_and_features():
     # Uniform: over seeds, the first and the last half of the stream are kept equally often.
     reservoir_first = 0
     for seed in range(200):
-        reservoir = seeds._Reservoir(10, np.random.default_rng(seed))
+        reservoir = prototypes_module._Reservoir(10, np.random.default_rng(seed))
         for row in range(40):
             reservoir.add(torch.tensor([[float(row)]]))
         reservoir_first += int((reservoir.all(1) < 20).sum())
@@ -132,7 +135,7 @@ def test_interrupted_clustering_goes_on_by_class(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(source, index, *args)
 
-    monkeypatch.setattr(seeds, "fit_class", interrupted)
+    monkeypatch.setattr(prototypes_module, "fit_class", interrupted)
     with pytest.raises(KeyboardInterrupt):
         seeds.fit_prototypes(source, config, tmp_path)
     found = seeds.fit_prototypes(
@@ -327,12 +330,23 @@ def test_seed_masks_and_scores_agree(tmp_path):
                     confusion[mask[y, x], expected] += 1
     union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
     assert scores.segmentation.curve.at(0.37)["miou"] == pytest.approx(np.mean(np.diag(confusion) / union))
-    assert seeds.write_seeds((f["cam"] for f in found), tmp_path, 0.37) == 5
-    stored = seeds.read_seeds(tmp_path, "im_2")
-    assert stored.classes == (0, 2)
-    np.testing.assert_allclose(stored.maps, found[2]["cam"].maps, atol=1e-3)
+    prototypes_module.write_maps(source, {"cam": None, "again": None}, config, tmp_path)
+    for name in ("cam", "again"):
+        stored = Store(tmp_path / name).read_maps("im_2")
+        assert stored.classes == (0, 2)
+        np.testing.assert_allclose(stored.maps, found[2]["cam"].maps, atol=1e-3)
     with pytest.raises(DataError, match="im_9"):
-        seeds.read_seeds(tmp_path, "im_9")
+        Store(tmp_path / "cam").read_maps("im_9")
+    by_image = list(image_scores(source, {"cam": None}, config, {"cam": 0.37}))
+    one = seeds.evaluate(found[2:3], source.dataset)["cam"].segmentation.at(0.37)
+    assert len(by_image) == 5
+    assert by_image[2]["cam"] == pytest.approx(one.miou)
+    (row,) = score_stored(Store(tmp_path / "cam"), source.dataset, Store(tmp_path / "again"), source.dataset)
+    best = seeds.evaluate(({"cam": m} for m in Store(tmp_path / "cam").all_maps(source.image_ids)), source.dataset)
+    assert (row["threshold"], row["val_miou"]) == best["cam"].segmentation.best()
+    assert row["miou"] == pytest.approx(row["val_miou"])
+    assert best_thresholds(source, {"x": None}, config)[0]["miou"] == scores.segmentation.best()[1]
+    assert score_variants(source, source, {"x": None}, config)[0] == seeds.scored(scores, scores)
     with pytest.raises(MapError, match="for 2 classes"):
         seeds.seed_mask(np.zeros((1, 2, 2), np.float32), (0, 1), 0.3)
     with pytest.raises(MapError, match="no image has a mask"):

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wsolnb.backbones import create_backbone
+from wsolnb.data import IGNORE, Sample, aviary
+from wsolnb.data.store import ClassMaps, Store, WithMasks
+from wsolnb.methods import create_method, irn
+from wsolnb.methods.crf import CRFConfig
+from wsolnb.metrics import seed_mask
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    config = aviary.AviaryConfig(variant="scenes", classes=3, size=64, train=6, val=2, test=4, seed=1)
+    cache = tmp_path_factory.mktemp("cache")
+    return {split: aviary.load(config, split, cache) for split in ("train", "test")}
+
+
+def true_maps(dataset):
+    """Maps that are 0.9 on the class and 0.1 elsewhere."""
+    for i, name in enumerate(dataset.image_ids):
+        mask, labels = dataset[i].mask, dataset.labels[i]
+        maps = np.stack([np.where(mask == label + 1, 0.9, 0.1) for label in labels]).astype(np.float32)
+        yield ClassMaps(name, labels, maps)
+
+
+def test_irn_learns_from_the_masks_at_stride_4():
+    rng = np.random.default_rng(1)
+    cells = rng.choice([0, 2, IGNORE], (2, 4, 5)).astype(np.uint8)
+    masks = [np.repeat(np.repeat(mask, 4, axis=0), 4, axis=1) for mask in cells]
+    generator = torch.Generator().manual_seed(2)
+    output = irn.IRNOutput(torch.randn(2, 4, 5, generator=generator), torch.randn(2, 2, 4, 5, generator=generator))
+    labels = irn.pair_labels(torch.from_numpy(cells), 3)
+    expected = irn.pair_loss(output.boundary.sigmoid(), output.displacement, labels, 3).total
+    samples = [Sample(np.zeros((*mask.shape, 3), np.uint8), "", (0,), mask=mask) for mask in masks]
+    model = create_method("irn", create_backbone("resnet_mini"), 3, width=8, label_radius=3)
+    assert model.learns_from_masks
+    got = model.loss(lambda images: output, {"image": torch.zeros(2, 3, 16, 20), "samples": samples})
+    torch.testing.assert_close(got, expected)
+
+
+def test_irn_labels_are_confident_on_both_sides(scenes, tmp_path):
+    train = scenes["train"]
+
+    def maps():
+        for found in true_maps(train):
+            found.maps[:, :8] = 0.3  # between both thresholds
+            yield found
+
+    config = irn.IRNConfig(foreground=0.45, background=0.25)
+    for found in maps():
+        Store(tmp_path / "seeds").write_maps(found)
+    irn.write_irn_labels(Store(tmp_path / "seeds"), train, config, CRFConfig(backend="none"), tmp_path / "labels")
+    for i, found in enumerate(maps()):
+        label, mask = WithMasks(train, Store(tmp_path / "labels"))[i].mask, train[i].mask
+        assert (label[:8] == IGNORE).all()
+        assert (label[8:] == mask[8:]).all()
+        high, low = (seed_mask(found.maps, found.classes, t) for t in (0.45, 0.25))
+        assert (label == np.where(high > 0, high, np.where(low == 0, 0, IGNORE))).all()
+
+
+def test_the_walk_is_propagation_on_the_boundary_grid(scenes):
+    train = scenes["train"].subset([0, 1])
+    torch.manual_seed(0)
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config = irn.IRNConfig(radius=3, exp_times=3)
+    walked = list(irn.walk(model, true_maps(train), train, config, image_size=64))
+    assert [found.image_id for found in walked] == list(train.image_ids)
+    for i, (found, seed) in enumerate(zip(walked, true_maps(train), strict=True)):
+        assert found.maps.shape == seed.maps.shape
+        assert found.maps.max() == 1
+        boundary = irn.boundary_of(model, train[i].image)
+        small = F.interpolate(torch.from_numpy(seed.maps)[None], (16, 16), mode="bilinear", antialias=True)[0]
+        small = small / small.amax(dim=(1, 2), keepdim=True)
+        by_hand = irn.unit_scores(irn.propagate(small, boundary, 3, 10, 3), (64, 64))
+        np.testing.assert_allclose(found.maps, by_hand, atol=1e-5)
+    nothing = ClassMaps(train.image_ids[0], (), np.zeros((0, 64, 64), np.float32))
+    assert next(irn.walk(model, [nothing], train, config)).maps.shape == (0, 64, 64)
+
+
+def test_pseudo_masks_are_those_of_the_walk_and_an_interrupted_stage_goes_on(scenes, tmp_path):
+    train, store, made = scenes["train"], Store(tmp_path / "seeds"), Store(tmp_path / "pseudo")
+    for found in true_maps(train):
+        store.write_maps(found)
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config = irn.IRNConfig(radius=3, exp_times=1, mask_background=0.5)
+    irn.write_pseudo_masks(model, store, train, config, 64, made.folder)
+    for found in irn.walk(model, store.all_maps(train.image_ids), train, config, 64):
+        np.testing.assert_array_equal(
+            made.read_mask(found.image_id)[0], seed_mask(found.maps, found.classes, config.mask_background)
+        )
+        np.testing.assert_allclose(made.read_maps(found.image_id).maps, found.maps, atol=1e-3)
+    lost, *others = train.image_ids
+    before = {name: made.path(name, ".png").stat().st_mtime_ns for name in others}
+    made.path(lost, ".png").unlink()
+    irn.write_pseudo_masks(model, store, train, config, 64, made.folder)
+    assert made.to_do(train.image_ids) == []
+    assert {name: made.path(name, ".png").stat().st_mtime_ns for name in others} == before

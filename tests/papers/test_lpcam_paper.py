@@ -1,0 +1,132 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from wsolnb.data import aviary
+from wsolnb.notebook import params, runs
+from wsolnb.papers import lpcam
+
+ROOT_NOTEBOOKS = ("20_lpcam_classifier", "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation")
+
+
+def defaults(notebook, **changes):
+    """The parameters that a notebook declares."""
+    return {name: p.default for name, p in params.notebook_parameters(notebook).items()} | changes
+
+
+SMALL = {
+    "classes": 3, "train_images": 12, "val_images": 4, "test_images": 4, "image_size": 64, "epochs": 1,
+    "batch_size": 4, "pretrained": False, "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.start("23_lpcam_segmentation", {"seed": 0}, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def host(run):
+    return lpcam.Classifier(**defaults("20_lpcam_classifier", **SMALL)).host(run)
+
+
+@pytest.fixture(scope="module")
+def base():
+    chosen = {"clusters": 2, "images_per_class": 3, "features_per_class": 200}
+    return lpcam.Prototypes(**defaults("21_lpcam_prototypes", **chosen)).config()
+
+
+def test_the_settings_are_the_parameters_of_the_notebooks():
+    pairs = zip(
+        ROOT_NOTEBOOKS, (lpcam.Classifier, lpcam.Prototypes, lpcam.Claim, lpcam.Segmentation), strict=True
+    )  # each field is declared by its notebook, and none has a value of its own
+    for notebook, kind in pairs:
+        assert set(kind.model_fields) <= set(defaults(notebook)), notebook
+        assert all(field.is_required() for field in kind.model_fields.values())
+        kind(**defaults(notebook))
+
+
+def test_voc_is_judged_on_its_training_images(tmp_path):
+    config = aviary.AviaryConfig(variant="scenes", classes=3, size=48, train=12, val=6, test=4)
+    root = aviary.load(config, "train", tmp_path).root  # the scenes are written in VOC's layout
+    settings = defaults(
+        "20_lpcam_classifier", dataset="voc", data_root=str(root), optimizer="sgd", lr=0.1, head_lr=1.0,
+        backbone="resnet50", image_size=512, output_stride=16, long_side=[320, 640],
+    )  # fmt: skip
+    classifier = lpcam.Classifier(**settings)
+    found, recipe = classifier.splits(), classifier.recipe()
+    assert (len(found.train), len(found.val), len(found.test)) == (12, 6, 12)
+    assert found.test[0].mask is not None
+    assert recipe.map_size is None
+    assert (recipe.training.momentum, recipe.training.schedule, recipe.training.clip) == (0.0, "poly", 0.0)
+    assert recipe.train_transform()(found.train[0], np.random.default_rng(0)).size == (512, 512)
+    listed = root / "some.txt"
+    listed.write_text(f"/JPEGImages/{found.train.image_ids[3]}.jpg /SegmentationClass/{found.train.image_ids[3]}.png\n")
+    assert classifier.changed(train_list=str(listed)).splits().train.image_ids == (found.train.image_ids[3],)
+
+
+def test_prototypes_are_shared_by_what_selects_differently(run, host, base, capsys):
+    _, folder = lpcam.cached_prototypes(run, host, base)
+    _, same = lpcam.cached_prototypes(run, host, base.model_copy(update={"mu_f": 0.1, "mu_b_least": 0.05}))
+    assert same == folder
+    _, other = lpcam.cached_prototypes(run, host, base.model_copy(update={"tau": 0.5}))
+    assert other != folder
+    again = lpcam.Classifier(**defaults("20_lpcam_classifier", **SMALL)).host(run)  # another notebook's
+    assert again.folder == host.folder
+    assert lpcam.cached_prototypes(run, again, base)[1] == folder
+
+
+def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
+    claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.1, 0.9], grid_mu_b=[0.9]))
+    rows = list(claim.measured(run, host.classifier, base, "claim", {"epochs": 1}))
+    assert [(row["map"], row["hyper"]) for row in rows] == [
+        ("cam", "paper"), ("lpcam-f", "paper"), ("lpcam", "paper"), ("lpcam-f", "chosen"), ("lpcam", "chosen"),
+        ("lpcam", "chosen, floor"),
+    ]  # fmt: skip
+    assert all(0 <= row["miou"] <= row["oracle"] + 1e-12 for row in rows)
+    table = pd.DataFrame(rows)
+    table = pd.concat([table, table.assign(seed=1, miou=table.miou + 0.1 * (table["map"] == "lpcam"))])
+    compared = lpcam.against_cam(table, "claim", ["epochs"]).iloc[0]
+    difference = rows[2]["miou"] - rows[0]["miou"]
+    assert compared["lpcam, paper"].startswith(f"{difference + 0.05:+.3f} ± ")
+    assert compared.seeds == 2
+    first = lpcam.CHECKED["clustering"][0]
+    assert next(lpcam.checked(run, host, base, "clustering"))["variant"] == ", ".join(
+        f"{k} {v}" for k, v in first.items()
+    )
+
+
+def test_every_stage_after_the_other(run, host, base, capsys):
+    """From maps to segmentation on a few scenes: each stage is made of the one before it, and found again."""
+    changes = {
+        "images": 8, "tuning_images": 4, "grid_mu": [0.1, 0.9], "floors": [0.0], "crf_side": 16, "label_radius": 3,
+        "walk_radius": 3, "steps": [0, 2], "dampings": [0.0, 1.0], "irn_width": 8, "irn_size": 64, "irn_epochs": 1,
+        "irn_batch_size": 4, "dilations": [1, 2], "segmenter_size": 64, "segmenter_epochs": 1,
+        "segmenter_batch_size": 4,
+    }  # fmt: skip
+    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **changes))
+    pipeline = lpcam.Pipeline(run, host, base, settings)
+    rows = list(pipeline.rows())
+    stages = ["seeds", "seeds, CRF", "pseudo masks", "segmentation"]
+    assert [(row["stage"], row["map"]) for row in rows] == [
+        *((stage, kind) for stage in stages for kind in lpcam.COMPARED), ("segmentation", "true masks"),
+    ]  # fmt: skip
+    assert all(0 <= row["miou"] <= 1 for row in rows)
+    assert all(math.isnan(row["threshold"]) == (row["stage"] == "segmentation") for row in rows)
+    own = pipeline.stages["lpcam"]
+    assert own.walk.exp_times in (0, 2)
+    assert max(walk["miou"] for walk in own.walks) == next(
+        walk["miou"] for walk in own.walks
+        if (walk["damping"], walk["steps"]) == (own.walk.damping, own.walk.exp_times)
+    )  # fmt: skip
+    assert len(own.pseudo_masks) == len(own.labels) == 8
+    capsys.readouterr()
+    again = list(lpcam.Pipeline(run, host, base, settings).rows())
+    assert all(line.startswith("reusing") for line in capsys.readouterr().out.splitlines())
+    assert pd.DataFrame(again).equals(pd.DataFrame(rows))
+    longer = settings.model_copy(update={"segmenter_epochs": 2})
+    list(lpcam.Pipeline(run, host, base, longer).rows())
+    built = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("built")]
+    assert {name.partition("-")[0] for name in built} == {"segmenter", "segmentation"}

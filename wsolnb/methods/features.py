@@ -1,0 +1,263 @@
+"""Any network as a host: local features of images at every scale, and the weights of the classifier behind them.
+
+    source = LiveFeatures(ConvExtractor(model), dataset)          # or FeatureDump(folder), or your own extractor
+    for found in source.images(scales=(1.0, 0.5), flip=True):
+        found.scales[0]                                            # (2, D, h, w): the image, and its mirror image
+
+A source hands out one image at a time. That is all that CAM and LPCAM need, so a host (IRN, AMN, EDAM, MCTformer, ...)
+is plugged in with an extractor of a few lines, or with its features dumped to disk.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsolnb.backbones import normalisation
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from wsolnb.data.transforms import resize
+from wsolnb.errors import DataError, ParameterError
+from wsolnb.files import write_atomically
+from wsolnb.methods.cam import CAMClassifier
+
+Unreadable = Literal["stop", "skip"]
+"""What an image that cannot be read does: end the run with its error, or be left out with a warning of its name."""
+
+
+class Extractor(Protocol):
+    """What makes a network a host: a function of images, and the classifier's weights.
+
+    weight: (C, D), the linear classifier behind the pooling.
+    """
+
+    weight: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return local features (B, D, h, w) of normalised images (B, 3, H, W)."""
+
+
+class ConvExtractor:
+    """The final map of a convolutional classifier with a linear (1 x 1) head: `CAMClassifier`."""
+
+    def __init__(self, model: CAMClassifier):
+        self.model = model.eval()
+        self.mean, self.std = normalisation(model)
+        self.weight = model.classifier.weight.detach().float()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the feature map that the pooling sees."""
+        return self.model.backbone(images)
+
+
+class TokenExtractor:
+    """The patch tokens of a transformer whose patches are classified: TS-CAM's and MCTformer's heads.
+
+    backbone: returns `patches` (B, N, D) of square grids, as those of `wsolnb.backbones`.
+    weight: (C, D), or (C, D, k, k) of a convolution. A prototype is one vector, which a convolution can only be asked
+        about as a field of equal vectors: its kernel summed over the positions.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, weight: Tensor):
+        self.backbone = backbone.eval()
+        self.mean, self.std = normalisation(backbone)
+        weight = weight.detach().float()
+        if weight.ndim not in (2, 4):
+            raise ParameterError(f"classifier weights of shape {tuple(weight.shape)}", "give (C, D) or (C, D, k, k)")
+        self.weight = weight if weight.ndim == 2 else weight.sum(dim=(2, 3))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the patch tokens on their grid."""
+        patches = self.backbone(images).patches
+        side = round(patches.shape[1] ** 0.5)
+        if side * side != patches.shape[1]:
+            raise ParameterError(f"{patches.shape[1]} patch tokens are no square grid", "write an extractor for it")
+        return patches.transpose(1, 2).unflatten(2, (side, side))
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+class ImageFeatures(NamedTuple):
+    """Local features of one image.
+
+    image_id, labels: as in the data set. size: (height, width) of the image on disk, in pixels.
+    scales: per scale (F, D, h, w) float32: the image and, where there is a second one, its mirror image, mirrored back
+    so that both show the same place at the same position.
+    """
+
+    image_id: str
+    labels: tuple[int, ...]
+    size: tuple[int, int]
+    scales: list[Tensor]
+
+
+class FeatureSource(ABC):
+    """Images as local features, and the classifier's weights (C, D)."""
+
+    weight: Tensor
+    class_names: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    labels: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @abstractmethod
+    def images(
+        self,
+        indices: Iterable[int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        unreadable: Unreadable = "stop",
+    ) -> Iterator[ImageFeatures]:
+        """Yield the features of the images at `indices` (default all), in that order.
+
+        Raises DataError for an image that cannot be read, or warns of it and goes on, as `unreadable` says.
+        """  # fmt: skip
+
+    def _guarded(self, indices: Iterable[int] | None, unreadable: Unreadable, read) -> Iterator:
+        """Yield `read(index)`, passing over what raises DataError where that is asked for."""
+        for index in range(len(self)) if indices is None else indices:
+            try:
+                found = read(index)
+            except DataError as error:
+                if unreadable == "stop":
+                    raise
+                warnings.warn(f"left out {self.image_ids[index]}: {error.problem}", stacklevel=3)
+                continue
+            yield found
+
+
+class LiveFeatures(FeatureSource):
+    """Features that a network computes when they are asked for.
+
+    dataset: images of any size. image_size: side of the square that each is resized to before `scales`; None keeps an
+    image's own size (and goes image by image where sizes differ). Maps are made at the size on disk either way.
+    batch_size: images per forward pass.
+    """
+
+    def __init__(
+        self, extractor: Extractor, dataset: LocalizationDataset, image_size: int | None = None, batch_size: int = 32
+    ):
+        self.extractor, self.dataset = extractor, dataset
+        self.image_size, self.batch_size = image_size, batch_size
+        self.weight = extractor.weight
+        self.mean = getattr(extractor, "mean", IMAGENET_MEAN)
+        self.std = getattr(extractor, "std", IMAGENET_STD)
+        self.class_names, self.image_ids, self.labels = dataset.class_names, dataset.image_ids, dataset.labels
+        if len(self.weight) != len(self.class_names):
+            raise ParameterError(
+                f"the classifier has {len(self.weight)} classes, the data set {len(self.class_names)}",
+                "use the data set that the classifier was trained on",
+            )
+
+    def images(self, indices=None, scales=(1.0,), flip=False, unreadable="stop"):
+        """Yield features of the images; see `FeatureSource.images`."""
+        held: list[tuple] = []
+        for item in self._guarded(indices, unreadable, self._read):
+            if held and (len(held) == self.batch_size or item[1].shape != held[0][1].shape):
+                yield from self._extract(held, scales, flip)
+                held = []
+            held.append(item)
+        if held:
+            yield from self._extract(held, scales, flip)
+
+    def _read(self, index: int) -> tuple[int, Tensor, tuple[int, int]]:
+        sample = self.dataset.read(index, truth=False)
+        size = sample.size
+        if self.image_size:
+            sample = resize(sample, (self.image_size, self.image_size))
+        return index, to_tensor(sample.image, self.mean, self.std), size
+
+    def _extract(self, held: list[tuple], scales: Sequence[float], flip: bool) -> Iterator[ImageFeatures]:
+        batch = torch.stack([image for _, image, _ in held]).to(self.weight.device)
+        found = []
+        for scale in scales:
+            images = batch
+            if scale != 1:
+                side = [max(1, round(extent * scale)) for extent in batch.shape[2:]]
+                images = F.interpolate(batch, size=side, mode="bilinear", align_corners=False, antialias=scale < 1)
+            with torch.inference_mode():
+                views = [self.extractor(images).float()]
+                if flip:
+                    views.append(self.extractor(images.flip(3)).float().flip(3))
+            found.append(torch.stack(views, dim=1))
+        for row, (index, _, size) in enumerate(held):
+            yield ImageFeatures(self.image_ids[index], self.labels[index], size, [values[row] for values in found])
+
+
+class FeatureDump(FeatureSource):
+    """Features of any host, dumped to a folder: what `write_dump` writes, or another program.
+
+    `index.json`: {"class_names": [...], "scales": [1.0, ...], "flip": bool, "images": [{"id", "labels", "size"}, ...]},
+    `weight.npy` (C, D), and of each image `<id>.npz` with one array (F, D, h, w) per scale, named `scale_0`, ...
+
+    Raises DataError when index or weights are missing or damaged.
+    """
+
+    REMEDY = "write the folder with `write_dump`, or as its documentation says"
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            index = json.loads((self.folder / "index.json").read_text())
+            self.weight = torch.from_numpy(np.load(self.folder / "weight.npy", allow_pickle=False)).float()
+            self.class_names = tuple(index["class_names"])
+            self.image_ids = tuple(str(image["id"]) for image in index["images"])
+            self.labels = tuple(tuple(sorted(image["labels"])) for image in index["images"])
+            self._sizes = [tuple(image["size"]) for image in index["images"]]
+            self.scales, self.flip = tuple(index["scales"]), bool(index["flip"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder} is no feature dump: {error}", self.REMEDY) from error
+
+    def images(self, indices=None, scales=(1.0,), flip=False, unreadable="stop"):
+        """Yield the dumped features; ParameterError when a scale or mirror image was not dumped."""
+        lacking = [scale for scale in scales if scale not in self.scales]
+        if lacking or (flip and not self.flip):
+            raise ParameterError(
+                f"{self.folder} holds scales {list(self.scales)}, mirrored: {self.flip}; asked for: {list(scales)}, "
+                f"mirrored: {flip}",
+                "ask for what was dumped, or dump it",
+            )
+        names = [f"scale_{self.scales.index(scale)}" for scale in scales]
+
+        def read(index: int) -> ImageFeatures:
+            path = self.folder / f"{self.image_ids[index]}.npz"
+            try:
+                with np.load(path, allow_pickle=False) as stored:
+                    arrays = [torch.from_numpy(stored[name]).float()[: 2 if flip else 1] for name in names]
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                raise DataError(f"cannot read {path}: {error}", self.REMEDY) from error
+            return ImageFeatures(self.image_ids[index], self.labels[index], self._sizes[index], arrays)
+
+        yield from self._guarded(indices, unreadable, read)
+
+
+def write_dump(
+    source: FeatureSource, folder: str | Path, scales: Sequence[float] = (1.0,), flip: bool = False,
+    dtype: np.typing.DTypeLike = np.float16, unreadable: Unreadable = "stop",
+) -> FeatureDump:  # fmt: skip
+    """Write the features of a source to a folder and return it as a source; images left out are not in its index."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for found in source.images(None, scales, flip, unreadable):
+        arrays = {f"scale_{i}": values.cpu().numpy().astype(dtype) for i, values in enumerate(found.scales)}
+        path = folder / f"{found.image_id}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **arrays)
+        written.append({"id": found.image_id, "labels": list(found.labels), "size": list(found.size)})
+    np.save(folder / "weight.npy", source.weight.cpu().numpy())
+    index = {"class_names": source.class_names, "scales": list(scales), "flip": flip, "images": written}
+    write_atomically(folder / "index.json", json.dumps(index))
+    return FeatureDump(folder)

@@ -1,0 +1,705 @@
+"""The experiments of LPCAM (Chen and Sun, CVPR 2023), from a multi-label classifier to a segmentation network.
+
+    classifier = lpcam.Classifier(**parameters)            # notebook 20: what is trained on image labels
+    host = classifier.host(run)
+    base = lpcam.Prototypes(**parameters).config()         # notebook 21: what is clustered
+    prototypes, _ = lpcam.cached_prototypes(run, host, base)
+    claim = lpcam.Claim(**parameters)                      # notebook 22: LPCAM against CAM over seeds
+    settings = lpcam.Segmentation(**parameters)            # notebook 23
+    stages = lpcam.Pipeline(run, host, base, settings).stages["lpcam"]
+    stages.seeds, stages.labels, stages.irn, stages.pseudo_masks, stages.segmenter
+
+Everything expensive is made once per run folder. Notebooks that describe the same classifier share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.readers import open_dataset
+from wsolnb.data.sample import IGNORE
+from wsolnb.data.splits import DataSettings, Splits
+from wsolnb.data.store import Store, WithMasks
+from wsolnb.files import resolve
+from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.crf import CRFConfig
+from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
+from wsolnb.methods.irn import IRN, IRNConfig, irn_labels, walk_steps, write_irn_labels, write_pseudo_masks
+from wsolnb.methods.lpcam import Directions, LPCAMConfig
+from wsolnb.methods.mctformer import MCTformer, PatchTokens
+from wsolnb.methods.prototypes import (
+    ClassPrototypes,
+    clustering,
+    directions,
+    directions_by_kind,
+    fit_prototypes,
+    write_maps,
+)
+from wsolnb.notebook.runs import Run
+from wsolnb.notebook.studies import plus_minus, with_recorded
+from wsolnb.train import multilabel
+from wsolnb.train.loop import TrainingConfig
+from wsolnb.train.recipe import Recipe, fit
+from wsolnb.train.seeds import (
+    best_threshold,
+    best_thresholds,
+    evaluate,
+    region_features,
+    score_stored,
+    score_variants,
+)
+from wsolnb.train.segmentation import Inference, class_mask, score_masks, score_model, write_true_masks
+
+# ---------------------------------------------------------------------------------------- the classifier (notebook 20)
+
+
+class Classifier(DataSettings):
+    """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters."""
+
+    train_list: str
+    image_size: int
+    long_side: tuple[int, ...]
+    method: Literal["cam", "mctformer"]
+    backbone: str
+    pretrained: bool
+    output_stride: int
+    epochs: int
+    optimizer: Literal["adamw", "sgd"]
+    lr: float
+    head_lr: float
+    weight_decay: float
+    batch_size: int
+    shift: int
+    train_seed: int
+    precision: Literal["auto", "bf16", "fp32"]
+    device: str
+    num_workers: int
+
+    def changed(self, **changes: Any) -> Classifier:
+        """Return the settings with other values of some fields, which are checked."""
+        return Classifier(**self.model_dump() | changes)
+
+    def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
+        """Open the data set.
+
+        Of VOC and COCO the classifier is trained on `train` (or on `train_list`, VOC's enlarged set), choices are made
+        on `val`, and the third split is `train` again: that is where the lineage judges seed masks.
+        """
+        if self.dataset not in ("voc", "coco"):
+            return super().splits(variant)
+        options = {"sbd_list": resolve(self.train_list)} if self.train_list else {}
+        open_split = partial(open_dataset, self.dataset, resolve(self.data_root))
+        return Splits(open_split("train", **options), open_split("val"), open_split("train"))
+
+    def recipe(self) -> Recipe:
+        """Return how the classifier is trained; the best epoch is that of the highest mean average precision."""
+        loop: dict[str, Any] = {"seed": self.train_seed, "select": "map"}
+        if self.optimizer == "sgd":  # as the lineage trains: plain steps whose rate falls as (1 - progress) ** 0.9
+            loop |= {"momentum": 0.0, "schedule": "poly", "warmup": 0.0, "clip": 0.0}
+        names = {"epochs", "lr", "head_lr", "weight_decay", "precision", "device", "optimizer"}
+        training = TrainingConfig(**loop, **self.model_dump(include=names))
+        names = {"method", "backbone", "pretrained", "image_size", "output_stride", "batch_size", "shift"}
+        shared = self.model_dump(include={*names, "num_workers"})
+        return Recipe(**shared, long_side=self.long_side or None, training=training)
+
+    def host(self, run: Run, progress: bool = False) -> Host:
+        """Return the trained classifier as a host of maps; trained once per run folder."""
+        splits, recipe = self.splits(), self.recipe()
+        validate = multilabel.validator(splits.val, self.image_size)
+        model, folder = fit(run, f"classifier-{self.train_seed}", recipe, splits.train, validate, progress)
+        return Host(self, splits, model, folder)
+
+
+class Sources(NamedTuple):
+    """Local features of train, validation and test images."""
+
+    train: LiveFeatures
+    val: LiveFeatures
+    test: LiveFeatures
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trained classifier, and what maps are made of: local features, and the weights that judge them."""
+
+    classifier: Classifier
+    splits: Splits
+    model: LocalizationModel
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        """The seed of the training, which names what is made of it."""
+        return self.classifier.train_seed
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """Local features of images: the patch tokens of MCTformer, else the final feature map."""
+        return PatchTokens(self.model) if isinstance(self.model, MCTformer) else ConvExtractor(self.model)
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear classifier behind the pooling, (C, D)."""
+        return self.extractor.weight
+
+    def source(self, dataset: LocalizationDataset) -> LiveFeatures:
+        """Return the local features of a data set's images, at the size that maps are made at."""
+        return LiveFeatures(self.extractor, dataset, self.classifier.recipe().map_size)
+
+    @cached_property
+    def sources(self) -> Sources:
+        """Local features of the three splits."""
+        return Sources(*map(self.source, self.splits))
+
+    def scores(self, split: Literal["train", "val", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits and labels of a split, each (images, C)."""
+        return multilabel.predict(self.model, getattr(self.splits, split), self.classifier.image_size)
+
+    @cached_property
+    def mean_average_precision(self) -> float:
+        """The classifier's mean average precision on test images."""
+        return multilabel.mean_average_precision(self.model, self.splits.test, self.classifier.image_size)
+
+
+# ------------------------------------------------------------------------------------------- prototypes (notebook 21)
+
+
+class Prototypes(BaseModel):
+    """Notebook 21: what is clustered, and what is selected of it. The fields are the notebook's parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    clusters: int
+    tau: float
+    mu_f: float
+    mu_b: float
+    images_per_class: int
+    features_per_class: int
+    scales: tuple[float, ...]
+    seed: int
+
+    def config(self) -> LPCAMConfig:
+        """Return the configuration of LPCAM."""
+        return LPCAMConfig(**self.model_dump())
+
+
+def cached_prototypes(run: Run, host: Host, config: LPCAMConfig) -> tuple[list[ClassPrototypes], Path]:
+    """Return the prototypes of a host's training images, and their folder; clustered once per run folder."""
+    source, asked = host.sources.train, clustering(config)
+    folder = run.cached(f"prototypes-{host.number}", partial(fit_prototypes, source, asked))
+    return fit_prototypes(source, asked, folder), folder
+
+
+# ------------------------------------------------------------------------------- LPCAM against CAM (notebook 22)
+
+CHECKED: dict[str, list[dict[str, Any]]] = {
+    "tau": [{"tau": t} for t in (0.05, 0.1, 0.25, 0.5)],
+    "K": [{"clusters": k} for k in (1, 4, 12, 24)],
+    "samples": [{"images_per_class": n} for n in (5, 20, 50, 100, 200)],
+    "clustering": [{"algorithm": "kmeans", "metric": "cosine"}, {"algorithm": "kmeans", "metric": "euclidean"},
+                   {"algorithm": "minibatch", "metric": "cosine"}, {"algorithm": "hierarchical", "metric": "cosine"}],
+    "switches": [{}, {"score": "sigmoid"}, {"flip": "none"}, {"flip": "features"}, {"scales": (1.0, 0.5, 1.5)},
+                 {"split_cam": "final", "ties": "dropped"}, {"relu": "with_context", "mu_b_least": 0.05}],
+}  # fmt: skip
+"""Variants of a configuration by study: what one classifier tells of everything but the selection."""
+
+FLOOR = {"mu_b_least": 0.05, "relu": "with_context"}
+"""What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
+
+
+def scored(
+    run: Run, host: Host, by_name: Mapping[str, Directions | None], config: LPCAMConfig
+) -> dict[str, dict[str, float]]:
+    """Return, by name of the variant, test scores at the threshold that validation images chose."""
+    measure = partial(score_variants, host.sources.val, host.sources.test, by_name, config)
+    return dict(zip(by_name, run.cached_rows(f"scores-{host.number}", measure), strict=True))
+
+
+class Claim(BaseModel):
+    """Notebook 22: the studies over training seeds. The fields are the notebook's parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    claim_seeds: tuple[int, ...]
+    cases: tuple[tuple[float, float, int], ...]
+    study_train_images: int
+    study_val_images: int
+    study_test_images: int
+    grid_mu_f: tuple[float, ...]
+    grid_mu_b: tuple[float, ...]
+    photos_root: str
+    photo_epochs: int
+
+    def choose(
+        self, run: Run, host: Host, prototypes: list[ClassPrototypes], config: LPCAMConfig
+    ) -> dict[str, LPCAMConfig]:
+        """Return the configurations with mu_f and mu_b of the highest validation mIoU, of LPCAM-F and of LPCAM."""
+        grid: dict[str, list[LPCAMConfig]] = {"lpcam-f": [], "lpcam": []}
+        for f in self.grid_mu_f:
+            grid["lpcam-f"].append(config.model_copy(update={"mu_f": f}))
+            grid["lpcam"] += [config.model_copy(update={"mu_f": f, "mu_b": b}) for b in self.grid_mu_b]
+        by_name = {
+            f"{kind} {index}": directions(prototypes, host.weight, changed, kind == "lpcam", missing="zero")
+            for kind, changes in grid.items()
+            for index, changed in enumerate(changes)
+        }
+        found = run.cached_rows(f"choice-{host.number}", partial(best_thresholds, host.sources.val, by_name, config))
+        miou = dict(zip(by_name, (row["miou"] for row in found), strict=True))
+        best = {kind: max(range(len(g)), key=lambda i, k=kind: miou[f"{k} {i}"]) for kind, g in grid.items()}
+        return {kind: changes[best[kind]] for kind, changes in grid.items()}
+
+    def measured(
+        self, run: Run, classifier: Classifier, base: LPCAMConfig, study: str, where: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield rows of one classifier: CAM, and LPCAM-F and LPCAM with the paper's and with chosen hyperparameters.
+
+        where: columns that tell the case.
+        """
+        host = classifier.host(run)
+        prototypes, _ = cached_prototypes(run, host, base)
+        chosen = self.choose(run, host, prototypes, base)
+        floor = chosen["lpcam"].model_copy(update=FLOOR)
+        configs = {(kind, "paper"): base for kind in ("cam", "lpcam-f", "lpcam")}
+        configs |= {(kind, "chosen"): config for kind, config in chosen.items()}
+        by_name = {
+            f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
+            for (kind, hyper), config in configs.items()
+        }
+        rows = dict(zip(configs, scored(run, host, by_name, base).values(), strict=True))
+        name, configs[name] = ("lpcam", "chosen, floor"), floor
+        by_name = {"floor": directions(prototypes, host.weight, floor, missing="zero")}
+        rows[name] = scored(run, host, by_name, floor)["floor"]
+        alike = {}
+        if host.splits.val[0].parts is not None:
+            alike = region_features(host.sources.val, host.splits.val).similarity()
+        for (kind, hyper), row in rows.items():
+            config = configs[kind, hyper]
+            own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
+            own["mAP"] = host.mean_average_precision
+            yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
+
+    def claim(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
+        """Yield `measured` of every case and training seed."""
+        sizes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in ("train", "val", "test")}
+        for cue, context, epochs in self.cases:
+            where = {"body_cue": cue, "context_correlation": context, "epochs": epochs}
+            for seed in self.claim_seeds:
+                changed = classifier.changed(**where, **sizes, train_seed=seed)
+                yield from self.measured(run, changed, base, "claim", where)
+
+    def photographs(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
+        """Yield `measured` of every training seed on Oxford-IIIT Pet."""
+        its = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
+        for seed in self.claim_seeds:
+            changed = classifier.changed(**its, train_seed=seed)
+            yield from self.measured(run, changed, base, "photographs", {"epochs": self.photo_epochs})
+
+    def hosts(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
+        """Yield `measured` of MCTformer."""
+        its = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+        yield from self.measured(run, classifier.changed(**its), base, "hosts", {"epochs": classifier.epochs})
+
+    def tables(
+        self, run: Run, studies: Sequence[str], host: Host, base: LPCAMConfig, chosen: LPCAMConfig
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the recorded tables of the paired studies, and of those of `CHECKED`, with some made here.
+
+        studies: to make: `claim`, `photographs`, `hosts`, or of `CHECKED`. chosen: what `CHECKED` varies.
+        """
+        paired = {"claim": self.claim, "photographs": self.photographs, "hosts": self.hosts}
+        rows = (row for name in studies if name in paired for row in paired[name](run, host.classifier, base))
+        claims = with_recorded(run, "22_claim", rows, "study")
+        rows = (row for name in studies if name in CHECKED for row in checked(run, host, chosen, name))
+        return claims, with_recorded(run, "22_checked", rows, "study")
+
+
+def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
+    """Return a row per condition: mIoU of CAM, and the paired differences of the others to it, with 95 % intervals.
+
+    table: of rows of `Claim.measured`. by: the columns that tell a condition.
+    """
+    rows = []
+    for key, group in table[table.study == study].groupby(by, sort=False):
+        cam = group[group["map"] == "cam"].set_index("seed")
+        row = dict(zip(by, key, strict=True)) | {"seeds": len(cam), "mAP": cam.mAP.mean(), "CAM": cam.miou.mean()}
+        for name, column in (("", "miou"), (" at 0.3", "miou_fixed")):
+            for hyper, kind in itertools.product(("paper", "chosen", "chosen, floor"), ("lpcam-f", "lpcam")):
+                other = group[(group["map"] == kind) & (group.hyper == hyper)].set_index("seed")
+                if len(other):
+                    row[f"{kind}, {hyper}{name}"] = plus_minus(other[column] - cam[column])
+        rows.append(row)
+    return pd.DataFrame(rows).round(3)
+
+
+def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each of the study's `CHECKED` variants of a configuration: best mIoU on validation images."""
+    for changes in CHECKED[study]:
+        changed = config.model_copy(update=changes)
+        prototypes, folder = cached_prototypes(run, host, changed)
+        by_kind = directions_by_kind(prototypes, host.weight, changed, missing="zero")
+        measure = partial(best_thresholds, host.sources.val, by_kind, changed)
+        found = dict(zip(by_kind, run.cached_rows(f"checked-{study}-{host.number}", measure), strict=True))
+        row = {"study": study, "variant": ", ".join(f"{k} {v}" for k, v in changes.items()) or "as chosen"}
+        row |= {kind: own["miou"] for kind, own in found.items()} | {"threshold": found["lpcam"]["threshold"]}
+        yield row | {"mAP": host.mean_average_precision, "seed": host.number, "seconds": run.seconds_of(folder)}
+
+
+# ----------------------------------------------------------------------------- from seeds to segmentation (notebook 23)
+
+
+class Segmentation(BaseModel):
+    """Notebook 23: IRN, its walk and a segmentation network. The fields are the notebook's parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    images: int
+    tuning_images: int
+    grid_mu: tuple[float, ...]
+    floors: tuple[float, ...]
+    margin_foreground: float
+    margin_background: float
+    crf_backend: Literal["mean_field", "pydensecrf", "none"]
+    crf_colour: float
+    crf_distance: float
+    crf_side: int
+    label_radius: int
+    walk_radius: int
+    steps: tuple[int, ...]
+    dampings: tuple[float, ...]
+    irn_backbone: str
+    irn_width: int
+    irn_size: int
+    irn_scale: tuple[float, ...]
+    irn_epochs: int
+    irn_batch_size: int
+    irn_optimizer: Literal["adamw", "sgd"]
+    irn_boundary_lr: float
+    irn_displacement_lr: float
+    segmenter: Literal["deeplabv2", "upernet"]
+    segmenter_backbone: str
+    dilations: tuple[int, ...]
+    segmenter_size: int
+    segmenter_scale: tuple[float, ...]
+    segmenter_epochs: int
+    segmenter_batch_size: int
+    segmenter_optimizer: Literal["adamw", "sgd"]
+    segmenter_lr: float
+    segmenter_head_lr: float
+    segmenter_power: float
+    segmenter_weight_decay: float
+    test_scales: tuple[float, ...]
+    resize: bool
+
+    @property
+    def refinement(self) -> CRFConfig:
+        """The CRF that refines seed masks."""
+        kernel = {"colour": self.crf_colour, "wide": self.crf_distance, "max_side": self.crf_side}
+        return CRFConfig(backend=self.crf_backend, **kernel)
+
+    @property
+    def walk_size(self) -> int | None:
+        """Side of the square that images are resized to before IRN; None keeps their own size."""
+        return self.irn_size if self.resize else None
+
+    @property
+    def inference(self) -> Inference:
+        """How the segmenter is asked."""
+        return Inference(image_size=self.segmenter_size if self.resize else None, scales=self.test_scales)
+
+    def margins(self, threshold: float, foreground: float | None = None, background: float | None = None) -> IRNConfig:
+        """Return IRN's configuration around a threshold of seeds; the margins' defaults are those of the settings."""
+        high = threshold + (self.margin_foreground if foreground is None else foreground)
+        low = threshold - (self.margin_background if background is None else background)
+        around = {"foreground": float(min(high, 0.95)), "background": float(max(low, 0.02))}
+        return IRNConfig(**around, label_radius=self.label_radius, radius=self.walk_radius)
+
+    def irn_recipe(self, classifier: Classifier) -> Recipe:
+        """Return how IRN is trained; what is not of IRN (device, seed, published weights) is the classifier's."""
+        rates = {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
+        training = _poly(classifier, epochs=self.irn_epochs, optimizer=self.irn_optimizer, **rates)
+        return Recipe(
+            method="irn",
+            backbone=self.irn_backbone,
+            options={"width": self.irn_width, "label_radius": self.label_radius},
+            output_stride=16,
+            image_size=self.irn_size,
+            scale=self.irn_scale or None,
+            batch_size=self.irn_batch_size,
+            training=training,
+            **classifier.model_dump(include={"pretrained", "num_workers"}),
+        )
+
+    def segmenter_recipe(self, classifier: Classifier) -> Recipe:
+        """Return how the segmentation network is trained; the rest as of `irn_recipe`."""
+        rates = {"lr": self.segmenter_lr, "head_lr": self.segmenter_head_lr, "power": self.segmenter_power}
+        rates |= {"weight_decay": self.segmenter_weight_decay}
+        training = _poly(classifier, epochs=self.segmenter_epochs, optimizer=self.segmenter_optimizer, **rates)
+        return Recipe(
+            method=self.segmenter,
+            backbone=self.segmenter_backbone,
+            options={"dilations": self.dilations} if self.segmenter == "deeplabv2" else {},
+            output_stride=8,
+            image_size=self.segmenter_size,
+            scale=self.segmenter_scale or None,
+            batch_size=self.segmenter_batch_size,
+            training=training,
+            **classifier.model_dump(include={"pretrained", "num_workers"}),
+        )
+
+
+def _poly(classifier: Classifier, **loop: Any) -> TrainingConfig:
+    loop |= classifier.model_dump(include={"precision", "device"})
+    return TrainingConfig(seed=classifier.train_seed, schedule="poly", warmup=0.0, **loop)
+
+
+def first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
+    """Return the first images of a data set; 0 = all."""
+    return dataset.subset(range(min(count, len(dataset)))) if count else dataset
+
+
+COMPARED = ("cam", "lpcam")
+"""The kinds of maps that go all the way."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """From the maps of one classifier to segmentation; `pipeline.stages["lpcam"]` are those of one kind of map.
+
+    base: LPCAM's configuration, of which mu_f, mu_b and the floor are chosen here.
+    """
+
+    run: Run
+    host: Host
+    base: LPCAMConfig
+    settings: Segmentation
+
+    @cached_property
+    def train(self) -> LocalizationDataset:
+        """The images that IRN and the segmenters learn from."""
+        return first(self.host.splits.train, self.settings.images)
+
+    @cached_property
+    def tune(self) -> LocalizationDataset:
+        """The validation images that everything is chosen on."""
+        return first(self.host.splits.val, self.settings.tuning_images)
+
+    @cached_property
+    def config(self) -> LPCAMConfig:
+        """LPCAM with mu_f, mu_b and the floor of the highest mIoU on validation images."""
+        base, settings = self.base, self.settings
+        pairs = itertools.product(settings.grid_mu, repeat=2) if settings.grid_mu else [(base.mu_f, base.mu_b)]
+        grid = [
+            base.model_copy(update={"mu_f": f, "mu_b": b, "mu_b_least": least})
+            for (f, b), least in itertools.product(pairs, settings.floors)
+        ]
+        by_name = {str(index): self._directions(config) for index, config in enumerate(grid)}
+        measure = partial(best_thresholds, self.host.source(self.tune), by_name, base)
+        found = self.run.cached_rows(f"mu-{self.host.number}", measure)
+        return grid[max(range(len(grid)), key=lambda index: found[index]["miou"])]
+
+    @cached_property
+    def prototypes(self) -> list[ClassPrototypes]:
+        """The prototypes of notebook 21, of all training images."""
+        return cached_prototypes(self.run, self.host, self.base)[0]
+
+    def _directions(self, config: LPCAMConfig) -> Directions:
+        return directions(self.prototypes, self.host.weight, config, missing="zero")
+
+    @cached_property
+    def maps(self) -> tuple[Path, Path]:
+        """Folders with the maps of training and of validation images, a store for each kind."""
+        by_name = {"cam": None, "lpcam": self._directions(self.config)}
+        sources = {"train": self.host.source(self.train), "val": self.host.source(self.tune)}
+        made = (
+            self.run.cached(f"maps-{part}-{self.host.number}", partial(write_maps, source, by_name, self.base))
+            for part, source in sources.items()
+        )
+        return tuple(made)
+
+    @cached_property
+    def true_masks(self) -> WithMasks:
+        """The training images with their true masks: full supervision."""
+        return self._masks(f"truth-{self.host.number}", partial(write_true_masks, self.train))
+
+    def _masks(self, name: str, build: partial) -> WithMasks:
+        return WithMasks(self.train, Store(self.run.cached(name, build)))
+
+    @cached_property
+    def stages(self) -> dict[str, Stages]:
+        """The stages of CAM and of LPCAM."""
+        return {kind: Stages(self, kind) for kind in COMPARED}
+
+    def segmenter(self, kind: str, masks: WithMasks) -> Segmenter:
+        """Return the segmentation network trained on masks, and the scores of what it predicts for test images."""
+        classifier, number = self.host.classifier, self.host.number
+        name, inference = f"{kind.replace(' ', '-')}-{number}", self.settings.inference
+        recipe = self.settings.segmenter_recipe(classifier)
+        model, _ = fit(self.run, f"segmenter-{name}", recipe, masks, progress=False)
+        measure = partial(score_model, model, self.host.splits.test, inference)
+        return Segmenter(model, inference, self.run.cached_rows(f"segmentation-{name}", measure)[0])
+
+    @cached_property
+    def fully_supervised(self) -> Segmenter:
+        """The segmenter that learns from true masks."""
+        return self.segmenter("true masks", self.true_masks)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""
+        for stage in ("seeds", "seeds, CRF", "pseudo masks", "segmentation"):
+            for own in self.stages.values():
+                yield own.row(stage)
+        yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
+
+
+class Segmenter(NamedTuple):
+    """A trained segmentation network, how it is asked, and its scores on test images."""
+
+    model: nn.Module
+    inference: Inference
+    scores: dict[str, float]
+
+
+def _row(stage: str, kind: str, images: str, threshold: float, scores: Mapping[str, float]) -> dict[str, Any]:
+    names = ("miou", "fp", "fn", "precision", "recall")
+    place = {"stage": stage, "map": kind, "images": images, "threshold": threshold}
+    return place | {name: scores[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of one kind of map, each made of those before it, once per run folder."""
+
+    pipeline: Pipeline
+    kind: str
+
+    @property
+    def _name(self) -> str:
+        return f"{self.kind}-{self.pipeline.host.number}"
+
+    @cached_property
+    def maps(self) -> tuple[Store, Store]:
+        """The maps of training and of validation images."""
+        return tuple(Store(folder / self.kind) for folder in self.pipeline.maps)
+
+    @cached_property
+    def seeds(self) -> dict[str, float]:
+        """The `threshold` that validation chose, the `val_miou` there, and the scores of the training images."""
+        own = self.pipeline
+        measure = partial(score_stored, self.maps[0], own.train, self.maps[1], own.tune)
+        return own.run.cached_rows(f"seeds-{self._name}", measure)[0]
+
+    @property
+    def around(self) -> IRNConfig:
+        """IRN's configuration around the seeds' threshold."""
+        return self.pipeline.settings.margins(self.seeds["threshold"])
+
+    def _labels(self, name: str, config: IRNConfig) -> WithMasks:
+        refinement = self.pipeline.settings.refinement
+        build = partial(write_irn_labels, self.maps[0], self.pipeline.train, config, refinement)
+        return self.pipeline._masks(f"{name}-{self._name}", build)
+
+    @cached_property
+    def labels(self) -> WithMasks:
+        """What IRN learns from: confident classes and background, 255 elsewhere."""
+        return self._labels("labels", self.around)
+
+    @cached_property
+    def crf_masks(self) -> WithMasks:
+        """Seed masks after the CRF alone: IRN's labels without a margin."""
+        threshold = self.seeds["threshold"]
+        return self._labels("crf", IRNConfig(foreground=threshold, background=threshold))
+
+    @cached_property
+    def irn(self) -> tuple[IRN, Path]:
+        """IRN trained on the labels, and its folder."""
+        own = self.pipeline
+        recipe = own.settings.irn_recipe(own.host.classifier)
+        return fit(own.run, f"irn-{self._name}", recipe, self.labels, progress=False)
+
+    @cached_property
+    def walks(self) -> list[dict[str, float]]:
+        """Threshold and mIoU of the walked maps on validation images, a row for each damping and length."""
+        own, rows = self.pipeline, []
+        for damping in own.settings.dampings:
+            config = self.around.model_copy(update={"damping": damping})
+            measure = partial(
+                score_walks, self.irn[0], self.maps[1], own.tune, config, own.settings.steps, own.settings.walk_size
+            )
+            rows += own.run.cached_rows(f"walks-{self._name}", measure)
+        return rows
+
+    @cached_property
+    def walk(self) -> IRNConfig:
+        """IRN's configuration with the damping, the length and the background score that validation chose."""
+        best = max(self.walks, key=lambda row: row["miou"])
+        changes = {"exp_times": best["steps"], "damping": best["damping"], "mask_background": best["threshold"]}
+        return self.around.model_copy(update=changes)
+
+    @cached_property
+    def pseudo_masks(self) -> WithMasks:
+        """The training images with the masks of the maps that walked; `store` holds these maps, too."""
+        own = self.pipeline
+        build = partial(write_pseudo_masks, self.irn[0], self.maps[0], own.train, self.walk, own.settings.walk_size)
+        return own._masks(f"pseudo-{self._name}", build)
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        """The segmenter that learns from the pseudo masks."""
+        return self.pipeline.segmenter(self.kind, self.pseudo_masks)
+
+    @cached_property
+    def crf_scores(self) -> dict[str, float]:
+        """Scores of `crf_masks`."""
+        return self.pipeline.run.cached_rows(f"scores-crf-{self._name}", partial(score_masks, self.crf_masks))[0]
+
+    @cached_property
+    def pseudo_scores(self) -> dict[str, float]:
+        """Scores of `pseudo_masks`."""
+        return self.pipeline.run.cached_rows(f"scores-pseudo-{self._name}", partial(score_masks, self.pseudo_masks))[0]
+
+    def row(self, stage: str) -> dict[str, Any]:
+        """Return the scores of a stage, with the threshold of its masks and the images that it is scored on.
+
+        stage: `seeds`, `seeds, CRF`, `pseudo masks` or `segmentation`.
+        """
+        if stage == "segmentation":
+            return _row(stage, self.kind, "test", np.nan, self.segmenter.scores)
+        if stage == "pseudo masks":
+            return _row(stage, self.kind, "train", self.walk.mask_background, self.pseudo_scores)
+        scores = self.seeds if stage == "seeds" else self.crf_scores
+        return _row(stage, self.kind, "train", self.seeds["threshold"], scores)
+
+
+def score_walks(
+    model: IRN, maps: Store, dataset: LocalizationDataset, config: IRNConfig, steps: tuple[int, ...], size: int | None
+) -> list[dict[str, float]]:
+    """Return the best threshold and its mIoU of the maps that walked, a row for each log2 of the `steps`."""
+    walked = walk_steps(model, maps.all_maps(dataset.image_ids), dataset, config, steps, size)
+    found = evaluate(walked, dataset, parts=False)
+    return [{"damping": config.damping, "steps": e, **best_threshold(found[e].segmentation)} for e in steps]
+
+
+def label_quality(
+    maps: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig
+) -> dict[str, float]:
+    """Return shares of the pixels of `irn_labels`, background and foreground, and how much of each is right."""
+    total = np.zeros(5)
+    for index, found in enumerate(maps.all_maps(dataset.image_ids)):
+        sample = dataset[index]
+        label = irn_labels(found, sample.image, config, refinement)
+        truth = class_mask(sample, dataset.multi_label)
+        back, front = label == 0, (label > 0) & (label < IGNORE)
+        total += [label.size, back.sum(), (truth[back] == 0).sum(), front.sum(), (truth[front] == label[front]).sum()]
+    shares = {"background": total[1] / total[0], "of it right": total[2] / max(1, total[1])}
+    return shares | {"foreground": total[3] / total[0], "of that right": total[4] / max(1, total[3])}

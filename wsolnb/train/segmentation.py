@@ -1,0 +1,131 @@
+"""Networks that predict masks, and mask files, against the true masks of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from wsolnb.backbones import normalisation
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import to_tensor
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.data.store import Store, WithMasks
+from wsolnb.data.transforms import resize
+from wsolnb.methods import crf
+from wsolnb.methods.crf import CRFConfig
+from wsolnb.metrics import SegmentationScores
+from wsolnb.metrics.segmentation import Segmentation
+
+
+def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
+    """Return the true mask with class index + 1, also of data sets whose masks say object or not."""
+    if multi_label:
+        return sample.mask
+    return np.where((sample.mask > 0) & (sample.mask != IGNORE), sample.label + 1, sample.mask).astype(np.uint8)
+
+
+class Inference(BaseModel):
+    """How a segmentation network is asked.
+
+    image_size: side of the square that images are resized to; None keeps their size. scales: of the input.
+    flip: add the mirror image. fuse: the `mean` of the probabilities over scales and flips, or their `max`, as
+    DeepLabV2 was published. crf: refinement of the result; its default here is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = True
+    fuse: Literal["mean", "max"] = "mean"
+    crf: CRFConfig = CRFConfig(backend="none")
+
+
+def probabilities(model: nn.Module, images: Tensor, inference: Inference) -> Tensor:
+    """Return class probabilities (B, C, H, W) of (B, 3, H, W) normalised images over scales and flips."""
+    size = images.shape[-2:]
+    views = []
+    model.eval()
+    with torch.inference_mode():
+        for scale in inference.scales:
+            side = [max(8, round(extent * scale)) for extent in size]
+            scaled = images
+            if scale != 1:
+                scaled = F.interpolate(images, size=side, mode="bilinear", align_corners=False, antialias=scale < 1)
+            for flipped in (False, True) if inference.flip else (False,):
+                logits = model(scaled.flip(-1) if flipped else scaled).float()
+                logits = F.interpolate(logits.flip(-1) if flipped else logits, size=size, mode="bilinear")
+                views.append(logits.softmax(dim=1))
+    stacked = torch.stack(views)
+    fused = stacked.amax(dim=0) if inference.fuse == "max" else stacked.mean(dim=0)
+    return fused / fused.sum(dim=1, keepdim=True)
+
+
+def predict(
+    model: nn.Module, dataset: LocalizationDataset, inference: Inference, batch_size: int = 32
+) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Yield every sample with its predicted mask (H, W) uint8, at the image's size on disk."""
+    held: list[tuple[Sample, Tensor]] = []
+    mean, std = normalisation(model)
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        seen = sample
+        if inference.image_size:
+            seen = resize(sample, (inference.image_size, inference.image_size))
+        image = to_tensor(seen.image, mean, std)
+        if held and (len(held) == batch_size or held[0][1].shape != image.shape):
+            yield from _predict(model, held, inference)
+            held = []
+        held.append((sample, image))
+    if held:
+        yield from _predict(model, held, inference)
+
+
+def _predict(model, held: list[tuple[Sample, Tensor]], inference: Inference) -> Iterator[tuple[Sample, np.ndarray]]:
+    device = next(model.parameters()).device
+    found = probabilities(model, torch.stack([image for _, image in held]).to(device), inference)
+    for (sample, _), own in zip(held, found, strict=True):
+        own = F.interpolate(own[None], size=sample.size, mode="bilinear", align_corners=False)[0].cpu().numpy()
+        yield sample, crf.refine(sample.image, own, inference.crf).argmax(axis=0).astype(np.uint8)
+
+
+def evaluate(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> Segmentation:
+    """Score predicted masks against the true ones of a data set, image by image; those without a mask are left out."""
+    scores = SegmentationScores(len(dataset.class_names) + 1)
+    for sample, mask in predict(model, dataset, inference):
+        if sample.mask is not None:
+            scores.update(mask, class_mask(sample, dataset.multi_label))
+    return scores.compute()
+
+
+def means(found: Segmentation) -> dict[str, float]:
+    """Return `miou` and the means of `fp`, `fn`, `precision` and `recall` over all classes that occur."""
+    return {"miou": found.miou} | {name: found.mean(name) for name in ("fp", "fn", "precision", "recall")}
+
+
+def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> list[dict[str, float]]:
+    """Return one row: the `means` of `evaluate`."""
+    return [means(evaluate(model, dataset, inference))]
+
+
+def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
+    """Return one row: the `means` of stored masks against the data set's own true ones; 255 in them is not counted."""
+    scores = SegmentationScores(len(dataset.class_names) + 1)
+    for index in range(len(dataset)):
+        sample = dataset.dataset[index]
+        truth, given = class_mask(sample, dataset.multi_label), dataset[index].mask
+        scores.update(np.where(given == IGNORE, 0, given), np.where(given == IGNORE, IGNORE, truth))
+    return [means(scores.compute())]
+
+
+def write_true_masks(dataset: LocalizationDataset, folder: Path) -> None:
+    """Store the true masks of a data set: full supervision, which pseudo masks are measured against."""
+    for index, name in enumerate(dataset.image_ids):
+        Store(folder).write_mask(name, class_mask(dataset[index], dataset.multi_label))
