@@ -1,5 +1,6 @@
 """What every numbered notebook keeps to, so that all of them read alike and nbval has something to compare."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from wsolnb.errors import ParameterError
 from wsolnb.notebook import params
 
 MAX_BYTES = 900_000
-MAX_LINES = 30
+MAX_LINES = 20
+MAX_LINES_OF_A_FIGURE = 30
+DRAWING = re.compile(r"\bsave_figure\(|\bplt\.|\bviz\.(?!set_style)")
 OPENING = {
     "the question it answers": r"\?",
     "what to read first": r"(?i)\bread\b.*\bfirst\b|\bfirst read\b|\bbefore this\b",
@@ -70,8 +73,9 @@ def _code(cells: list[dict]) -> Iterator[str]:
     for number, cell in enumerate(codes, 1):
         where = f"code cell {number}"
         parameters = "parameters" in cell["metadata"].get("tags", ())  # one line each, which no package can take
-        if (lines := len(_source(cell).splitlines())) > MAX_LINES and not parameters:
-            yield f"{where} has {lines} lines; move code into the package"
+        most = MAX_LINES_OF_A_FIGURE if DRAWING.search(_source(cell)) else MAX_LINES
+        if (lines := len(_source(cell).splitlines())) > most and not parameters:
+            yield f"{where} has {lines} lines of at most {most}; move code into the package"
         if not _source(cell).strip():
             yield f"{where} is empty"
         kinds = {output["output_type"] for output in cell["outputs"]}
@@ -101,6 +105,50 @@ def _figures(cells: list[dict]) -> Iterator[str]:
         # `<Figure size ...>` is what Matplotlib prints, not a caption.
         if not re.search(r"(?i)(?<!<)\bfigure\b", "\n".join(near)):
             yield f"the figure of code cell {number} has no caption: start the next text with `*Figure: ...*`"
+
+
+PLUMBING = {
+    "imports": re.compile(r"\s*(?:import |from \S+ import )"),
+    "start": re.compile(r".*\b(?:params\.collect|runs\.start|viz\.set_style)\("),
+    "trained": re.compile(r".*(?:\.(?:fit|fit_all|used|cached|cached_rows)|\bcached_\w+)\("),
+    "stored": re.compile(r".*\b(?:save_\w+|recorded|with_recorded|read_csv|load_\w+|open\w*|splits)\("),
+}
+"""Lines of a notebook that fetch or put away, by kind: the first that a line matches counts."""
+SEEDS = re.compile(r"\s*for .*\bseeds?\b.*:$")
+
+
+def plumbing(path: Path) -> dict[str, int]:
+    """Count the code lines of a notebook by kind: those of `PLUMBING`, `loops`, and `all` of them.
+
+    Blank lines, comments that stand alone and the cell of the parameters do not count. An import that is wrapped counts
+    with all its lines. `loops`: a loop over seeds of which nothing but plumbing is inside.
+    """
+    counts = dict.fromkeys([*PLUMBING, "loops", "all"], 0)
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        if cell["cell_type"] != "code" or "parameters" in cell["metadata"].get("tags", ()):
+            continue
+        lines = [line for line in _source(cell).splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        kinds = _kinds(lines)
+        depths = [len(line) - len(line.lstrip()) for line in lines]
+        for number in [n for n, line in enumerate(lines) if SEEDS.match(line)]:
+            deeper = (depth > depths[number] for depth in depths[number + 1 :])
+            inside = range(number + 1, number + 1 + sum(itertools.takewhile(bool, deeper)))
+            if all(kinds[n] or SEEDS.match(lines[n]) for n in inside):
+                kinds[number] = "loops"
+        for kind in ("all" if kind is None else kind for kind in kinds):
+            counts[kind] += 1
+    counts["all"] = sum(counts.values())
+    return counts
+
+
+def _kinds(lines: list[str]) -> list[str | None]:
+    kinds: list[str | None] = []
+    wrapped = False
+    for line in lines:
+        found = next((kind for kind, pattern in PLUMBING.items() if pattern.match(line)), None)
+        kinds.append("imports" if wrapped else found)
+        wrapped = (wrapped or (found == "imports" and "(" in line)) and ")" not in line
+    return kinds
 
 
 def _source(cell: dict) -> str:

@@ -1,11 +1,12 @@
 """The form of the stored notebooks, and the parameters that the profiles give them. Nothing is executed."""
 
 import fnmatch
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from checks import problems
+from checks import plumbing, problems
 from papermill import inspect_notebook
 from sample import Repository
 
@@ -27,6 +28,39 @@ def root(monkeypatch):
 def test_the_form_of_a_notebook(path, root):
     found = problems(path)
     assert not found, "\n".join([f"{path.name}:", *found])
+
+
+def share_of_plumbing(*without):
+    """The share of all notebooks' code lines, and a line for each notebook."""
+    counts = {path.stem: plumbing(path) for path in NOTEBOOKS}
+    counted = {name: sum(n for kind, n in one.items() if kind not in ("all", *without)) for name, one in counts.items()}
+    lines = {name: one["all"] for name, one in counts.items()}
+    report = [f"{name:22s} {counted[name]:3d} of {lines[name]:3d} lines: {counts[name]}" for name in counts]
+    return sum(counted.values()) / sum(lines.values()), "\n".join(report)
+
+
+def test_at_most_a_tenth_of_the_notebooks_is_plumbing():
+    share, report = share_of_plumbing("imports")
+    assert share <= 0.1, f"{share:.1%}\n{report}"
+
+
+@pytest.mark.xfail(reason="the imports alone are six hundredths")
+def test_at_most_a_tenth_of_the_notebooks_is_plumbing_with_the_imports():
+    share, report = share_of_plumbing()
+    assert share <= 0.1, f"{share:.1%}\n{report}"
+
+
+def test_plumbing_is_counted_line_by_line(tmp_path):
+    cells = [
+        "import os\nfrom a import (\n    b,\n    c,\n)\n\n# a comment",
+        "trained = {}\nfor number in seeds:\n    trained[number] = pair.fit(run, number)\nprint(1)",
+        "for number in seeds:\n    print(number)\nrun.save_table(table, 'x')",
+    ]
+    counts = plumbing(Repository(tmp_path).notebook("03_cam", *cells))
+    # Besides, `sample.START` has an import, `params.collect` and `runs.start`.
+    expected = {"imports": 1 + 5, "start": 2, "trained": 1, "loops": 1, "stored": 1}
+    assert {kind: counts[kind] for kind in expected} == expected
+    assert counts["all"] == 12 + 3
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -56,8 +90,8 @@ def test_papermill_reads_the_same_of_what_it_can_read(path, root):
     declared = params.notebook_parameters(path)
     for name, found in inspect_notebook(path).items():
         assert (found["help"], found["inferred_type_name"]) == (declared[name].help, declared[name].type), name
-    # It knows no Literal; all else it has to see, so that its warnings of unknown names stay few.
-    assert {name for name, p in declared.items() if "Literal" not in p.type} <= set(inspect_notebook(path))
+    # It knows no Literal and no union; all else it has to see, so that its warnings of unknown names stay few.
+    assert {name for name, p in declared.items() if not re.search(r"Literal|\|", p.type)} <= set(inspect_notebook(path))
 
 
 def test_every_rule_is_of_some_parameter(root):
@@ -135,7 +169,9 @@ def test_a_good_notebook_has_no_problem(tmp_path, good):
         (2, code(START.replace("03_cam", "02_cam"), 2), "calls itself '02_cam'"),
         (3, code("print(1)", 5), "not run once each from top to bottom"),
         (3, code("print(1)", None), "not run once each from top to bottom"),
-        (3, code("a\n" * 31, 3), "code cell 3 has 31 lines"),
+        (3, code("a\n" * 21, 3), "code cell 3 has 21 lines of at most 20"),
+        (3, code("viz.set_style()\n" + "a\n" * 20, 3), "code cell 3 has 21 lines of at most 20"),
+        (3, code("figure, axis = plt.subplots()\n" + "a\n" * 30, 3), "code cell 3 has 31 lines of at most 30"),
         (3, code(" ", 3), "code cell 3 is empty"),
         (3, code("x", 3, nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])), "stores an error"),
         (3, code("x", 3, stream("warning", "stderr")), "stores stderr"),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsolnb.errors import ParameterError, TrainingError
-from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.base import LocalizationModel, classification_loss
 from wsolnb.methods.cam import CAMOutput
 from wsolnb.train import loop
 from wsolnb.train.loop import TrainingConfig
@@ -181,24 +181,22 @@ def test_without_a_finite_epoch_the_best_is_the_last_and_a_warning_says_so(tmp_p
     assert all(torch.equal(best[name], last[name]) for name in best)
 
 
-def test_the_loss_is_the_models_own_unless_an_objective_is_given(tmp_path):
+def test_the_loss_is_the_models_own(tmp_path):
     class Own(Small):
         def loss(self, forward, batch, label_smoothing=0.0):
             seen.append((forward is self, label_smoothing, torch.is_autocast_enabled("cpu")))
             return 2 * super().loss(forward, batch, label_smoothing)
 
-    def learn(name, model_class, objective=None):
+    def learn(name, model_class):
         loop.set_seed(0)
         settings = config(epochs=1, label_smoothing=0.1, precision="bf16")
-        history = loop.train(model_class(), Batches(), settings, tmp_path / name, progress=False, objective=objective)
+        history = loop.train(model_class(), Batches(), settings, tmp_path / name, progress=False)
         return history["loss"][0]
 
     seen = []
     # AdamW takes the same steps whatever the loss's scale, after clipping at a norm that both exceed or none does.
     assert learn("own", Own) == pytest.approx(2 * learn("default", Small), rel=0.05)
     assert set(seen) == {(True, 0.1, True)}
-    assert learn("classify", Small, loop.classify) == learn("default", Small)
-    assert learn("objective", Own, loop.classify) == learn("default", Small)
 
 
 def interrupt(folder, after=1, **changes):
@@ -425,15 +423,20 @@ def test_schedule_warms_up_then_falls_like_a_cosine():
 
 def test_sgd_takes_the_steps_of_its_definition(tmp_path):
     """One step with momentum, decay and the head's own rate, by hand."""
+
+    class Sum(Small):
+        def loss(self, forward, batch, label_smoothing=0.0):
+            return self.out.weight.sum()
+
     torch.manual_seed(0)
-    model = Small()
+    model = Sum()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = config(
         optimizer="sgd", epochs=1, lr=0.1, head_lr=0.2, momentum=0.0, weight_decay=0.01, warmup=0, schedule="constant",
         clip=0.0,
     )  # fmt: skip
     batch = next(iter(Batches()))
-    loop.train(model, [batch], settings, tmp_path, progress=False, objective=lambda m, b, c: m.out.weight.sum())
+    loop.train(model, [batch], settings, tmp_path, progress=False)
     out = before["out.weight"]
     torch.testing.assert_close(model.out.weight.detach(), out - 0.2 * (1 + 0.01 * out))
     body = before["body.1.weight"]
@@ -443,7 +446,7 @@ def test_sgd_takes_the_steps_of_its_definition(tmp_path):
 def test_multi_hot_labels_take_the_soft_margin_loss():
     logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 0]])
     expected = -(math.log(1 / (1 + math.exp(-2))) + math.log(1 / (1 + math.exp(-1)))) / 2
-    assert loop.classification_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert classification_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_unknown_device_is_named():

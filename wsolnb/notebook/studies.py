@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,25 @@ def plus_minus(differences: Sequence[float] | np.ndarray) -> str:
     """Return `interval` as text, such as `+0.021 ± 0.008`."""
     mean, half = interval(differences)
     return f"{mean:+.3f} ± {half:.3f}"
+
+
+def compare(
+    table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], methods: Mapping[str, str], level: str = "gt_known"
+) -> pd.DataFrame:
+    """Return the paired comparison of two methods, a row for each group of a study's rows.
+
+    table: with the columns `method`, `seed`, `by` and the measures. by: what a group agrees in. methods: the two values
+    of `method`, in the order of subtraction (second less first), and what the table calls them.
+    A row has the number of pairs, the mean of `level` of each method, and `d <measure>`: `plus_minus` over the seeds.
+    """
+    first, second = methods
+    rows = []
+    for key, group in table.groupby(list(by), sort=False):
+        wide = group.pivot(index="seed", columns="method")
+        row = dict(zip(by, key, strict=True)) | {"pairs": len(wide)}
+        row |= {title: wide[level, method].mean() for method, title in methods.items()}
+        rows.append(row | {f"d {name}": plus_minus(wide[name, second] - wide[name, first]) for name in measures})
+    return pd.DataFrame(rows).round(3)
 
 
 def mean_and_spread(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample
+from wsolnb.metrics import boxes_from_score_map
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 TRUTH, PREDICTION = "#E69F00", "#56B4E9"
@@ -186,3 +188,13 @@ def map_rows(
     figure.colorbar(drawn, ax=axes[:, -1].tolist(), shrink=0.7, label="score")
     box_legend(figure, predicted=boxes is not None)
     return figure
+
+
+def prediction_rows(predictions: Iterable[Any], thresholds: Mapping[str, float], side: float = 1.7) -> Figure:
+    """Draw `map_rows` of predictions (`wsolnb.train.evaluation`), with the box of each map at its threshold."""
+    predictions = list(predictions)
+    boxes = [
+        {name: boxes_from_score_map(values, [thresholds[name]])[0] for name, values in found.maps.items()}
+        for found in predictions
+    ]
+    return map_rows([found.sample for found in predictions], [found.maps for found in predictions], boxes, side)

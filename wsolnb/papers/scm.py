@@ -2,26 +2,59 @@
 
 baselines = scm.Baselines(**parameters)            # notebook 03: CAM, TS-CAM and other methods
 pair = scm.Pair(**parameters)                      # notebook 11: TS-CAM and SCM from one start
-model, folder = pair.fit(run, "scm", seed, splits)
+studies = scm.Studies(pair=pair, **parameters)     # notebook 12: pairs over seeds, one change at a time
+trained = pair.fit_all(run, scm.PAIR, [0, 1], splits)
+table, found = scm.score_all(trained, splits)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_type_hints
 
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+
+from wsolnb.backbones import ConvBackbone, TransformerBackbone
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import make_loader
 from wsolnb.data.splits import DataSettings, Splits
+from wsolnb.data.transforms import Transform
 from wsolnb.methods import get_method
-from wsolnb.methods.base import LocalizationModel
-from wsolnb.methods.cam import CAMClassifier
-from wsolnb.methods.scm import SCMConfig
+from wsolnb.methods.base import LocalizationModel, pick
+from wsolnb.methods.scm import SCM, Maps, SCMConfig
+from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
-from wsolnb.train.evaluation import validator
-from wsolnb.train.loop import TrainingConfig
+from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
+from wsolnb.train.loop import TrainingConfig, history, load_checkpoint
 from wsolnb.train.recipe import Recipe, fit
 
+Epoch = Literal["best", "last"]
+PAIR = {"tscam": "TS-CAM", "scm": "SCM"}
+"""The two methods of a pair, in the order of their trainings, and what a table calls them."""
 
-class _Trained(DataSettings):
+
+class Trained(NamedTuple):
+    """A trained model. model: at its last epoch. folder: of its checkpoints. transform: of its test images."""
+
+    model: LocalizationModel
+    folder: Path
+    transform: Transform
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per epoch: loss, seconds and scores on validation images."""
+        return history(self.folder)
+
+    def at(self, epoch: Epoch) -> LocalizationModel:
+        """Load the weights of the last or of the best epoch into the model, and return it."""
+        return load_checkpoint(self.model, self.folder, epoch)
+
+
+class _Experiment(DataSettings):
     """What both experiments share: how a single-label model is trained, and kept."""
 
     prefix: ClassVar[str] = ""
@@ -40,16 +73,26 @@ class _Trained(DataSettings):
         """Return how a method is trained with a seed."""
         raise NotImplementedError
 
-    def fit(
-        self, run: Run, method: str, seed: int, splits: Splits, progress: bool = True, **changes: Any
-    ) -> tuple[LocalizationModel, Path]:
-        """Return the trained model of a method at its last epoch, and its folder; trained once per run folder.
+    def changed(self, **changes: Any) -> Self:
+        """Return the experiment with other values of some fields; pydantic's ValidationError for a wrong one."""
+        return type(self)(**{**self.model_dump(), **changes})
 
-        The best epoch (`best` in the folder) is chosen on the validation images. changes: as of `recipe`.
+    def fit(self, run: Run, method: str, seed: int, splits: Splits, progress: bool = True, **changes: Any) -> Trained:
+        """Return the trained model of a method at its last epoch; trained once per run folder.
+
+        The best epoch is chosen on the validation images. changes: as of `recipe`.
         """
         recipe = self.recipe(method, seed, **changes)
         validate = validator(splits.val, recipe.test_transform())
-        return fit(run, f"{self.prefix}{method}-{seed}", recipe, splits.train, validate, progress)
+        model, folder = fit(run, f"{self.prefix}{method}-{seed}", recipe, splits.train, validate, progress)
+        return Trained(model, folder, recipe.test_transform())
+
+    def fit_all(
+        self, run: Run, methods: Iterable[str], seeds: Sequence[int], splits: Splits
+    ) -> dict[tuple[str, int], Trained]:
+        """Return the trained models of several methods by method and seed, seed after seed."""
+        methods = list(methods)
+        return {(method, seed): self.fit(run, method, seed, splits) for seed in seeds for method in methods}
 
     def _recipe(self, method: str, backbone: str, options: dict[str, Any], seed: int, **loop: Any) -> Recipe:
         shared = {"pretrained", "image_size", "protocol", "batch_size", "shift", "num_workers"}
@@ -60,10 +103,10 @@ class _Trained(DataSettings):
         )
 
 
-class Baselines(_Trained):
+class Baselines(_Experiment):
     """Notebook 03: a convolutional network for CAM and the methods built on it, a transformer for TS-CAM.
 
-    The fields are the notebook's parameters.
+    The fields are the notebook's parameters. method_options: by method, what its class takes besides the backbone.
     """
 
     cnn: str
@@ -74,18 +117,33 @@ class Baselines(_Trained):
     tscam_epochs: int
     tscam_lr: float
     tscam_head_lr: float
+    method_options: dict[str, dict[str, Any]]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for method in self.method_options:
+            get_method(method)  # options of a method that there is not would change nothing
+        return self
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how a method is trained; a method over `CAMClassifier` as CAM is. changes: of the method's options."""
-        if issubclass(get_method(method), CAMClassifier):
-            loop = {"epochs": self.cam_epochs, "lr": self.cam_lr, "select": "top1_loc"}
-            recipe = self._recipe(method, self.cnn, changes, seed, **loop)
-            return recipe.model_copy(update={"output_stride": self.output_stride})
-        loop = {"epochs": self.tscam_epochs, "lr": self.tscam_lr, "head_lr": self.tscam_head_lr, "select": "top1_loc"}
-        return self._recipe(method, self.transformer, {"padding": self.padding, **changes}, seed, **loop)
+        """Return how a method is trained: as TS-CAM if its class takes a transformer, else as CAM.
+
+        What it takes is what the annotation of its argument `backbone` says. changes: of the method's options.
+        Raises ParameterError for an unknown method.
+        """
+        changes = self.method_options.get(method, {}) | changes
+        takes = get_type_hints(get_method(method).__init__).get("backbone", ConvBackbone)
+        if isinstance(takes, type) and issubclass(takes, TransformerBackbone):
+            if issubclass(get_method(method), TSCAM):
+                changes = {"padding": self.padding} | changes
+            loop = {"epochs": self.tscam_epochs, "lr": self.tscam_lr, "head_lr": self.tscam_head_lr}
+            return self._recipe(method, self.transformer, changes, seed, select="top1_loc", **loop)
+        loop = {"epochs": self.cam_epochs, "lr": self.cam_lr, "select": "top1_loc"}
+        recipe = self._recipe(method, self.cnn, changes, seed, **loop)
+        return recipe.model_copy(update={"output_stride": self.output_stride})
 
 
-class Pair(_Trained):
+class Pair(_Experiment):
     """Notebook 11: TS-CAM and SCM from one start and in one order of images, without and with the calibration module.
 
     The fields are the notebook's parameters. preset: of `SCMConfig`.
@@ -108,3 +166,264 @@ class Pair(_Trained):
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
         loop = self.model_dump(include={"epochs", "lr", "head_lr", "schedule", "betas"}) | {"select": "gt_known"}
         return self._recipe(method, self.backbone, options, seed, **loop)
+
+    def start(self, seed: int, like: TSCAM) -> TSCAM:
+        """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
+        start = self.recipe("tscam", seed).build(like.semantic.out_channels)
+        return start.eval().to(next(like.parameters()).device)
+
+
+def score_all(
+    trained: Mapping[tuple[str, int], Trained], splits: Splits, epochs: Sequence[Epoch] = ("last", "best")
+) -> tuple[pd.DataFrame, dict[tuple[str, int, str], tuple[Evaluation, Evaluation]]]:
+    """Score every trained model at its last and at its best epoch; the models are left at the last one.
+
+    Returns a table with a row per method, seed, epoch and map: test images, at thresholds chosen on validation images;
+    and by method, seed and epoch the scores of validation and test images.
+    """
+    rows, found = [], {}
+    for (method, seed), one in trained.items():
+        for epoch in epochs:
+            val, test = (evaluate(one.at(epoch), part, one.transform) for part in (splits.val, splits.test))
+            found[method, seed, epoch] = val, test
+            rows += [{"method": method, "seed": seed, "epoch": epoch, **row} for row in test.table(val)]
+        one.at("last")
+    return pd.DataFrame(rows), found
+
+
+def compared(
+    run: Run, baselines: Baselines, methods: Sequence[str], seeds: Sequence[int], splits: Splits
+) -> list[dict]:
+    """Train further methods as CAM or TS-CAM; return the rows of `score_all` at their last epoch."""
+    for method in methods:
+        baselines.recipe(method, 0)  # an unknown method is an error before the first training
+    table, _ = score_all(baselines.fit_all(run, methods, seeds, splits), splits, ("last",))
+    return table.to_dict("records")
+
+
+# How far training moves the attention, and which factor of the product a difference lies in
+
+
+def drift(model: TSCAM, start: TSCAM, dataset: LocalizationDataset, transform: Transform) -> float:
+    """Return how far training has moved the attention of a model from its start: 0 = not at all, 1 = disjoint.
+
+    The mean over the images of half the sum of differences between both maps, each scaled to sum to one.
+    """
+    moved = []
+    device = next(model.parameters()).device
+    for batch in make_loader(dataset, transform, 50, mean=model.mean, std=model.std):
+        with torch.inference_mode():
+            images = batch["image"].to(device)
+            maps = [one.backbone(images).attention.mean(dim=(1, 2)).cpu() for one in (start, model)]
+        first, last = (found / found.sum(dim=1, keepdim=True) for found in maps)
+        moved.append((first - last).abs().sum(dim=1))
+    return float(torch.cat(moved).mean() / 2)
+
+
+class _Products(NamedTuple):
+    """logits: (B, C) of the first trained model. attention, semantic: by model, (B, h, w) and (B, C, h, w)."""
+
+    logits: Tensor
+    attention: dict[str, Tensor]
+    semantic: dict[str, Tensor]
+
+
+class Products(Reader):
+    """Products of one model's attention with another's semantic map; the map `a x s` takes them from models a and s.
+
+    trained: TS-CAM or SCM by name. start: the model before training, of which the attention only is taken.
+    """
+
+    def __init__(self, trained: Mapping[str, TSCAM], start: TSCAM):
+        super().__init__()
+        self.trained, self.start = nn.ModuleDict(trained), start
+        self.pairs = [(a, s) for a in ("start", *trained) for s in trained]
+        self.maps = tuple(f"{a} x {s}" for a, s in self.pairs)
+
+    def forward(self, images: Tensor) -> _Products:
+        """Run all models on (B, 3, H, W) normalised images."""
+        outputs = {name: model(images) for name, model in self.trained.items()}
+        rows = {"start": self.start.backbone(images).attention} | {n: out.attention for n, out in outputs.items()}
+        grid = self.start.backbone.grid
+        attention = {name: found.float().mean(dim=(1, 2)).unflatten(1, grid) for name, found in rows.items()}
+        logits = next(iter(outputs.values())).logits
+        return _Products(logits, attention, {name: out.semantic_map for name, out in outputs.items()})
+
+    def localize(self, output: _Products, classes: Tensor) -> dict[str, Tensor]:
+        """Return every product for one class per image, each (B, h, w)."""
+        semantic = {name: pick(found, classes).float() for name, found in output.semantic.items()}
+        return {f"{a} x {s}": output.attention[a] * semantic[s] for a, s in self.pairs}
+
+
+def swapped(
+    trained: Mapping[str, TSCAM], start: TSCAM, splits: Splits, transform: Transform
+) -> list[dict[str, str | float]]:
+    """Return GT-known of one model's attention times one's semantic map: test images, thresholds by validation."""
+    products = Products(trained, start)
+    val, test = (evaluate(products, part, transform, quick=True) for part in (splits.val, splits.test))
+    at = val.thresholds()
+    return [
+        {"attention of": a, "semantic map of": s, "gt_known": test.localization[name].at(at[name])["gt_known"]}
+        for (a, s), name in zip(products.pairs, products.maps, strict=True)
+    ]
+
+
+class _Cascade(NamedTuple):
+    """logits: (B, C). levels: the maps in front of the first block, between the blocks, and behind the last one."""
+
+    logits: Tensor
+    levels: list[Maps]
+
+
+class Couplings(Reader):
+    """SCM's products of the semantic map of one level with the attention of another: `S0 F0`, `S0 F1`, ... (fig. 9)."""
+
+    def __init__(self, model: SCM):
+        super().__init__()
+        self.model, self.levels = model, 1 + len(model.calibration.blocks)
+        self.maps = tuple(f"S{i} F{j}" for i in range(self.levels) for j in range(self.levels))
+
+    def forward(self, images: Tensor) -> _Cascade:
+        """Run the model and its blocks on (B, 3, H, W) normalised images."""
+        output = self.model(images)
+        return _Cascade(output.logits, self.model.calibration(output.attention, output.semantic_map))
+
+    def localize(self, output: _Cascade, classes: Tensor) -> dict[str, Tensor]:
+        """Return every coupling for one class per image, each (B, h, w)."""
+        semantic = [pick(maps.semantic, classes) for maps in output.levels]
+        attention = [maps.attention for maps in output.levels]
+        return {f"S{i} F{j}": s * f for i, s in enumerate(semantic) for j, f in enumerate(attention)}
+
+
+# The studies of notebook 12
+
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "as studied": {},
+    "head padded with zeros": {"padding": "zeros"},
+    "head rate 0.001": {"head_lr": 0.001},
+    "five epochs": {"epochs": 5},
+}
+"""Changes of both trainings of a pair."""
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "released": {},
+    "p = 4 in the first block": {"first_steps": 4},
+    "filter of eq. 7": {"filter": "absolute"},
+    "attention unscaled (eq. 1)": {"attention": "mean"},
+    "no residual": {"residual": False},
+    "X_0 differentiated": {"constant_start": False},
+}
+"""What paper and released code set differently, one at a time."""
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "switches": SWITCHES,
+    "steps": {f"p = {p}": {"steps": p, "first_steps": p} for p in (1, 2, 4, 6, 8)},
+    "scales": {
+        f"{name} = {v}": {name: v}
+        for name, values in {"alpha": (0.001, 0.004), "beta": (0.25, 1.0), "lam": (0.8,)}.items()
+        for v in values
+    },
+    "blocks": {f"{n} blocks": {"blocks": n} for n in (1, 2, 4, 6)},
+}
+"""Studies of SCM alone: by study and variant, changes of its `SCMConfig`."""
+
+STUDIES = ("pairs", "photographs", "rates", "regimes", *VARIANTS)
+"""Every study that trains models; `factors` reads those of `pairs`."""
+
+
+class Trial(NamedTuple):
+    """One training of a study. pair: the settings that it is trained with. module: changes of its `SCMConfig`."""
+
+    study: str
+    variant: str
+    method: str
+    seed: int
+    pair: Pair
+    module: dict[str, Any]
+
+
+class Studies(BaseModel):
+    """Notebook 12: which trainings its studies are made of. The fields are the notebook's parameters.
+
+    pair: the settings of notebook 11, which every training changes a little.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    pair: Pair
+    pair_seeds: list[int]
+    study_seeds: list[int]
+    study_start: str
+    study_epochs: int
+    cues: list[float]
+    starts: list[str]
+    rates: list[float]
+    photos_root: str
+    photo_epochs: int
+
+    def trials(self, study: str) -> Iterator[Trial]:
+        """Yield the trainings of a study, one of `STUDIES`, in their order."""
+        methods = ["scm"] if study in VARIANTS else list(PAIR)
+        seeds = self.pair_seeds if study in ("pairs", "photographs") else self.study_seeds
+        for variant, changes, module in self._variants(study):
+            pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
+            for seed in seeds:
+                yield from (Trial(study, variant, method, seed, pair, module) for method in methods)
+
+    def _variants(self, study: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Yield name, changes of the pair, and changes of the module."""
+        own = {"backbone": self.study_start}
+        if study == "pairs":
+            yield from (("-", {"backbone": b, "body_cue": cue}, {}) for cue in self.cues for b in self.starts)
+        elif study == "photographs":
+            where = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
+            yield from (("-", {"backbone": b, **where}, {}) for b in self.starts)
+        elif study == "rates":
+            yield from (("-", {"backbone": b, "lr": rate}, {}) for b in self.starts for rate in self.rates)
+        elif study == "regimes":
+            yield from ((name, {**own, **changes}, {}) for name, changes in REGIMES.items())
+        else:
+            yield from ((name, own, module) for name, module in VARIANTS[study].items())
+        if study == "switches":  # trained for one epoch, since it does not learn
+            yield "paper", {**own, "preset": "paper", "epochs": 1}, {}
+
+    def rows(self, run: Run, studies: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Train the models of some studies, or find them; yield the rows of `measured`."""
+        for study in studies:
+            for trial in self.trials(study) if study in STUDIES else ():
+                yield from measured(run, trial)
+
+    def factors(self, run: Run) -> Iterator[dict[str, Any]]:
+        """Yield the rows of `swapped` for the pairs of every start and seed."""
+        for backbone in self.starts:
+            pair = self.pair.changed(epochs=self.study_epochs, backbone=backbone)
+            splits = pair.splits()
+            for seed in self.pair_seeds:
+                found = {method: pair.fit(run, method, seed, splits, progress=False) for method in PAIR}
+                models = {method: one.model for method, one in found.items()}
+                rows = swapped(models, pair.start(seed, models["scm"]), splits, found["scm"].transform)
+                yield from ({"backbone": backbone, "seed": seed, **row} for row in rows)
+
+
+def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
+    """Train one model of a study, or find it; yield a row for its best and for its last epoch, if they differ.
+
+    Scores are those of test images, at thresholds chosen on validation images; the drift is that of validation images.
+    """
+    pair, splits = trial.pair, trial.pair.splits()
+    one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)
+    start = pair.start(trial.seed, one.model)
+    where = {"study": trial.study, "variant": trial.variant, "method": trial.method, "backbone": pair.backbone}
+    where |= {"seed": trial.seed, **{name: getattr(pair, name) for name in ("body_cue", "lr", "epochs")}}
+    best_is_last = one.history["gt_known"].idxmax() + 1 == pair.epochs
+    for epoch in ("best", "last"):
+        if epoch == "best" or not best_is_last:
+            model = one.at(epoch)
+            val, test = (evaluate(model, part, one.transform) for part in (splits.val, splits.test))
+            found, _, attention = test.table(val)
+            names = ("threshold", "top1", "gt_known", "top1_loc", "maxboxacc_v1", "maxboxacc_v2")
+            row = {name: found[name] for name in (*names, *(c for c in found if c.startswith("covers")))}
+            row["gt_known_attention"] = attention["gt_known"]
+            row["drift"] = drift(model, start, splits.val, one.transform)
+        yield {**where, "epoch": epoch, **row}

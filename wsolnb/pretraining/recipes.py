@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,7 +34,8 @@ from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.files import fingerprint, resolve, write_atomically
+from wsolnb.files import resolve, write_atomically
+from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run, cpu_model, device_name, now
 from wsolnb.pretraining import scenes as creature_scenes
 from wsolnb.pretraining.scenes import PARTS, TEXTURES, CreatureConfig
@@ -206,7 +206,17 @@ def code_loss(found: Tensor, target: dict[str, Tensor]) -> Tensor:
     return sum((wrong * part).sum() / part.sum().clamp(min=1) for part in (share, 1 - share))
 
 
-class SupervisedPretext(nn.Module):
+class Pretext(Trainable):
+    """A backbone inside of what trains it: called with a batch of `SceneLoader`, it returns the batch's loss."""
+
+    def loss(self, forward: Callable[[Any], Tensor], batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss of a batch, on the device of the model; labels are not smoothed."""
+        # The loop moves the batches of a DataLoader only; scenes come from memory-mapped arrays.
+        device = next(self.parameters()).device
+        return forward({name: value.to(device) for name, value in batch.items()})
+
+
+class SupervisedPretext(Pretext):
     """A backbone that learns to name the texture, the part and the colours at every token.
 
     Called with a batch, returns its loss, the sum of `TERMS` times their `weights` (an ablation sets one to 0):
@@ -270,7 +280,7 @@ class SupervisedPretext(nn.Module):
         }
 
 
-class LabelPretext(nn.Module):
+class LabelPretext(Pretext):
     """A backbone that learns one label an image: all that photographs come with.
 
     Called with a batch, returns the cross-entropy of a linear classifier on what the class token looks at (of a ResNet:
@@ -482,7 +492,7 @@ class SelfDistillation(BaseModel):
     common_layer: int = Field(2, ge=0)
 
 
-class SelfDistilled(nn.Module):
+class SelfDistilled(Pretext):
     """Student and teacher, multi-crop, no labels and no masks.
 
     Called with a batch, returns its loss: the mean cross-entropy between what the teacher says of one global view and
@@ -733,34 +743,27 @@ def pretrain(
     data_root: folder of the photographs, if the recipe names any.
     Raises TrainingError, DataError and ParameterError as the loop, the renderer and the readers do.
     """
-    inputs, classes = config.model_dump(exclude={"positions"}), 0  # which are changed after the training
-    if config.photographs:
-        dataset = open_dataset(config.photographs, resolve(data_root), "train")
-        inputs["images"], classes = fingerprint(dataset.image_ids), len(dataset.class_names)
-        scenes = read_photographs(dataset, config.scenes.size)
-    else:
-        scenes = creature_scenes.load(config.scenes, resolve("outputs/cache"))
-    truth = config.recipe == "supervised"
-    loader = SceneLoader(scenes, config.batch_size, config.training.seed, truth)
-    steps = config.training.epochs * len(loader)
+    # Positions are shrunk after the training, which they do not change.
+    trained = config.model_copy(update={"positions": 1.0})
+    photographs = open_dataset(config.photographs, resolve(data_root), "train") if config.photographs else None
+    classes = len(photographs.class_names) if photographs else 0
 
     def build(folder: Path) -> None:
-        model = config.build(steps, classes)
-        loop.train(model, loader, config.training, folder, progress=progress, objective=_objective)
+        if photographs:
+            scenes = read_photographs(photographs, trained.scenes.size)
+        else:
+            scenes = creature_scenes.load(trained.scenes, resolve("outputs/cache"))
+        truth = trained.recipe == "supervised"
+        loader = SceneLoader(scenes, trained.batch_size, trained.training.seed, truth)
+        model = trained.build(trained.training.epochs * len(loader), classes)
+        loop.train(model, loader, trained.training, folder, progress=progress)
 
-    code = [backbones, creature_scenes, loop, sys.modules[__name__]]
-    folder = run.cached(name, inputs, code, build)
-    model = loop.load_checkpoint(config.build(steps, classes), folder, "last")
-    backbone = model.backbone if truth else model.teacher[0]
+    folder = run.cached(name, build)
+    model = loop.load_checkpoint(config.build(1, classes), folder, "last")  # whose weights know no number of steps
+    backbone = model.backbone if config.recipe == "supervised" else model.teacher[0]
     if config.positions < 1:
         shrink_positions(backbone, config.positions)
     return backbone, folder
-
-
-def _objective(model: nn.Module, batch: dict[str, Tensor], _config: TrainingConfig) -> Tensor:
-    # The loop moves the batches of a DataLoader only; scenes come from memory-mapped arrays.
-    device = next(model.parameters()).device
-    return model({name: value.to(device) for name, value in batch.items()})
 
 
 def export(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsolnb import maps as score_maps
 from wsolnb.data.base import LocalizationDataset
@@ -22,6 +22,15 @@ from wsolnb.metrics.parts import Coverage
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """Thresholds of the curves: a validation threshold needs no finer grid than 0.01."""
+
+
+class Reader(LocalizationModel):
+    """Other maps of models that are trained already, for `predict` and `evaluate`; it is never trained itself."""
+
+    @property
+    def head(self) -> nn.Module:
+        """Nothing that would be trained."""
+        return nn.ModuleList()
 
 
 class Prediction(NamedTuple):
@@ -98,6 +107,10 @@ class Evaluation(NamedTuple):
         threshold, gt_known = own.best("gt_known")
         row = {"top1": own.top1_cls, "gt_known": gt_known, "top1_loc": own.best("top1_loc")[1], "threshold": threshold}
         return row | {f"gt_known_{name}": found.best("gt_known")[1] for name, found in self.localization.items()}
+
+    def thresholds(self) -> dict[str, float]:
+        """Return for each map the threshold at which GT-known is best on *these* images: validation images."""
+        return {name: found.best("gt_known")[0] for name, found in self.localization.items()}
 
     def table(self, validation: Evaluation) -> list[dict[str, Any]]:
         """Return one row per map: scores of these images at thresholds chosen on `validation`.
@@ -197,6 +210,15 @@ def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, 
     scores = [box_accuracy(box, samples) for box in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
+
+
+def centre_gt_known(
+    validation: LocalizationDataset, test: LocalizationDataset, transform: Transform
+) -> tuple[np.ndarray, float]:
+    """Return the box in the middle that is best on the validation images, (4,), and its GT-known on the test images."""
+    val, rest = ([transform(part[i]) for i in range(len(part))] for part in (validation, test))
+    box, _ = centre_box([sample for sample in val if len(sample.boxes)])
+    return box, box_accuracy(box, [sample for sample in rest if len(sample.boxes)])
 
 
 def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:

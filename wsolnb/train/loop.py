@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from wsolnb.errors import ParameterError, TrainingError
-from wsolnb.methods.base import LocalizationModel, classification_loss
+from wsolnb.methods.base import Trainable
 
 
 class TrainingConfig(BaseModel):
@@ -103,7 +103,7 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parameter_groups(model: LocalizationModel, config: TrainingConfig) -> list[dict]:
+def parameter_groups(model: Trainable, config: TrainingConfig) -> list[dict]:
     """Split the trainable parameters by rate (backbone, head) and by decay (matrices and kernels; the rest)."""
     in_head = {id(p) for p in model.head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -135,20 +135,13 @@ FILES = ("last.safetensors", "best.safetensors", "history.csv", "state.pt")
 """What a training writes into its folder; each first under the same name behind a dot."""
 
 
-def classify(model: nn.Module, batch: dict, config: TrainingConfig) -> Tensor:
-    """Return the classification loss of a batch, as an `objective`."""
-    logits = model(batch["image"]).logits
-    return classification_loss(logits.float(), batch["label"], config.label_smoothing)
-
-
 def train(
-    model: LocalizationModel,
+    model: Trainable,
     loader: Iterable[dict],
     config: TrainingConfig,
     folder: str | Path,
-    evaluate: Callable[[LocalizationModel], dict[str, float]] | None = None,
+    evaluate: Callable[[Trainable], dict[str, float]] | None = None,
     progress: bool = True,
-    objective: Callable[[nn.Module, dict, TrainingConfig], Tensor] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place by its own `loss` and return the history, one row per epoch.
 
@@ -158,7 +151,6 @@ def train(
         training runs `state.pt`, from which a second call with the same arguments goes on after an interruption.
     evaluate: called after every epoch with the model in evaluation mode; its numbers become columns of the history.
         Every process calls it, so that none waits for another longer than its communication allows.
-    objective: the loss of a batch in place of the model's own; it calls `model` once, under autocast.
 
     The best epoch is the first with the largest finite `config.select`; if none is finite, it is the last one.
 
@@ -215,7 +207,7 @@ def train(
         total = torch.zeros((), device=accelerator.device)
         seen = 0
         for step, batch in enumerate(batches):
-            loss = _step(accelerator, plain, model, optimizer, schedule, batch, config, precision, objective)
+            loss = _step(accelerator, plain, model, optimizer, schedule, batch, config, precision)
             total += loss.detach() * len(batch["image"])
             seen += len(batch["image"])
             # Reading the loss waits for the device, so it is read rarely; a NaN is still found within a few steps.
@@ -309,14 +301,11 @@ def _require_batches(loader: Iterable[dict], batches: Iterable[dict], processes:
     raise ParameterError(problem, "lower batch_size")
 
 
-def _step(accelerator, plain, model, optimizer, schedule, batch, config, precision: str, objective) -> Tensor:
+def _step(accelerator, plain, model, optimizer, schedule, batch, config, precision: str) -> Tensor:
     try:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
             # The forward goes through `model`: around several processes' it has the wrapper that joins gradients.
-            if objective is None:
-                loss = plain.loss(model, batch, config.label_smoothing)
-            else:
-                loss = objective(model, batch, config)
+            loss = plain.loss(model, batch, config.label_smoothing)
         optimizer.zero_grad()
         accelerator.backward(loss)
         if config.clip:

@@ -1,20 +1,19 @@
-import json
-
 import cv2
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsolnb import experiment
 from wsolnb.backbones import create_backbone
 from wsolnb.data import transforms
+from wsolnb.data.splits import load_splits
 from wsolnb.errors import DataError, ParameterError
-from wsolnb.experiment import Recipe
 from wsolnb.methods.scm import SCMConfig
 from wsolnb.notebook import runs
-from wsolnb.notebook.params import notebook_parameters
-from wsolnb.train.loop import TrainingConfig, load_checkpoint
+from wsolnb.train import recipe as recipes
+from wsolnb.train.evaluation import validator
+from wsolnb.train.loop import TrainingConfig, history, load_checkpoint
+from wsolnb.train.recipe import Recipe
 
 
 @pytest.fixture
@@ -23,29 +22,38 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def splits(root):
+    return load_splits("aviary", classes=4, train=16, val=4, test=4)
+
+
 def small(method="cam", **changes):
     training = TrainingConfig(epochs=1, lr=1e-3, device="cpu", precision="fp32", select="top1_loc")
     backbone = "resnet_mini" if method == "cam" else "vit_mini"
     return Recipe(**{"method": method, "backbone": backbone, "batch_size": 8, "training": training, **changes})
 
 
-def test_fit_trains_once_and_finds_its_artefact_again(root, capsys):
-    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
-    run = runs.start("x", {"seed": 0})
-    model, folder = experiment.fit(run, "cam-0", small(), splits, progress=False)
+def fit(name, recipe, splits, run_folder="outputs/mini"):
+    run = runs.start("x", {"seed": 0, "run_folder": run_folder})
+    validate = validator(splits.val, recipe.test_transform())
+    return recipes.fit(run, name, recipe, splits.train, validate, progress=False)
+
+
+def test_fit_trains_once_and_finds_its_artefact_again(splits, capsys):
+    model, folder = fit("cam-0", small(), splits)
     assert "built cam-0" in capsys.readouterr().out
-    again, same = experiment.fit(run, "cam-0", small(), splits, progress=False)
+    again, same = fit("cam-0", small(), splits)
     assert "reusing cam-0" in capsys.readouterr().out
     assert folder == same
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert {"top1", "gt_known", "top1_loc", "gt_known_layercam"} <= set(experiment.history(folder).columns)
+    assert {"top1", "gt_known", "top1_loc", "gt_known_layercam"} <= set(history(folder).columns)
     load_checkpoint(small().build(4), folder, "best")
 
-    _, other = experiment.fit(run, "cam-0", small(batch_size=4), splits, progress=False)
+    _, other = fit("cam-0", small(batch_size=4), splits)
     assert other != folder
 
 
-def test_other_weights_to_start_from_make_another_artefact(root):
+def test_other_weights_to_start_from_make_another_artefact(root, splits):
     torch.manual_seed(0)
     backbone = create_backbone("resnet_mini", output_stride=16).resnet
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
@@ -53,22 +61,16 @@ def test_other_weights_to_start_from_make_another_artefact(root):
     first = small(checkpoint="start.safetensors")
     model = first.build(4)
     assert torch.equal(model.backbone.resnet.conv1.weight, backbone.conv1.weight)
-    hash_before = first.weights_hash()
-    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
-    run = runs.start("x", {"seed": 0})
-    _, folder = experiment.fit(run, "cam-0", first, splits, progress=False)
+    hash_before = first.start()
+    _, folder = fit("cam-0", first, splits)
     save_file({**state, "bn1.weight": torch.zeros(64)}, root / "start.safetensors")
-    assert first.weights_hash() not in (hash_before, "")
-    assert small().weights_hash() == ""
-    assert experiment.fit(run, "cam-0", first, splits, progress=False)[1] != folder
+    assert first.start() not in (hash_before, "")
+    assert small().start() == ""
+    assert fit("cam-0", first, splits)[1] != folder
 
 
-def test_training_is_the_same_bit_for_bit(root):
-    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
-    models = []
-    for folder in ("a", "b"):
-        run = runs.start("x", {"seed": 0, "run_folder": folder})
-        models.append(experiment.fit(run, "tscam", small("tscam"), splits, progress=False)[0])
+def test_training_is_the_same_bit_for_bit(splits):
+    models = [fit("tscam", small("tscam"), splits, folder)[0] for folder in ("a", "b")]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
@@ -81,36 +83,21 @@ def test_protocols():
     assert (both.test_transform(), both.train_transform()) == (resize.test_transform(), crop.train_transform())
 
 
-def test_calibrated_recipes_differ_in_the_module_only():
-    settings = {name: parameter.default for name, parameter in notebook_parameters("11_scm_training").items()}
-    settings |= {"train_images": 8, "val_images": 4, "test_images": 4}
-    _, recipes = experiment.calibrated(settings, 3, blocks=2)
-    plain, module = (recipe.model_dump() for recipe in recipes.values())
-    assert module["options"].pop("config") == SCMConfig.released(blocks=2).model_dump()
-    assert (plain.pop("method"), module.pop("method")) == ("tscam", "scm")
-    assert plain == module
-    assert plain["training"]["seed"] == 3
-    with pytest.raises(ParameterError, match="unknown preset 'released_code'"):
-        experiment.calibrated({**settings, "preset": "released_code"})
-
-
-def test_history_keeps_lambda_and_beta(root):
-    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
-    run = runs.start("x", {"seed": 0, "run_folder": "a"})
+def test_history_keeps_lambda_and_beta(splits):
     recipe = small("scm", options={"config": SCMConfig.released(blocks=2, first_steps=4).model_dump()})
-    model, folder = experiment.fit(run, "scm", recipe, splits, progress=False)
-    last = experiment.history(folder).iloc[-1]
+    model, folder = fit("scm", recipe, splits)
+    last = history(folder).iloc[-1]
     assert {name: pytest.approx(last[name]) for name in model.scalars()} == model.scalars()
     assert last.lambda_1 != 1.0
 
 
-def test_unknown_method_and_missing_data_are_named():
+def test_unknown_method_and_missing_data_are_named(root):
     with pytest.raises(ParameterError, match="did you mean 'tscam'"):
         small(method="tscan").build(4)
     with pytest.raises(DataError, match="pets"):
-        experiment.load_splits("pets")
+        load_splits("pets")
     with pytest.raises(ParameterError, match="did you mean 'body_cue'"):
-        experiment.load_splits("aviary", body_que=1.0)
+        load_splits("aviary", body_que=1.0)
 
 
 def test_splits_of_the_published_lists(tmp_path):
@@ -120,31 +107,18 @@ def test_splits_of_the_published_lists(tmp_path):
         cv2.imwrite(str(tmp_path / f"{split}.png"), np.zeros((8, 8, 3), np.uint8))
         (folder / "image_ids.txt").write_text(f"{split}.png\n")
         (folder / "class_labels.txt").write_text(f"{split}.png,0\n")
-    splits = experiment.load_splits("metadata", str(tmp_path))
+    splits = load_splits("metadata", str(tmp_path))
     assert [part.image_ids[0] for part in splits] == ["train-weaksup.png", "train-fullsup.png", "test.png"]
     with pytest.raises(DataError, match="no folder given for the data set 'metadata'"):
-        experiment.load_splits("metadata")
+        load_splits("metadata")
     with pytest.raises(ParameterError, match="did you mean 'metadata'"):
-        experiment.load_splits("metadat", str(tmp_path))
+        load_splits("metadat", str(tmp_path))
 
 
-def test_used_settings_are_those_of_the_run_if_it_agrees(tmp_path):
-    run = runs.Run("00_overview", {}, tmp_path)
-    name = "03_cam_and_tscam"
-    defaults = experiment.used_settings(run, name, dataset="aviary", seed=0)
-    used = {**defaults, "cam_epochs": 99}
-    (tmp_path / "metrics").mkdir()
-    path = tmp_path / "metrics" / "03_cam_and_tscam.json"
-    path.write_text(json.dumps({"provenance": {"parameters": used}}))
-    assert experiment.used_settings(run, name, dataset="aviary", seed=0)["cam_epochs"] == 99
-    assert experiment.used_settings(run, name, dataset="aviary", seed=1)["cam_epochs"] == defaults["cam_epochs"]
-
-
-def test_only_the_first_layers_are_tuned_when_asked(root):
-    splits = experiment.load_splits("aviary", classes=4, train=16, val=4, test=4)
+def test_only_the_first_layers_are_tuned_when_asked(splits):
     recipe = small("tscam", tuned_layers=2)
     start = {name: value.clone() for name, value in recipe.build(4).state_dict().items()}
-    model, _ = experiment.fit(runs.start("x", {"seed": 0}), "tscam", recipe, splits, progress=False)
+    model, _ = fit("tscam", recipe, splits)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, start[name])}
     assert any(name.startswith("backbone.vit.blocks.1.") for name in moved)
     assert any(name.startswith("backbone.vit.patch_embed.") for name in moved)
