@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from wsolnb.multilabel import ClassifierRecipe, RandomLongSideCrop
 
 from wsolnb.backbones import ConvBackbone, TransformerBackbone, create_backbone, normalisation
 from wsolnb.data import Sample
@@ -19,11 +20,9 @@ from wsolnb.methods.locloc import (
     LocalFeatureDigging,
     LocLoc,
     LocLocConfig,
-    learn_masks,
 )
 from wsolnb.methods.mctformer import MCTformer
-from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder, attention_objective
-from wsolnb.multilabel import ClassifierRecipe, RandomLongSideCrop
+from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
 from wsolnb.train.loop import TrainingConfig
 
 HALF = (0.5, 0.5, 0.5)
@@ -133,24 +132,26 @@ def test_ppd_and_locloc_train(built):
     for name in ("vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224", "vit_small_patch8_224.dino"):
         backbone = copy.deepcopy(built[name])
         whole = images_of(backbone)
-        model = PPD(
-            backbone, 3, ProxyProbingDecoder(backbone.dim, 8, 8), LinearProbe(backbone.dim, 3, blocks=2)
-        ).train()
-        attention_objective()(model, {"image": whole}, None).backward()
-        model(whole).logits.sum().backward()
-        assert all(part.weight.grad is not None for part in (model.decoder.layers[0], model.probe.linear))
+        decoder, probe = ProxyProbingDecoder(backbone.dim, 8, 8), LinearProbe(backbone.dim, 3, blocks=2)
+        batch = {"image": whole, "label": torch.tensor([0, 2])}
+        for model in (PPD(backbone, 3, decoder), PPD(backbone, 3, probe=probe)):
+            model.train().loss(model, batch).backward()
+        assert all(part.weight.grad is not None for part in (decoder.layers[0], probe.linear))
         backbone = shallow(name, side=8)
         config = LocLocConfig.paper(base=1, channels=4)
-        parts = GrabCutEnhancedGenerator(backbone.dim, 3, config), LocalFeatureDigging(backbone, 3)
-        model = LocLoc(backbone, 3, *parts, config).train()
+        generator = GrabCutEnhancedGenerator(backbone.dim, 3, config)
+        classifier = LocalFeatureDigging(backbone, 3)
         whole = images_of(backbone)
         mask = np.zeros(whole.shape[2:], np.uint8)
         mask[:30, :30] = 1
         samples = [Sample(np.zeros((*mask.shape, 3), np.uint8), "", (0,), mask=mask)] * 2
-        learn_masks(model, {"image": whole, "samples": samples}, None).backward()
-        model(whole).logits.sum().backward()
-        assert model.classifier.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-        assert model.eval()(whole).class_maps.shape == (2, 3, 8, 8)
+        batch = {"image": whole, "label": torch.tensor([0, 2]), "samples": samples}
+        for part in ({"generator": generator}, {"classifier": classifier}):
+            model = LocLoc(backbone, 3, **part, config=config).train()
+            model.loss(model, batch).backward()
+        assert generator.to_map.weight.grad.abs().sum() > 0
+        assert classifier.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+        assert LocLoc(backbone, 3, generator, classifier, config).eval()(whole).class_maps.shape == (2, 3, 8, 8)
 
 
 def test_registers_are_in_no_map_and_no_mean(built):
