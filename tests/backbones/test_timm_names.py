@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from wsolnb.multilabel import ClassifierRecipe, RandomLongSideCrop
 
 from wsolnb.backbones import ConvBackbone, TransformerBackbone, create_backbone, normalisation
 from wsolnb.data import Sample
 from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD
+from wsolnb.data.transforms import RandomLongSideCrop
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.methods import create_method
 from wsolnb.methods.locloc import (
@@ -24,6 +24,7 @@ from wsolnb.methods.locloc import (
 from wsolnb.methods.mctformer import MCTformer
 from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
 from wsolnb.train.loop import TrainingConfig
+from wsolnb.train.recipe import Recipe
 
 HALF = (0.5, 0.5, 0.5)
 VITS = {  # patch, prefix tokens, mean
@@ -268,8 +269,8 @@ def test_embedded_backbones_keep_imagenets_colours():
 def test_padding_has_the_backbones_mean():
     loop = TrainingConfig(epochs=1, lr=1e-3)
     for name, mean in (("vit_small", HALF), ("resnet_mini", IMAGENET_MEAN)):
-        recipe = ClassifierRecipe(backbone=name, long_side=(32, 32), image_size=64, training=loop)
-        crop = recipe.train_transform().transforms[0]
+        recipe = Recipe(method="cam", backbone=name, long_side=(32, 32), image_size=64, training=loop)
+        crop = recipe.train_transform(normalisation(name)[0]).transforms[0]
         assert isinstance(crop, RandomLongSideCrop)
         found = crop(Sample(np.zeros((32, 32, 3), np.uint8), "", (0,)), np.random.default_rng(0)).image
         assert set(np.unique(found)) == {0, *(round(255 * value) for value in mean)}
