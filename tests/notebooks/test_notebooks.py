@@ -80,7 +80,7 @@ def test_nbval_takes_what_may_differ_and_finds_what_may_not(tmp_path, monkeypatc
     monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
     cells = [
         "import time, os, sys\nfrom tqdm import tqdm",
-        'folder = run.cached("model", {}, [params], lambda folder: None); folder',
+        'folder = run.cached("model", lambda folder: None); folder',
         'print(f"{time.perf_counter():.3f} s, {time.time():.0f} images/s, {object()}, {run.started}")',
         'for i in tqdm(range(3), file=sys.stdout, desc=f"{os.getpid()}"): pass',
         "epochs",
