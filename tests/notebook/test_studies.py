@@ -1,0 +1,29 @@
+import math
+
+import pandas as pd
+import pytest
+
+from wsolnb.notebook import studies
+
+
+def rows(backbone, scores):
+    return [
+        {"backbone": backbone, "seed": seed, "method": method, "gt_known": score, "top1": 1 - score}
+        for seed, pair in enumerate(scores)
+        for method, score in zip(("old", "new"), pair, strict=True)
+    ]
+
+
+def test_pairs_are_compared_within_seeds():
+    table = pd.DataFrame(rows("a", [(0.1, 0.2), (0.5, 0.7), (0.3, 0.6)]) + rows("b", [(0.4, 0.3)]))
+    found = studies.compare(table, ["backbone"], ["gt_known", "top1"], {"old": "Old", "new": "New"})
+    assert found.to_dict("list") == {
+        "backbone": ["a", "b"],
+        "pairs": [3, 1],
+        "Old": [0.3, 0.4],
+        "New": [0.5, 0.3],
+        "d gt_known": ["+0.200 ± 0.248", "-0.100 ± nan"],  # t(0.975, 2) = 4.303, times 0.1 / sqrt(3)
+        "d top1": ["-0.200 ± 0.248", "+0.100 ± nan"],
+    }
+    assert 4.3027 * 0.1 / math.sqrt(3) == pytest.approx(0.248, abs=5e-4)
+    assert studies.compare(table[:0], ["backbone"], ["top1"], {"old": "Old", "new": "New"}).empty
