@@ -335,6 +335,11 @@ def test_seed_masks_and_scores_agree(tmp_path):
         stored = Store(tmp_path / name).read_maps("im_2")
         assert stored.classes == (0, 2)
         np.testing.assert_allclose(stored.maps, found[2]["cam"].maps, atol=1e-3)
+    before = (tmp_path / "cam" / "im_1.npz").stat().st_mtime_ns
+    (tmp_path / "cam" / "im_2.npz").unlink()  # an interruption: the next call makes what is missing
+    prototypes_module.write_maps(source, {"cam": None, "again": None}, config, tmp_path)
+    np.testing.assert_allclose(Store(tmp_path / "cam").read_maps("im_2").maps, found[2]["cam"].maps, atol=1e-3)
+    assert (tmp_path / "cam" / "im_1.npz").stat().st_mtime_ns == before
     with pytest.raises(DataError, match="im_9"):
         Store(tmp_path / "cam").read_maps("im_9")
     by_image = list(image_scores(source, {"cam": None}, config, {"cam": 0.37}))

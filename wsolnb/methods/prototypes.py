@@ -261,7 +261,16 @@ def seed_maps(source: FeatureSource, kind: str, config: LPCAMConfig, *args, **op
 def write_maps(
     source: FeatureSource, by_name: Mapping[str, Directions | None], config: LPCAMConfig, folder: Path
 ) -> None:
-    """Write `variant_maps` of every image, a `Store` below the folder for each name."""
-    for found in variant_maps(source, by_name, config):
+    """Write `variant_maps` of every image, a `Store` below the folder for each name; images already there are left out.
+
+    A file is written by rename, so that one that is there is whole.
+    """
+    stores = {name: Store(folder / name) for name in by_name}
+    left = [
+        index
+        for index, image_id in enumerate(source.image_ids)
+        if not all(store.path(image_id, ".npz").is_file() for store in stores.values())
+    ]
+    for found in variant_maps(source, by_name, config, left):
         for name, image in found.items():
-            Store(folder / name).write_maps(image)
+            stores[name].write_maps(image)
