@@ -236,6 +236,21 @@ def test_pairs_are_before_and_after(run, splits):
         assert row.before == pytest.approx(locloc.mask_iou(before, sample.mask), abs=1e-3)
 
 
+def test_without_true_masks_the_given_thresholds_stand(run, splits):
+    """As of ILSVRC: `WithMasks` of an empty store reads an image without any truth."""
+
+    class Bare(WithMasks):
+        def read(self, index, truth=True):
+            return self.dataset.read(index, truth=False)
+
+    bare, masks = Bare(splits.val, Store(run.folder / "none")), small(fg_threshold=0.4).masks
+    found = locloc.search(run, masks, bare)
+    assert list(found.by) == ["attention", "GrabCut"]
+    assert set(found.fg) == {0.4}
+    assert found.iou.isna().all()
+    assert len(locloc.pairs(run, masks, bare, 0.4)) == 0
+
+
 # Maps and scores
 
 
@@ -286,7 +301,7 @@ def test_four_maps_are_those_of_their_sources(run, splits, taught):
         for one, score_map in zip(single, together.maps.values(), strict=True):
             assert np.array_equal(next(iter(one.maps.values())), score_map)
     scores = locloc.map_scores(run, experiment, splits, models)
-    assert list(scores.map) == ["attention", "GrabCut mask", "GEG", "PPD"]
+    assert list(scores["map"]) == ["attention", "GrabCut mask", "GEG", "PPD"]
     test, val = (evaluation.evaluate(models["GEG"], part, transform) for part in (splits.test, splits.val))
     expected = test.table(val)[0]
     row = scores.set_index("map").loc["GEG"]
@@ -324,7 +339,7 @@ def test_class_scores_and_studies(run, splits, taught):
     generator, classifier, probe = three
     scores = locloc.class_scores(run, experiment, splits, generator, classifier, probe)
     assert list(scores.classifier) == ["LFDM", "LFDM", "linear probe", "LFDM, enhanced at test"]
-    assert list(scores.map[:2]) == ["generated", "classifier"]
+    assert list(scores["map"][:2]) == ["generated", "classifier"]
     whole = LocLoc(generator.frozen.backbone, 4, generator.generator, classifier.classifier)
     assert scores.top1[0] == locloc.top1(whole, splits.test, experiment.test_transform())
     table = pd.DataFrame(locloc.class_study(run, experiment, splits, generator, taught, locloc.CLASS_VARIANTS, [0]))
