@@ -128,5 +128,5 @@ def test_a_layer_off_the_way_to_the_score_is_refused(classifier):
 
 def test_an_unknown_layer_is_named_with_the_nearest(classifier):
     assert find_layer(classifier.backbone, "") is classifier.backbone
-    with pytest.raises(ParameterError, match=r"resnet\.layer9.*mean 'resnet\.layer"):
-        find_layer(classifier.backbone, "resnet.layer9")
+    with pytest.raises(ParameterError, match=r"cnn\.layer9.*mean 'cnn\.layer"):
+        find_layer(classifier.backbone, "cnn.layer9")
