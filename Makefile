@@ -12,7 +12,7 @@ WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1
 
 help:
 	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets|seeds) and print the table of metrics"
-	@echo "make test        lint, unit tests, every notebook against its stored outputs and recorded numbers; five long ones in small"
+	@echo "make test        lint, unit tests, every notebook against its stored outputs and recorded numbers; four long ones in small"
 	@echo "make test-full   the same with the long ones as they are: half an hour on two cores"
 	@echo "make unit        the fast part of the tests"
 	@echo "make lab         open JupyterLab on the notebooks"
