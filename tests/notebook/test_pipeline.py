@@ -505,7 +505,7 @@ def test_an_interruption_keeps_what_is_done(repository, jobs, number):
     until((folder / "started").exists)
     process.send_signal(getattr(signal, number))
     process.send_signal(signal.SIGINT)  # a second one changes nothing
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "Interrupted. What is finished is kept" in out
     assert "Traceback" not in out
@@ -547,7 +547,7 @@ def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, 
     first.send_signal(getattr(signal, number))
     summary = pipeline.reproduce("mini", ["seed=1"], jobs=2)
     assert of_run(number) == [] or [process.pid for process in of_run(number)] == [first.pid]
-    assert first.wait(60) == (-signal.SIGKILL if number == "SIGKILL" else 130)
+    assert first.wait(180) == (-signal.SIGKILL if number == "SIGKILL" else 130)
     assert of_run(number) == []
     assert status(summary) == {name: "done" for name in names}
     assert summary["tables"] == {name: [{"seed": 1}] for name in names}
