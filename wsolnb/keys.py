@@ -827,6 +827,10 @@ def differences(old: Any, new: Any, most: int = 3) -> str:
 def _differences(old: Any, new: Any, place: tuple[str, ...]) -> Iterator[str]:
     if old == new:
         return
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for one, other in zip(old, new, strict=True):
+            yield from _differences(one, other, place)
+        return
     if isinstance(old, dict) and isinstance(new, dict) and "sha256" not in new:
         for name in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(name), new.get(name), (*place, name))
