@@ -495,7 +495,7 @@ def until(condition):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(("jobs", "number"), [("1", "SIGINT"), ("2", "SIGINT")])
+@pytest.mark.parametrize(("jobs", "number"), [("1", "SIGINT"), ("2", "SIGINT"), ("1", "SIGTERM")])
 def test_an_interruption_keeps_what_is_done(repository, jobs, number):
     waits = "open(os.path.join(run.folder, 'started'), 'w').close(); time.sleep(60)"
     repository.notebook("03_cam", "import os, time", waits)

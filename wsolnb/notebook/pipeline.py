@@ -300,7 +300,8 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
                 continue
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            # Every second, as a signal that another thread has taken wakes this one only when it runs.
+            for future in wait(running, 1, FIRST_COMPLETED).done:
                 name, line = running.pop(future)
                 over.add(name)
                 try:
