@@ -1,25 +1,11 @@
 import pytest
 import torch
-from torch import nn
+from over_cam import Tiny, assert_learns_and_repeats
 
 from wsolnb.errors import ParameterError
 from wsolnb.methods import create_method
 from wsolnb.methods.acol import ACoL, ACoLOutput, erase
 from wsolnb.methods.base import classification_loss
-
-
-class Tiny(nn.Module):
-    """A backbone of two layers; (B, 6, H / 2, W / 2)."""
-
-    dim = 6
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.conv = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(5, 6, 1)
-
-    def forward(self, images):
-        return self.conv(self.inner(images).relu()).relu()
 
 
 def scaled(values):
@@ -150,28 +136,7 @@ def test_the_head_is_both_branches():
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_training_reduces_the_loss_and_is_reproducible(multi):
-    labels = torch.arange(16) % 3
-    images = torch.randn(16, 3, 16, 16) * 0.2
-    images[torch.arange(16), labels, 4:12, 4:12] += 1.5
-    batch = {"image": images, "label": nn.functional.one_hot(labels, 3) if multi else labels}
-
-    def run():
-        torch.manual_seed(3)
-        model = create_method("acol", Tiny(), 3, hidden=8)
-        with torch.no_grad():
-            before = float(model.eval().loss(model, batch))
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.02)
-        for _ in range(30):
-            optimizer.zero_grad()
-            model.loss(model, batch).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return model, before, float(model.eval().loss(model, batch))
-
-    (first, before, after), (second, _, again) = run(), run()
-    assert after < 0.6 * before
-    assert after == again
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert_learns_and_repeats("acol", multi, hidden=8)
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,13 @@ import math
 
 import pytest
 import torch
+from over_cam import Tiny, assert_cam_in_evaluation, assert_learns_and_repeats
 from torch import nn
 
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
 from wsolnb.methods import create_method
 from wsolnb.methods.adl import ADL, drop_mask
-from wsolnb.methods.cam import CAMClassifier
-
-
-class Tiny(nn.Module):
-    """A backbone of two layers; (B, 6, H / 2, W / 2)."""
-
-    dim = 6
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.conv = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(5, 6, 1)
-
-    def forward(self, images):
-        return self.conv(self.inner(images).relu()).relu()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.8, 1.0])
@@ -105,40 +91,12 @@ def test_inner_layers_of_a_resnet_change_the_features_of_training_only():
 
 
 def test_in_evaluation_it_is_cam():
-    model = ADL(Tiny(), 3).eval()
-    plain = CAMClassifier(model.backbone, 3).eval()
-    plain.load_state_dict(model.state_dict())
-    images, classes = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 1, 1])
-    found, expected = model.localize(model(images), classes), plain.localize(plain(images), classes)
-    assert torch.equal(model(images).logits, plain(images).logits)
-    assert model.maps == plain.maps == tuple(found)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_cam_in_evaluation(ADL)
 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_training_reduces_the_loss_and_is_reproducible(multi):
-    labels = torch.arange(16) % 3
-    images = torch.randn(16, 3, 16, 16) * 0.2
-    images[torch.arange(16), labels, 4:12, 4:12] += 1.5
-    batch = {"image": images, "label": nn.functional.one_hot(labels, 3) if multi else labels}
-
-    def run():
-        torch.manual_seed(3)
-        model = create_method("adl", Tiny(), 3)
-        with torch.no_grad():
-            before = float(model.eval().loss(model, batch))
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.02)
-        for _ in range(30):
-            optimizer.zero_grad()
-            model.loss(model, batch).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return model, before, float(model.eval().loss(model, batch))
-
-    (first, before, after), (second, _, again) = run(), run()
-    assert after < 0.6 * before
-    assert after == again
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert_learns_and_repeats("adl", multi)
 
 
 @pytest.mark.parametrize(

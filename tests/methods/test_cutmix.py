@@ -2,27 +2,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from over_cam import Tiny, assert_cam_in_evaluation, assert_learns_and_repeats
 
 from wsolnb.errors import ParameterError
 from wsolnb.methods import create_method
 from wsolnb.methods.base import classification_loss
-from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.cutmix import CutMix, cut_box, cut_mix
-
-
-class Tiny(nn.Module):
-    """A backbone of two layers; (B, 6, H / 2, W / 2)."""
-
-    dim = 6
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.conv = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(5, 6, 1)
-
-    def forward(self, images):
-        return self.conv(self.inner(images).relu()).relu()
 
 
 def test_the_box_has_the_area_unless_it_is_clipped():
@@ -135,41 +120,12 @@ def test_the_probability_is_that_of_mixing():
 
 
 def test_in_evaluation_it_is_cam():
-    model = CutMix(Tiny(), 3).eval()
-    plain = CAMClassifier(model.backbone, 3).eval()
-    plain.load_state_dict(model.state_dict())
-    images, classes = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 1, 1])
-    batch = {"image": images, "label": classes}
-    assert torch.equal(model.loss(model, batch), plain.loss(plain, batch))
-    found, expected = model.localize(model(images), classes), plain.localize(plain(images), classes)
-    assert model.maps == plain.maps == tuple(found)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_cam_in_evaluation(CutMix)
 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_training_reduces_the_loss_and_is_reproducible(multi):
-    labels = torch.arange(16) % 3
-    images = torch.randn(16, 3, 16, 16) * 0.2
-    images[torch.arange(16), labels, 4:12, 4:12] += 1.5
-    batch = {"image": images, "label": nn.functional.one_hot(labels, 3) if multi else labels}
-
-    def run():
-        torch.manual_seed(3)
-        model = create_method("cutmix", Tiny(), 3)
-        with torch.no_grad():
-            before = float(model.eval().loss(model, batch))
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.02)
-        for _ in range(60):
-            optimizer.zero_grad()
-            model.loss(model, batch).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return model, before, float(model.eval().loss(model, batch))
-
-    (first, before, after), (second, _, again) = run(), run()
-    assert after < 0.8 * before
-    assert after == again
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert_learns_and_repeats("cutmix", multi, share=0.8, steps=60)
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0}, {"alpha": -1.0}, {"alpha": float("nan")}, {"probability": 1.1}])

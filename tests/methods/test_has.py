@@ -1,26 +1,11 @@
 import pytest
 import torch
-from torch import nn
+from over_cam import Tiny, assert_cam_in_evaluation, assert_learns_and_repeats
 
 from wsolnb.errors import ParameterError
 from wsolnb.methods import create_method
 from wsolnb.methods.base import classification_loss
-from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.has import HideAndSeek, hide
-
-
-class Tiny(nn.Module):
-    """A backbone of two layers; (B, 6, H / 2, W / 2)."""
-
-    dim = 6
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.conv = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(5, 6, 1)
-
-    def forward(self, images):
-        return self.conv(self.inner(images).relu()).relu()
 
 
 @pytest.mark.parametrize(("height", "width", "grid"), [(8, 8, 4), (7, 10, 3), (5, 6, 5), (4, 4, 1)])
@@ -78,41 +63,12 @@ def test_the_loss_is_that_of_the_hidden_images():
 
 
 def test_in_evaluation_it_is_cam():
-    model = HideAndSeek(Tiny(), 3).eval()
-    plain = CAMClassifier(model.backbone, 3).eval()
-    plain.load_state_dict(model.state_dict())
-    images, classes = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 1, 1])
-    batch = {"image": images, "label": classes}
-    assert torch.equal(model.loss(model, batch), plain.loss(plain, batch))
-    found, expected = model.localize(model(images), classes), plain.localize(plain(images), classes)
-    assert model.maps == plain.maps == tuple(found)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_cam_in_evaluation(HideAndSeek)
 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_training_reduces_the_loss_and_is_reproducible(multi):
-    labels = torch.arange(16) % 3
-    images = torch.randn(16, 3, 16, 16) * 0.2
-    images[torch.arange(16), labels, 4:12, 4:12] += 1.5
-    batch = {"image": images, "label": nn.functional.one_hot(labels, 3) if multi else labels}
-
-    def run():
-        torch.manual_seed(3)
-        model = create_method("has", Tiny(), 3)
-        with torch.no_grad():
-            before = float(model.eval().loss(model, batch))
-        optimizer = torch.optim.Adam(model.train().parameters(), lr=0.02)
-        for _ in range(30):
-            optimizer.zero_grad()
-            model.loss(model, batch).backward()
-            optimizer.step()
-        with torch.no_grad():
-            return model, before, float(model.eval().loss(model, batch))
-
-    (first, before, after), (second, _, again) = run(), run()
-    assert after < 0.6 * before
-    assert after == again
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert_learns_and_repeats("has", multi)
 
 
 @pytest.mark.parametrize("options", [{"grid": 0}, {"grid": 2.5}, {"probability": 1.5}, {"probability": -0.1}, {"p": 1}])
