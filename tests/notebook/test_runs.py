@@ -183,21 +183,21 @@ def test_an_artefact_is_built_once(run, capsys):
     assert run.artefacts == {first.name: record["hash"]}
 
     assert run.cached("tscam", Builder("v")) != first
-    assert capsys.readouterr().out.startswith("built tscam in 0 s, anew: ")
+    assert capsys.readouterr().out.startswith("built tscam in 0 s; unlike the one before: ")
     assert run.cached("tscam", build, uses=["more"]) != first
     assert run.cached("cam[1]", build) != first
-    assert "anew" not in capsys.readouterr().out.splitlines()[-1]
+    assert "unlike" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_what_made_it_stale_is_said(run, capsys):
     for rate in (0.1, 0.2):
         run.cached("a", lambda folder, rate=rate: None)
-    assert capsys.readouterr().out.splitlines()[1].startswith("built a in 0 s, anew: ")
+    assert capsys.readouterr().out.splitlines()[1].startswith("built a in 0 s; unlike the one before: ")
     path = run.folder / "list.txt"
     for text in "ab":
         path.write_text(text)
         run.cached("b", lambda folder: path)
-    assert "anew: " in capsys.readouterr().out.splitlines()[1]
+    assert "unlike the one before: " in capsys.readouterr().out.splitlines()[1]
     assert str(path) in run.data
 
 

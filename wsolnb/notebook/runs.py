@@ -352,7 +352,7 @@ def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
     parts = ("inputs", "code", "versions")
     old = {part: others[-1]["key"].get(part) for part in parts}
     new = json.loads(to_json({part: getattr(key, part) for part in parts}))
-    return f", anew: {keys.differences(old, new)}"
+    return f"; unlike the one before: {keys.differences(old, new)}"
 
 
 def check_current(folder: str | os.PathLike[str]) -> None:

@@ -1,10 +1,10 @@
 """The experiments of SCM (Bai et al., ECCV 2022, https://arxiv.org/abs/2207.10447) and of its baselines.
 
-baselines = scm.Baselines(**parameters)            # notebook 03: CAM, TS-CAM and other methods
-pair = scm.Pair(**parameters)                      # notebook 11: TS-CAM and SCM from one start
-studies = scm.Studies(pair=pair, **parameters)     # notebook 12: pairs over seeds, one change at a time
-trained = pair.fit_all(run, scm.PAIR, [0, 1], splits)
-table, found = scm.score_all(trained, splits)
+    baselines = scm.Baselines(**parameters)            # notebook 03: CAM, TS-CAM and other methods
+    pair = scm.Pair(**parameters)                      # notebook 11: TS-CAM and SCM from one start
+    studies = scm.Studies(pair=pair, **parameters)     # notebook 12: pairs over seeds, one change at a time
+    trained = pair.fit_all(run, scm.PAIR, [0, 1], splits)
+    table, found = scm.score_all(trained, splits)
 """
 
 from __future__ import annotations
@@ -407,9 +407,9 @@ class Studies(BaseModel):
 
 
 def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
-    """Train one model of a study, or find it; yield a row for its best and for its last epoch, if they differ.
+    """Train one model of a study, or find it; yield a row for its best and one for its last epoch.
 
-    Scores are those of test images, at thresholds chosen on validation images; the drift is that of validation images.
+    Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds chosen on validation images; the drift is that of validation images.
     """
     pair, splits = trial.pair, trial.pair.splits()
     one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)
