@@ -409,7 +409,8 @@ class Studies(BaseModel):
 def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
     """Train one model of a study, or find it; yield a row for its best and one for its last epoch.
 
-    Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds chosen on validation images; the drift is that of validation images.
+    Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds
+    chosen on validation images; the drift is that of validation images.
     """
     pair, splits = trial.pair, trial.pair.splits()
     one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)
