@@ -83,6 +83,14 @@ def test_protocols():
     assert (both.test_transform(), both.train_transform()) == (resize.test_transform(), crop.train_transform())
 
 
+@pytest.mark.parametrize(
+    "crops", [{"long_side": (64, 96), "scale": (0.5, 1.5)}, {"protocol": "crop", "scale": (0.5, 1.5)}]
+)
+def test_two_crops_at_once_are_refused(crops):
+    with pytest.raises(ValueError, match="several crops of one image"):
+        small(**crops)
+
+
 def test_history_keeps_lambda_and_beta(splits):
     recipe = small("scm", options={"config": SCMConfig.released(blocks=2, first_steps=4).model_dump()})
     model, folder = fit("scm", recipe, splits)

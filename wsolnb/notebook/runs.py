@@ -247,6 +247,7 @@ class Run:
             seconds = round(time.perf_counter() - clock, 1)
             done = {"name": name, "hash": key.hash, "key": _for_record(key), "files": keys.hashes(folder)}
             done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **commit()}
+            done |= {"device": device_name(), "processor": cpu_model()}
             check_current(self.folder)
             write_atomically(folder / keys.RECORD, to_json(done))
         self.artefacts[folder.name] = key.hash

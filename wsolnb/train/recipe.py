@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wsolnb import weights
 from wsolnb.data.base import LocalizationDataset
@@ -50,7 +50,8 @@ class Recipe(BaseModel):
         side, at test the whole image: SCM and TS-CAM) or `crop` (the same training; at test the shorter side is resized
         to 8/7 and the centre cropped: LocLoc, PPD).
     long_side: range of the longer side in pixels before a random crop, as the LPCAM lineage trains on photographs.
-    scale: range of the random factor on the image before a random crop. Of protocol, long_side and scale one is given.
+    scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
+        other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
         the spread around the mean. All three in training only.
     images: training images that are seen, evenly spaced; 0 = all.
@@ -79,6 +80,13 @@ class Recipe(BaseModel):
     num_workers: int = Field(0, ge=0)
     tuned_layers: int | None = Field(None, ge=0)
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Self:
+        if (self.protocol != "resize") + bool(self.long_side) + bool(self.scale) > 1:
+            asked = {"protocol": self.protocol, "long_side": self.long_side, "scale": self.scale}
+            raise ParameterError(f"several crops of one image: {asked}", "give one of protocol, long_side and scale")
+        return self
 
     def test_transform(self) -> Transform:
         """The deterministic transform of the protocol."""
