@@ -641,7 +641,7 @@ ALWAYS = {
     "cam": ["methods/cam.py", "data/cub.py", "train/loop.py", "train/recipe.py", "backbones/cnn.py",
             "data/transforms.py", "metrics/localization.py"],
     "tscam": ["methods/tscam.py", "methods/base.py", "train/evaluation.py", "data/loading.py"],
-    "scm": ["methods/scm.py", "methods/tscam.py", "maps.py"],
+    "scm": ["methods/scm.py", "methods/stencil.py", "methods/tscam.py", "maps.py"],
     "masks": ["methods/grabcut.py", "data/store.py", "data/cub.py"],
     "segmenter": ["methods/deeplabv2.py", "data/store.py", "train/loop.py"],
     "prototypes": ["methods/prototypes.py", "methods/lpcam.py", "methods/features.py", "methods/cam.py"],

@@ -87,6 +87,18 @@ def relative(found, expected):
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4, 9])
+@pytest.mark.parametrize("lam", [0.5, 1.0, 1.5])
+def test_the_equations_as_written_equal_loops_and_the_stencil(lam, steps):
+    tokens, attention = torch.randn(2, 5, 6, 7, dtype=torch.float64), torch.rand(2, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(scm.plain_laplacian(tokens, lam), reference_laplacian(tokens, lam), atol=1e-12, rtol=0)
+    torch.testing.assert_close(scm.plain_laplacian(tokens, lam), scm.laplacian(tokens, lam).dense(), atol=1e-12, rtol=0)
+    plain = scm.plain_diffuse(attention, tokens, lam, steps)
+    expected = reference_diffusion(attention, tokens, lam, steps, 0.002, False)
+    torch.testing.assert_close(plain, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(plain, scm.diffuse(attention, tokens, lam, steps), atol=1e-10, rtol=1e-9)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("constant_start", [False, True])
 def test_diffusion_and_its_gradients_equal_the_dense_form(grid, constant_start):

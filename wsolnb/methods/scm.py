@@ -4,6 +4,9 @@ It is there in training only: the classification loss is taken behind it, and so
 semantic map in front of it, whose product localizes (sec. 3.3).
 
     model = SCM(create_backbone("vit_mini", pretrained=True), num_classes=12, config=SCMConfig.released())
+
+The equations stand first, as https://arxiv.org/abs/2207.10447 writes them: matrices over all pairs of patches. What the
+module runs is `diffuse` of `wsolnb.methods.stencil`, which gives the same without a matrix.
 """
 
 from __future__ import annotations
@@ -13,167 +16,48 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from wsolnb.backbones import TransformerBackbone
-from wsolnb.errors import ParameterError
 from wsolnb.methods import register
+from wsolnb.methods.stencil import diffuse, laplacian
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 
-DENSE_ABOVE = 8
-"""Most Newton-Schulz steps that are done as stencil products; 2**p of them take longer than p squares of matrices."""
+__all__ = [
+    "SCM",
+    "ActivationDiffusionBlock",
+    "Maps",
+    "SCMConfig",
+    "SpatialCalibration",
+    "diffuse",
+    "laplacian",
+    "min_max",
+    "newton_schulz",
+    "plain_diffuse",
+    "plain_laplacian",
+    "tanh_shrink",
+]
 
 EPS = 1e-6
 
-
-class Laplacian(NamedTuple):
-    """The semantic-aware Laplacian of a grid of patches (eq. 4): symmetric, five numbers a row.
-
-    diagonal: (B, h, w). right: (B, h, w - 1), between a patch and its right neighbour. down: (B, h - 1, w).
-    """
-
-    diagonal: Tensor
-    right: Tensor
-    down: Tensor
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """Return L x for (..., B, h, w) values x."""
-        y = self.diagonal * x
-        y[..., :, :-1] += self.right * x[..., :, 1:]
-        y[..., :, 1:] += self.right * x[..., :, :-1]
-        y[..., :-1, :] += self.down * x[..., 1:, :]
-        y[..., 1:, :] += self.down * x[..., :-1, :]
-        return y
-
-    def dense(self) -> Tensor:
-        """Return the matrices (B, N, N), N = h * w in row-major order."""
-        batch, rows, columns = self.diagonal.shape
-        index = torch.arange(rows * columns, device=self.diagonal.device).view(rows, columns)
-        matrix = torch.diag_embed(self.diagonal.flatten(1))
-        for i, j, value in (
-            (index[:, :-1], index[:, 1:], self.right),
-            (index[:-1], index[1:], self.down),
-        ):
-            i, j, value = i.flatten(), j.flatten(), value.flatten(1)
-            matrix = matrix.index_put((torch.arange(batch, device=i.device)[:, None], i[None], j[None]), value)
-            matrix = matrix.index_put((torch.arange(batch, device=i.device)[:, None], j[None], i[None]), value)
-        return matrix
+# Equations 3 to 7, as the paper writes them
 
 
-def laplacian(tokens: Tensor, lam: Tensor | float) -> Laplacian:
-    """Return L = (D - A) * (lam E - 1) of (B, Q, h, w) tokens (eq. 3 and 4), element by element.
+def plain_laplacian(tokens: Tensor, lam: Tensor | float) -> Tensor:
+    """Return L = (D - A) * (lam E - 1), (B, N, N), of (B, Q, h, w) tokens (eq. 3 and 4); N = h w, row by row.
 
-    D, A: degrees and adjacency of the grid's four-neighbourhood. E: cosine similarity of two patches' tokens; that of a
-    zero token (no element above 1e-30) is 0, to itself too, and so is its derivative. At lam = 1 the diagonal of
-    nonzero tokens is 0.
+    E: cosine similarity of the tokens of two patches (eq. 3). A: adjacency of patches that share an edge; D: degrees.
     """
     rows, columns = tokens.shape[2:]
-    degree = tokens.new_zeros(rows, columns)
-    degree[1:] += 1
-    degree[:-1] += 1
-    degree[:, 1:] += 1
-    degree[:, :-1] += 1
-    itself, right, down = _Similarity.apply(tokens)
-    # Off the diagonal D - A is -1.
-    return Laplacian(degree * (lam * itself - 1), 1 - lam * right, 1 - lam * down)
-
-
-class _Similarity(torch.autograd.Function):
-    """Cosine similarity (eq. 3) of each token to itself, to its right and to its lower neighbour.
-
-    With unit vectors u and similarities E_ij = u_i u_j, whose derivatives come in as g_ij, that of a token t_i is
-    sum_j g_ij (u_j - E_ij u_i) / |t_i|: one pass over the tokens per neighbour.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # To magnitude 1 first: behind a few blocks tokens are so small that their squares vanish.
-        largest = torch.maximum(tokens.amax(dim=1, keepdim=True), -tokens.amin(dim=1, keepdim=True))
-        nonzero = largest > 1e-30
-        unit = tokens / torch.where(nonzero, largest, 1)
-        length = (unit * unit).sum(dim=1, keepdim=True).sqrt()
-        unit = unit.mul_(nonzero / torch.where(nonzero, length, 1))
-        right = (unit[..., :, :-1] * unit[..., :, 1:]).sum(dim=1)
-        down = (unit[..., :-1, :] * unit[..., 1:, :]).sum(dim=1)
-        ctx.save_for_backward(unit, nonzero / torch.where(nonzero, largest * length, 1), right, down)
-        itself = nonzero[:, 0].to(tokens.dtype)  # its derivative is 0
-        ctx.mark_non_differentiable(itself)
-        return itself, right, down
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _itself: Tensor, by_right: Tensor, by_down: Tensor) -> Tensor:
-        unit, inverse_length, right, down = ctx.saved_tensors
-        own = torch.zeros_like(inverse_length[:, 0])
-        for ahead, behind, weighted in (
-            (own[..., :, :-1], own[..., :, 1:], by_right * right),
-            (own[..., :-1, :], own[..., 1:, :], by_down * down),
-        ):
-            ahead -= weighted
-            behind -= weighted
-        by = unit * own[:, None]
-        by_right, by_down = by_right[:, None], by_down[:, None]
-        by[..., :, :-1].addcmul_(by_right, unit[..., :, 1:])
-        by[..., :, 1:].addcmul_(by_right, unit[..., :, :-1])
-        by[..., :-1, :].addcmul_(by_down, unit[..., 1:, :])
-        by[..., 1:, :].addcmul_(by_down, unit[..., :-1, :])
-        return by.mul_(inverse_length)
-
-
-class _Stencil(torch.autograd.Function):
-    """X_p F by products of the stencil with maps.
-
-    From X_{p+1} = X_p (2I - L X_p) follows I - L X_p = (I - L X_0)^(2^p), hence X_p = X_0 sum_{k < 2^p} (I - L X_0)^k.
-    With X_0 = alpha L the k-th term is y_{k+1} = y_k - alpha L (L y_k).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, diagonal: Tensor, right: Tensor, down: Tensor, x: Tensor, steps: int, alpha: float, constant: bool
-    ) -> Tensor:
-        matrix = Laplacian(diagonal, right, down)
-        terms, products = [x], []
-        for _ in range(2**steps - 1):
-            products.append(matrix @ terms[-1])
-            terms.append(torch.sub(terms[-1], matrix @ products[-1], alpha=alpha))
-        total = torch.stack(terms).sum(dim=0)
-        ctx.save_for_backward(diagonal, right, down, total, *terms, *products)
-        ctx.alpha, ctx.constant = alpha, constant
-        return alpha * (matrix @ total)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        diagonal, right, down, total, *saved = ctx.saved_tensors
-        count = (len(saved) + 1) // 2
-        terms, products = saved[:count], saved[count:]
-        matrix, alpha = Laplacian(diagonal, right, down), ctx.alpha
-        first = alpha * (matrix @ grad)  # the derivative by every term of the sum
-        adjoint, adjoints, moved = first, [], []
-        for _ in range(count - 1):
-            adjoints.append(adjoint)
-            moved.append(matrix @ adjoint)
-            adjoint = torch.sub(first + adjoint, matrix @ moved[-1], alpha=alpha)
-        # Pairs (u, v) whose outer products u v^T sum to the derivative by L; held at X_0 = alpha L, one of each step's
-        # two factors L, and the one in front, do not count.
-        left, other, scale = [], [], []
-        if count > 1:
-            back = adjoints[::-1]
-            left.append(torch.stack(back)), other.append(torch.stack(products)), scale.append(-alpha)
-            if not ctx.constant:
-                left.append(torch.stack(moved[::-1])), other.append(torch.stack(terms[:-1])), scale.append(-alpha)
-        if not ctx.constant:
-            left.append(grad[None]), other.append(total[None]), scale.append(alpha)
-        by = [torch.zeros_like(part) for part in matrix]
-        for u, v, factor in zip(left, other, scale, strict=True):
-            by[0] += factor * (u * v).sum(dim=0)
-            by[1] += factor * (u[..., :-1] * v[..., 1:] + u[..., 1:] * v[..., :-1]).sum(dim=0)
-            by[2] += factor * (u[..., :-1, :] * v[..., 1:, :] + u[..., 1:, :] * v[..., :-1, :]).sum(dim=0)
-        return (*by, adjoint, None, None, None)
+    unit = F.normalize(tokens.flatten(2), dim=1)
+    similarity = unit.mT @ unit
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(tokens.device)
+    adjacency = ((place[:, None] - place[None]).abs().sum(dim=2) == 1).to(tokens)
+    return (adjacency.sum(dim=1).diag() - adjacency) * (lam * similarity - 1)
 
 
 def newton_schulz(matrix: Tensor, steps: int, alpha: float, constant_start: bool = False) -> Tensor:
-    """Return X_p of eq. 6 for (B, N, N) matrices, as the paper writes it: what `diffuse` is compared with.
+    """Return X_p of eq. 6 for (B, N, N) matrices, the inverse of a matrix by p steps of Newton and Schulz.
 
     steps: p. constant_start: hold X_0 = alpha L^T constant when differentiating, as the released code does.
     """
@@ -185,38 +69,10 @@ def newton_schulz(matrix: Tensor, steps: int, alpha: float, constant_start: bool
     return x
 
 
-def diffuse(
-    attention: Tensor,
-    tokens: Tensor,
-    lam: Tensor | float,
-    steps: int,
-    alpha: float = 0.002,
-    constant_start: bool = False,
-) -> Tensor:
-    """Return the diffused attention X_p F (B, h, w), eq. 3 to 6, without the matrix X_p.
-
-    attention: F (B, h, w). tokens: what the similarity is taken of, the semantic map S (B, C, h, w). lam: intensity of
-    the semantics; less diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1 pairs of
-    stencil products, above by squares of matrices. alpha: of X_0 = alpha L^T. constant_start: as in `newton_schulz`.
-
-    Computed in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do
-    not fit.
-    """
-    if attention.ndim != 3 or tokens.ndim != 4 or attention.shape != tokens[:, 0].shape:
-        raise ParameterError(
-            f"attention {tuple(attention.shape)} and tokens {tuple(tokens.shape)} do not fit",
-            "give (B, h, w) and (B, Q, h, w)",
-        )
-    if steps < 0:
-        raise ParameterError(f"{steps} Newton-Schulz steps", "give 0 or more")
-    with torch.autocast(attention.device.type, enabled=False):
-        kind = torch.promote_types(attention.dtype, torch.float32)
-        attention, tokens = attention.to(kind), tokens.to(kind)
-        matrix = laplacian(tokens, lam)
-        if steps > DENSE_ABOVE:
-            values = attention.flatten(1)[..., None]
-            return _squares(matrix.dense(), values, steps, alpha, constant_start).view_as(attention)
-        return _Stencil.apply(*matrix, attention, steps, alpha, constant_start)
+def plain_diffuse(attention: Tensor, tokens: Tensor, lam: Tensor | float, steps: int, alpha: float = 0.002) -> Tensor:
+    """Return X_p F (B, h, w) of the attention F (B, h, w), eq. 5 and 6; the arguments are those of `diffuse`."""
+    inverse = newton_schulz(plain_laplacian(tokens, lam), steps, alpha)
+    return (inverse @ attention.flatten(1)[..., None]).view_as(attention)
 
 
 def tanh_shrink(x: Tensor) -> Tensor:
@@ -233,22 +89,6 @@ def min_max(x: Tensor) -> Tensor:
     """Scale each map (B, h, w) to [0, 1]; a constant one becomes 0."""
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=EPS)
-
-
-def _squares(matrix: Tensor, x: Tensor, steps: int, alpha: float, constant_start: bool) -> Tensor:
-    """Return X_p x for (B, N, N) matrices and (B, N, 1) values, by p - 1 products of matrices.
-
-    With R = I - L X_0 the sum in `_Stencil` is the product of I + R^(2^i) over i < p.
-    """
-    start = alpha * matrix.mT
-    if constant_start:
-        start = start.detach()
-    power = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - matrix @ start
-    for step in range(steps):
-        x = x + power @ x
-        if step + 1 < steps:
-            power = power @ power
-    return start @ x
 
 
 class SCMConfig(BaseModel):
