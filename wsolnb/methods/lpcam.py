@@ -213,7 +213,11 @@ def select_prototypes(
 
 
 def similarity_maps(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Return cosine similarities (B, K, h, w) of each local feature of (B, D, h, w) to each prototype (K, D)."""
+    """Return the maps that eq. 5 averages: cosine similarities (B, K, h, w) of (B, D, h, w) features to each prototype.
+
+    prototypes: (K, D). Their mean over the class prototypes is FG of eq. 5, over the context prototypes BG; `direction`
+    gives FG - BG in one product.
+    """
     return torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
 
 
