@@ -1,11 +1,13 @@
 """The experiments of LocLoc (ACM MM 2023) and of its baseline PPD (Xu et al., ACM MM 2022).
 
-masks = locloc.Masks(**parameters)                 # notebook 30: masks by GrabCut
-experiment = locloc.Experiment(                    # notebooks 31 to 33: what is trained with them
-    masks=run.used("30_locloc_grabcut"), decoders=run.used("31_locloc_generator"), classifiers=parameters
-)
-taught = experiment.masks.taught(run, splits.train)
-model, folder = experiment.fit(run, "generator", seed, taught)
+    masks = locloc.Masks(**parameters)                 # notebook 30: masks by GrabCut
+    experiment = locloc.Experiment(                    # notebooks 31 to 33: what is trained with them
+        masks=run.used("30_locloc_grabcut"), decoders=run.used("31_locloc_generator"), classifiers=parameters
+    )
+    taught = experiment.masks.taught(run, splits.train)
+    model, folder = experiment.fit(run, "generator", seed, taught)
+
+Everything expensive is made once per run folder.
 """
 
 from __future__ import annotations

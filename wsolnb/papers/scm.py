@@ -5,6 +5,8 @@
     studies = scm.Studies(pair=pair, **parameters)     # notebook 12: pairs over seeds, one change at a time
     trained = pair.fit_all(run, scm.PAIR, [0, 1], splits)
     table, found = scm.score_all(trained, splits)
+
+Everything that is trained is trained once per run folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What notebook 04 measures: where the maps of pretrained backbones lie, and what each ingredient of a recipe gives.
 
-tuning = FineTuning(**parameters)
-model = tuning.recipe("vit_mini", seed=0).build(classes)
-rows = score_rows(LastLayers(model), splits, transform, choose=True)
+    tuning = FineTuning(**parameters)
+    model = tuning.recipe("vit_mini", seed=0).build(classes)
+    rows = score_rows(LastLayers(model), splits, transform, choose=True)
+
+Thresholds are chosen on validation images.
 """
 
 from __future__ import annotations
