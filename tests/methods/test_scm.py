@@ -1,3 +1,4 @@
+import decimal
 import functools
 import math
 
@@ -7,7 +8,7 @@ import torch
 
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
-from wsolnb.methods import scm
+from wsolnb.methods import scm, stencil
 from wsolnb.methods.scm import SCM, ActivationDiffusionBlock, SCMConfig, SpatialCalibration
 from wsolnb.methods.tscam import TSCAM
 
@@ -191,11 +192,100 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(scm.tanh_shrink, x)
 
 
-def test_tanh_shrink_keeps_its_digits_where_the_difference_cancels():
-    for value in (1e-3, 0.02, 0.0799, 0.0801, 0.5, -0.05, 3.0):
-        expected = float(reference_shrink(torch.tensor(value, dtype=torch.float64)))
-        assert float(scm.tanh_shrink(torch.tensor(value, dtype=torch.float64))) == pytest.approx(expected, rel=1e-9)
-        assert float(scm.tanh_shrink(torch.tensor(value))) == pytest.approx(expected, rel=3e-4)
+@pytest.mark.parametrize(("kind", "room"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_tanh_shrink_keeps_its_digits_where_the_difference_cancels(kind, room):
+    for value in (1e-3, 0.02, 0.0799, 0.0801, 0.1499, 0.1501, 0.5, -0.05, 3.0):
+        x = torch.tensor(value, dtype=kind, requires_grad=True)
+        found = scm.tanh_shrink(x)
+        found.backward()
+        with decimal.localcontext(prec=40):
+            exact = decimal.Decimal(float(x.detach()))
+            tanh = 1 - 2 / ((2 * exact).exp() + 1)
+            expected, slope = float(exact - tanh), float(tanh**2)
+        assert float(found.detach()) == pytest.approx(expected, rel=room)
+        assert float(x.grad) == pytest.approx(slope, rel=room)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("likeness", [1.0, 0.01])
+def test_the_relative_filter_does_not_know_the_magnitude_of_the_attention(kind, steps, likeness):
+    # Powers of two change no digit, so that only a floor in the code could make a difference.
+    generator = torch.Generator().manual_seed(0)
+    place = torch.linspace(-2, 2, 14)
+    attention = torch.exp(-(place[:, None] ** 2) - place**2)[None].to(kind)
+    tokens = torch.randn(1, 5, 1, 1, generator=generator) + likeness * torch.randn(1, 5, 14, 14, generator=generator)
+    block = ActivationDiffusionBlock(SCMConfig.released(), False)
+    block.steps = steps
+    expected = block.filter(block.diffuse(attention, tokens), attention)
+    assert expected.amin() == 0
+    assert expected.amax() == 1
+    for power in (-40, -20, -3, 3, 20, 40):
+        scaled = attention * 2.0**power
+        torch.testing.assert_close(block.filter(block.diffuse(scaled, tokens), scaled), expected, atol=1e-5, rtol=0)
+        start = SpatialCalibration(SCMConfig.released()).start(scaled.flatten(1)[:, None, None], (14, 14))
+        torch.testing.assert_close(start, scm.min_max(attention.float()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("constant_start", [False, True])
+@pytest.mark.parametrize("steps", [9, 12, 16])
+@pytest.mark.parametrize(("lam", "spread"), [(1.0, 1.0), (1.0, 0.05), (0.7, 0.3)])
+def test_many_steps_by_eigenvalues_or_by_squares_equal_the_iteration(lam, spread, steps, constant_start):
+    attention, tokens = maps((6, 7), 4)
+    with torch.no_grad():
+        tokens.mul_(spread).add_(1)
+    directions = torch.randn(attention.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    lam = torch.tensor(lam, dtype=torch.float64, requires_grad=True)
+
+    def by(function):
+        dense = stencil.laplacian(tokens, lam).dense()
+        return function(dense, attention.flatten(1)[..., None], steps, 0.002, constant_start).view_as(attention)
+
+    forms = (
+        reference_diffusion(attention, tokens, lam, steps, 0.002, constant_start),
+        scm.diffuse(attention, tokens, lam, steps, 0.002, constant_start),
+        by(stencil._squares),
+        by(stencil._Spectrum.apply),
+    )
+    leaves = (attention, tokens, lam)
+    expected, *found = [(value, *torch.autograd.grad((value * directions).sum(), leaves)) for value in forms]
+    for form in found:
+        for one, other in zip(form, expected, strict=True):
+            assert relative(one, other) <= 1e-6
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_the_first_block_is_as_good_in_float32_as_the_plain_iteration(spread):
+    generator = torch.Generator().manual_seed(3)
+    attention = torch.rand(4, 14, 14, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(4, 12, 1, 1, generator=generator, dtype=torch.float64)
+    tokens = tokens + spread * torch.randn(4, 12, 14, 14, generator=generator, dtype=torch.float64)
+    leaves = (attention, tokens, torch.tensor(1.0, dtype=torch.float64))
+    outputs = []
+    for kind in (torch.float64, torch.float32):
+        moved = [x.to(kind).requires_grad_() for x in leaves]
+        value = scm.diffuse(*moved, 16, constant_start=True)
+        assert value.dtype == kind
+        outputs.append([value, *torch.autograd.grad(value.square().sum(), moved)])
+    for name, exact, single in zip(("X_p F", "F", "S", "lambda"), *outputs, strict=True):
+        assert relative(single.double(), exact) <= 1e-5, name
+
+
+def test_the_map_of_scm_couples_the_attention_that_its_first_block_gets():
+    torch.manual_seed(0)
+    output = None
+    for preset in ("paper", "released"):
+        model = SCM(create_backbone("vit_mini"), 5, config=getattr(SCMConfig, preset)()).eval()
+        with torch.no_grad():
+            output = output or model(torch.randn(2, 3, 112, 112))
+        found = model.localize(output, torch.tensor([0, 3]))
+        mean = output.attention.mean(dim=(1, 2)).view(2, 14, 14)
+        if preset == "released":
+            mean = torch.stack([(m - m.min()) / (m.max() - m.min()) for m in mean])
+        semantic = torch.stack([output.semantic_map[0, 0], output.semantic_map[1, 3]])
+        torch.testing.assert_close(found["tscam"], mean * semantic)
+        torch.testing.assert_close(found["attention"], mean)
+        torch.testing.assert_close(found["semantic"], semantic)
 
 
 def test_a_laplacian_by_hand():
@@ -232,16 +322,18 @@ def test_zero_and_constant_attention():
         block = ActivationDiffusionBlock(getattr(SCMConfig, preset)())
         zero = block(torch.zeros(1, 5, 5), tokens)
         assert zero.attention.abs().max() == 0
-        expected = tokens if preset == "released" else torch.zeros_like(tokens)
-        assert torch.equal(zero.semantic, expected)
+        assert torch.equal(zero.semantic, tokens)
+        alone = ActivationDiffusionBlock(getattr(SCMConfig, preset)(residual=False))(torch.zeros(1, 5, 5), tokens)
+        assert torch.equal(alone.semantic, torch.zeros_like(tokens))
     assert scm.min_max(torch.full((1, 5, 5), 0.3)).abs().max() == 0
 
 
 def test_presets_differ_where_paper_and_code_do():
     paper, released = SCMConfig.paper(), SCMConfig.released()
     assert {f for f in SCMConfig.model_fields if getattr(paper, f) != getattr(released, f)} == {
-        "first_steps", "attention", "filter", "residual", "constant_start",
+        "first_steps", "attention", "filter", "constant_start",
     }  # fmt: skip
+    assert paper.residual  # fig. 2's caption
     assert SCMConfig.released(residual=False).residual is False
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.metrics import TSCAM, WSOLEVALUATION, BoxProtocol, box_iou, boxes_from_score_map, plain
-from wsolnb.metrics.boxes import ground_truth, published_boxes
+from wsolnb.metrics.boxes import PROTOCOLS, ground_truth, published_boxes
 
 
 def assert_same(score_map, thresholds, protocol="wsolevaluation"):
@@ -24,7 +24,7 @@ def test_boxes_equal_opencv_on_tiny_maps(seed):
     for i in range(250):
         height, width = rng.integers(1, 8, 2)
         thresholds = rng.random(4).round(2)
-        assert_same(plain.random_map(rng, height, width, i % 8), thresholds, ("wsolevaluation", "tscam")[i % 2])
+        assert_same(plain.random_map(rng, height, width, i % 8), thresholds, ("wsolevaluation", "tscam", "scm")[i % 3])
 
 
 @pytest.mark.parametrize("kind", range(8))
@@ -196,6 +196,8 @@ def test_ground_truth_is_scaled_then_truncated():
     assert ground_truth(whole, (224, 224), WSOLEVALUATION).tolist() == [[0, 0, 224, 224]]
     assert ground_truth(whole, (224, 224), TSCAM).tolist() == [[0, 0, 223, 223]]
     assert ground_truth([-0.5, 0, 7.5, 8.5], (8, 8), TSCAM).tolist() == [[0, 0, 7, 7]]
+    assert ground_truth([0.5, 0, 7.5, 8.5], (8, 8), PROTOCOLS["scm"]).tolist() == [[0.5, 0, 7.5, 8.5]]
+    assert ground_truth([1, 0, 2, 3], (224, 224), PROTOCOLS["scm"], (7, 7)).tolist() == [[32, 0, 64, 96]]
 
 
 def test_scaling_truncates_as_the_protocol_does_for_all_integers():

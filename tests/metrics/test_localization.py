@@ -22,7 +22,7 @@ def random_images(rng, count, classes=6):
 
 
 @pytest.mark.parametrize("multi", [False, True])
-@pytest.mark.parametrize("protocol", ["wsolevaluation", "tscam"])
+@pytest.mark.parametrize("protocol", ["wsolevaluation", "tscam", "scm"])
 def test_max_box_acc_equals_loops(multi, protocol):
     ious = (0.3, 0.5, 0.7)
     metric = MaxBoxAcc(THRESHOLDS, ious, multi, protocol)
@@ -122,7 +122,7 @@ def test_max_box_acc_refuses():
 # --- LocalizationAccuracy ---
 
 
-@pytest.mark.parametrize("protocol", ["wsolevaluation", "tscam"])
+@pytest.mark.parametrize("protocol", ["wsolevaluation", "tscam", "scm"])
 def test_localization_equals_loops(protocol):
     metric = LocalizationAccuracy(THRESHOLDS, protocol)
     names = ("gt_known", "top1_loc", "top5_loc", *ERRORS)

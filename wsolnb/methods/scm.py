@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from wsolnb.backbones import TransformerBackbone
 from wsolnb.methods import register
+from wsolnb.methods.base import pick
 from wsolnb.methods.stencil import diffuse, laplacian
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 
@@ -38,7 +39,8 @@ __all__ = [
     "tanh_shrink",
 ]
 
-EPS = 1e-6
+TINY = 1e-30
+"""What counts as zero. Ranges behind tanhShrink are 1e-9 and less: a floor near them would switch the filter off."""
 
 # Equations 3 to 7, as the paper writes them
 
@@ -75,20 +77,35 @@ def plain_diffuse(attention: Tensor, tokens: Tensor, lam: Tensor | float, steps:
     return (inverse @ attention.flatten(1)[..., None]).view_as(attention)
 
 
+SERIES = (1 / 3, -2 / 15, 17 / 315, -62 / 2835, 1382 / 155925, -21844 / 6081075, 929569 / 638512875)
+SERIES += (-6404582 / 10854718875,)
+"""Coefficients of x^3, x^5, ..., x^17 in x - tanh(x)."""
+
+
 def tanh_shrink(x: Tensor) -> Tensor:
     """Return x - tanh(x): about x^3 / 3 near 0, so that what is small vanishes.
 
-    The difference cancels near 0, so below 0.08 its series is used.
+    The difference cancels near 0, so below 0.15 its series is used.
     """
     square = x * x
-    series = x * square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * 62 / 2835)))
-    return torch.where(x.abs() < 0.08, series, x - x.tanh())
+    series = torch.zeros_like(x)
+    for coefficient in reversed(SERIES):
+        series = series * square + coefficient
+    return torch.where(x.abs() < 0.15, x * square * series, x - x.tanh())
 
 
 def min_max(x: Tensor) -> Tensor:
-    """Scale each map (B, h, w) to [0, 1]; a constant one becomes 0."""
+    """Scale each map (B, h, w) to [0, 1], whatever its magnitude.
+
+    A constant map becomes 0, and so does one whose range is below 1e-30, where float32 has no digits left.
+    """
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
-    return (x - low) / (high - low).clamp(min=EPS)
+    return (x - low) / _or_one(high - low) * (high - low > TINY)
+
+
+def _or_one(x: Tensor) -> Tensor:
+    """Return x with 1 in place of what is at most `TINY`: a divisor for numerators that vanish there."""
+    return torch.where(x > TINY, x, torch.ones_like(x))
 
 
 class SCMConfig(BaseModel):
@@ -96,10 +113,12 @@ class SCMConfig(BaseModel):
 
     blocks: number of activation diffusion blocks. steps, first_steps: Newton-Schulz steps p, of the first block p of
     its own. alpha: of X_0. lam, beta: starts of the learnable parameters of each block.
-    attention: F^0 is the mean over layers and heads (eq. 1), or scaled by min and max to [0, 1].
+    attention: F^0 is the mean over layers and heads (eq. 1), or that mean scaled by min and max to [0, 1]. The map at
+    test time couples the same F^0 with the semantic map.
     filter: `absolute` is eq. 7; `relative` = tanhShrink(F / t), t = beta times the maximum of the block's incoming F,
     then min-max.
-    residual: S + S * T and F + T go on, instead of S * T and T.
+    residual: S + S * T and F + T go on (fig. 2's caption: its drawing omits these connections "for simplicity"), or
+    S * T and T alone, as the text of sec. 3.2 reads without the caption.
     constant_start: hold X_0 constant when differentiating.
     """
 
@@ -113,7 +132,7 @@ class SCMConfig(BaseModel):
     beta: float = Field(0.5, gt=0)
     attention: Literal["mean", "min_max"] = "mean"
     filter: Literal["absolute", "relative"] = "absolute"
-    residual: bool = False
+    residual: bool = True
     constant_start: bool = False
 
     @classmethod
@@ -125,7 +144,7 @@ class SCMConfig(BaseModel):
     def released(cls, **changes: Any) -> SCMConfig:
         """As the released code computes it."""
         preset = {"first_steps": 16, "attention": "min_max", "filter": "relative"}
-        return cls(**preset | {"residual": True, "constant_start": True} | changes)
+        return cls(**preset | {"constant_start": True} | changes)
 
 
 class Maps(NamedTuple):
@@ -153,11 +172,11 @@ class ActivationDiffusionBlock(nn.Module):
 
     def filter(self, diffused: Tensor, incoming: Tensor) -> Tensor:
         """Return T (B, h, w): eq. 7, or relative to the maximum of the block's incoming attention."""
-        beta = self.beta.clamp(min=EPS)
+        beta = self.beta.clamp(min=1e-6)
         if self.config.filter == "absolute":
             return beta * tanh_shrink(diffused / beta)
-        threshold = (beta * incoming.amax(dim=(1, 2), keepdim=True)).clamp(min=EPS)
-        return min_max(tanh_shrink(diffused / threshold))
+        threshold = beta * incoming.to(diffused.dtype).amax(dim=(1, 2), keepdim=True)
+        return min_max(tanh_shrink(diffused / _or_one(threshold)))
 
     def forward(self, attention: Tensor, semantic: Tensor) -> Maps:
         """Return F^{l+1} and S^{l+1} of F^l (B, h, w) and S^l (B, C, h, w)."""
@@ -175,14 +194,19 @@ class SpatialCalibration(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(ActivationDiffusionBlock(config, first=i == 0) for i in range(config.blocks))
 
+    def start(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return F^0 (B, h, w), float32 or better, of the class token's rows (B, L, heads, h * w); grid: (h, w)."""
+        kind = torch.promote_types(attention.dtype, torch.float32)
+        mean = attention.to(kind).mean(dim=(1, 2)).unflatten(1, grid)
+        return min_max(mean) if self.config.attention == "min_max" else mean
+
     def forward(self, attention: Tensor, semantic: Tensor) -> list[Maps]:
         """Return the maps in front of the first block, between the blocks, and behind the last one.
 
         attention: the class token's rows (B, L, heads, h * w). semantic: S^0 (B, C, h, w).
         """
-        kind = torch.promote_types(attention.dtype, torch.float32)
-        first = attention.to(kind).mean(dim=(1, 2)).unflatten(1, semantic.shape[2:])
-        maps = [Maps(min_max(first) if self.config.attention == "min_max" else first, semantic.to(kind))]
+        first = self.start(attention, semantic.shape[2:])
+        maps = [Maps(first, semantic.to(first.dtype))]
         for block in self.blocks:
             maps.append(block(*maps[-1]))
         return maps
@@ -192,8 +216,9 @@ class SpatialCalibration(nn.Module):
 class SCM(TSCAM):
     """TS-CAM that is trained behind the spatial calibration module.
 
-    In training the logits are the mean of S^L; in evaluation those of TS-CAM, and so are the maps: the module costs
-    nothing there. config: default `SCMConfig.paper()`. options: of TS-CAM.
+    In training the logits are the mean of S^L; in evaluation those of TS-CAM: the module costs nothing there. The map
+    is S^0 * F^0 (sec. 3.3), which differs from that of TS-CAM where `config.attention` scales F^0. config: default
+    `SCMConfig.paper()`. options: of TS-CAM.
     """
 
     def __init__(
@@ -227,3 +252,9 @@ class SCM(TSCAM):
             return output
         last = self.calibration(output.attention, output.semantic_map)[-1]
         return output._replace(logits=last.semantic.mean(dim=(2, 3)))
+
+    def localize(self, output: TSCAMOutput, classes: Tensor) -> dict[str, Tensor]:
+        """Attention map F^0, semantic map S^0 of one class per image, and their product; each (B, h, w)."""
+        semantic = pick(output.semantic_map, classes).float()
+        attention = self.calibration.start(output.attention, semantic.shape[1:]).float()
+        return {"tscam": attention * semantic, "semantic": semantic, "attention": attention}

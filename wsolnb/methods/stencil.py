@@ -175,10 +175,10 @@ def diffuse(
 
     attention: F (B, h, w). tokens: what the similarity is taken of, the semantic map S (B, C, h, w). lam: intensity of
     the semantics; less diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1 pairs of
-    stencil products, above by squares of matrices. alpha: of X_0 = alpha L^T. constant_start: hold X_0 constant when
-    differentiating, as the released code does.
+    stencil products, above by the eigenvalues of L (on a CPU) or by squares of matrices (on CUDA), both in float64.
+    alpha: of X_0 = alpha L^T. constant_start: hold X_0 constant when differentiating, as the released code does.
 
-    Computed in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do
+    Returned in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do
     not fit.
     """
     if attention.ndim != 3 or tokens.ndim != 4 or attention.shape != tokens[:, 0].shape:
@@ -190,18 +190,21 @@ def diffuse(
         raise ParameterError(f"{steps} Newton-Schulz steps", "give 0 or more")
     with torch.autocast(attention.device.type, enabled=False):
         kind = torch.promote_types(attention.dtype, torch.float32)
-        attention, tokens = attention.to(kind), tokens.to(kind)
-        matrix = laplacian(tokens, lam)
-        if steps > DENSE_ABOVE:
-            values = attention.flatten(1)[..., None]
-            return _squares(matrix.dense(), values, steps, alpha, constant_start).view_as(attention)
-        return _Stencil.apply(*matrix, attention, steps, alpha, constant_start)
+        if steps <= DENSE_ABOVE:
+            attention, tokens = attention.to(kind), tokens.to(kind)
+            return _Stencil.apply(*laplacian(tokens, lam), attention, steps, alpha, constant_start)
+        many = _squares if attention.is_cuda else _Spectrum.apply
+        values, tokens = (x.to(x.device if x.is_cuda else "cpu", torch.float64) for x in (attention, tokens))
+        lam = torch.as_tensor(lam).to(values)
+        found = many(laplacian(tokens, lam).dense(), values.flatten(1)[..., None], steps, alpha, constant_start)
+        return found.view_as(attention).to(attention.device, kind)
 
 
 def _squares(matrix: Tensor, x: Tensor, steps: int, alpha: float, constant_start: bool) -> Tensor:
-    """Return X_p x for (B, N, N) matrices and (B, N, 1) values, by p - 1 products of matrices.
+    """Return X_p x for (B, N, N) matrices and (B, N, 1) values, by p - 1 products of matrices: where those are cheap.
 
-    With R = I - L X_0 the sum in `_Stencil` is the product of I + R^(2^i) over i < p.
+    With R = I - L X_0 the sum in `_Stencil` is the product of I + R^(2^i) over i < p. Each square doubles the relative
+    rounding error of R, so that the matrices must be float64.
     """
     start = alpha * matrix.mT
     if constant_start:
@@ -212,3 +215,52 @@ def _squares(matrix: Tensor, x: Tensor, steps: int, alpha: float, constant_start
         if step + 1 < steps:
             power = power @ power
     return start @ x
+
+
+class _Spectrum(torch.autograd.Function):
+    """X_p x by the eigenvalues mu of L, float64: the sum in `_Stencil` is s(q) = (1 - (1 - q)^n) / q, q = alpha mu^2.
+
+    n = 2^p. Between eigenvectors i and j the derivative of s is its divided difference, so that no derivative of an
+    eigenvector is needed, which would not exist for equal eigenvalues.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, x: Tensor, steps: int, alpha: float, constant: bool) -> Tensor:
+        mu, vectors = torch.linalg.eigh(matrix)
+        n, q = 2.0**steps, alpha * mu * mu
+        logarithm = torch.where(q < 0.5, torch.log1p(-q.clamp(max=0.5)), torch.log((1 - q).abs()))
+        sums = torch.where(q > 0, -torch.expm1(n * logarithm) / q, n)
+        inside = vectors.mT @ x
+        ctx.save_for_backward(mu, vectors, sums, inside)
+        ctx.n, ctx.alpha, ctx.constant = n, alpha, constant
+        return vectors @ ((alpha * mu * sums)[..., None] * inside)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mu, vectors, sums, inside = ctx.saved_tensors
+        alpha = ctx.alpha
+        grad = vectors.mT @ grad
+        by_row, by_column = mu[..., :, None], mu[..., None, :]
+        # L X_0 moves with L, and so does X_0 = alpha L unless it is held constant.
+        slope = _difference(alpha * mu * mu, sums, ctx.n)
+        if ctx.constant:
+            weight = alpha**2 * by_row * by_column * slope
+        else:
+            weight = alpha * sums[..., None, :] + alpha**2 * by_row * (by_row + by_column) * slope
+        by_matrix = vectors @ (weight * (grad @ inside.mT)) @ vectors.mT
+        return by_matrix, vectors @ ((alpha * mu * sums)[..., None] * grad), None, None, None
+
+
+def _difference(q: Tensor, sums: Tensor, n: float) -> Tensor:
+    """Return (s(q_i) - s(q_j)) / (q_i - q_j) (B, N, N); where both nearly agree, the derivative in their middle."""
+    apart, middle = q[..., :, None] - q[..., None, :], (q[..., :, None] + q[..., None, :]) / 2
+    near = apart.abs() < 1e-5 * middle.clamp(min=1 / n)
+    r = 1 - middle
+    left = torch.exp((n - 1) * torch.log(r.abs())) * r.sign()
+    exact = (n * left - (1 - left * r) / middle) / middle
+    # Near 0 the two terms cancel: there the first terms of the sum over binomial coefficients.
+    ratio = middle * n
+    series = -(n * (n - 1) / 2) * (1 - (n - 2) / n * ratio * (2 / 3 - (n - 3) / n * ratio * (1 / 4 - ratio / 15)))
+    derivative = torch.where(ratio < 1e-3, series, exact)
+    return torch.where(near, derivative, (sums[..., :, None] - sums[..., None, :]) / torch.where(near, 1, apart))

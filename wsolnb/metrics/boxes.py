@@ -24,6 +24,7 @@ class BoxProtocol:
 
     clip_prediction: the right and lower end of a predicted box, one past its last pixel, is clipped to W - 1, H - 1.
     clip_truth: ground truth is clipped to 0..W - 1, 0..H - 1 before it is truncated.
+    truncate_truth: ground truth is truncated to integers; False compares it as the annotation has it.
     empty: the box of a map without foreground.
     """
 
@@ -31,19 +32,23 @@ class BoxProtocol:
     clip_prediction: bool
     clip_truth: bool
     empty: tuple[int, int, int, int]
+    truncate_truth: bool = True
 
 
 WSOLEVALUATION = BoxProtocol("wsolevaluation", clip_prediction=True, clip_truth=False, empty=(0, 0, 0, 0))
 """MaxBoxAcc of Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020."""
 
 TSCAM = BoxProtocol("tscam", clip_prediction=False, clip_truth=True, empty=(0, 0, 1, 1))
-"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which SCM and others inherited."""
+"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which others inherited."""
 
-PROTOCOLS = {protocol.name: protocol for protocol in (WSOLEVALUATION, TSCAM)}
+SCM = BoxProtocol("scm", clip_prediction=True, clip_truth=False, empty=(0, 0, 0, 0), truncate_truth=False)
+"""The evaluation of SCM's released code (Bai et al., ECCV 2022): predictions as in wsolevaluation, truth untouched."""
+
+PROTOCOLS = {protocol.name: protocol for protocol in (WSOLEVALUATION, TSCAM, SCM)}
 
 
 def find_protocol(protocol: str | BoxProtocol) -> BoxProtocol:
-    """Return the protocol of that name (`wsolevaluation`, `tscam`); ParameterError when there is none."""
+    """Return the protocol of that name (`wsolevaluation`, `tscam`, `scm`); ParameterError when there is none."""
     if isinstance(protocol, BoxProtocol):
         return protocol
     if protocol not in PROTOCOLS:
@@ -61,11 +66,11 @@ def published_boxes(
     truth: bool = False,
     image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Turn half-open boxes into the integers that a published protocol compares, int32 (n, 4).
+    """Turn half-open boxes into the numbers that a published protocol compares, (n, 4).
 
-    Predictions (`truth=False`), (n, 4) integers: clipped to W - 1, H - 1 or not; `protocol.empty` if there are none.
-    Ground truth (`truth=True`), (n, 4) floats: scaled by x * new / old in this order of operations when `image_size`,
-    the (H, W) they refer to, is given; clipped or not; truncated towards zero.
+    Predictions (`truth=False`), (n, 4) integers: clipped to W - 1, H - 1 or not; `protocol.empty` if there are none;
+    int32. Ground truth (`truth=True`), (n, 4) floats: scaled by x * new / old in this order of operations when
+    `image_size`, the (H, W) they refer to, is given; clipped or not; truncated towards zero, int32, or left as float64.
 
     map_size: (H, W) of the score map.
     """
@@ -80,7 +85,7 @@ def published_boxes(
         boxes = boxes * new / old
     if protocol.clip_truth:
         boxes = np.clip(boxes, 0, last)
-    return np.trunc(boxes).astype(np.int32)
+    return np.trunc(boxes).astype(np.int32) if protocol.truncate_truth else boxes.astype(np.float64)
 
 
 def ground_truth(
@@ -89,7 +94,7 @@ def ground_truth(
     protocol: BoxProtocol,
     image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Check ground-truth boxes (n, 4) and return them as the protocol compares them, int32 (n, 4).
+    """Check ground-truth boxes (n, 4) and return them as the protocol compares them (n, 4), see `published_boxes`.
 
     They are in pixels of the map, or of an image of `image_size` (H, W) if that is given. Raises MapError as
     `check_gt_boxes` does.
@@ -148,7 +153,8 @@ def boxes_from_score_map(
     thresholds.
 
     score_map: (H, W) float32 in [0, 1]. thresholds: (T,) in [0, 1], in any order.
-    protocol: `wsolevaluation` or `tscam`, or a `BoxProtocol`; they differ in clipping and in the empty box.
+    protocol: `wsolevaluation`, `tscam` or `scm`, or a `BoxProtocol`; the first two differ in clipping and in the empty
+        box, `scm` is `wsolevaluation` here.
     Returns T integer arrays (n, 4), n >= 1. Thresholds of the same foreground share one array; it is read-only.
     Raises MapError for a map that is none, ParameterError for thresholds out of range or an unknown protocol.
     """

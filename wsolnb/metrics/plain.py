@@ -3,14 +3,14 @@
 import cv2
 import numpy as np
 
-EMPTY = {"wsolevaluation": [0, 0, 0, 0], "tscam": [0, 0, 1, 1]}
+EMPTY = {"wsolevaluation": [0, 0, 0, 0], "tscam": [0, 0, 1, 1], "scm": [0, 0, 0, 0]}
 
 
 def boxes(score_map, threshold, multi=False, protocol="wsolevaluation"):
     """List of boxes [x0, y0, x1, y1] at one threshold, from OpenCV."""
     height, width = score_map.shape
     grey = (score_map * 255).astype(np.uint8)
-    kind = cv2.THRESH_BINARY if protocol == "wsolevaluation" else cv2.THRESH_TOZERO
+    kind = cv2.THRESH_TOZERO if protocol == "tscam" else cv2.THRESH_BINARY
     _, foreground = cv2.threshold(grey, int(threshold * np.max(grey)), 255, kind)
     contours, _ = cv2.findContours(foreground, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     if len(contours) == 0:
@@ -21,7 +21,7 @@ def boxes(score_map, threshold, multi=False, protocol="wsolevaluation"):
     for contour in contours:
         x, y, w, h = cv2.boundingRect(contour)
         x1, y1 = x + w, y + h
-        if protocol == "wsolevaluation":
+        if protocol != "tscam":
             x1, y1 = min(x1, width - 1), min(y1, height - 1)
         found.append([x, y, x1, y1])
     return found
@@ -42,12 +42,12 @@ def iou(a, b):
 
 
 def truth(gt_boxes, size, protocol):
-    """True boxes as the protocol sees them: clipped, and truncated for `tscam`."""
+    """True boxes as the protocol sees them: clipped for `tscam`, truncated but for `scm`."""
     height, width = size
     if protocol == "tscam":
         last = [width - 1, height - 1] * 2
         gt_boxes = [[min(max(v, 0), end) for v, end in zip(box, last, strict=True)] for box in gt_boxes]
-    return [[int(v) for v in box] for box in gt_boxes]
+    return [[v if protocol == "scm" else int(v) for v in box] for box in gt_boxes]
 
 
 def best_iou(score_map, gt_boxes, threshold, multi=False, protocol="wsolevaluation"):
