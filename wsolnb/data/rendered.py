@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from wsolnb import keys
+from wsolnb.errors import DataError
 
 SEAL = ".tree"
 """The hidden file that holds the fingerprint of a folder as it was rendered."""
@@ -16,11 +20,6 @@ SEAL = ".tree"
 def rendering_key(config_key: str, renderer: str) -> str:
     """Return the name of a rendering: hash of its configuration's key and of the code of the module `renderer`."""
     return keys.digest(json.dumps([config_key, keys.code_of([renderer], keys.HARNESS)]))[:12]
-
-
-def seal(folder: Path) -> None:
-    """Write down what a folder that is complete holds."""
-    (folder / SEAL).write_text(keys.tree(folder))
 
 
 def is_whole(folder: Path) -> bool:
@@ -33,6 +32,30 @@ def is_whole(folder: Path) -> bool:
         sealed = ""
     if keys.tree(folder) == sealed:
         return True
-    warnings.warn(f"files in {folder} were changed or lost since they were rendered; rendering again", stacklevel=3)
+    warnings.warn(f"files in {folder} were changed or lost since they were rendered; rendering again", stacklevel=4)
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def ensure_rendered(target: Path, write: Callable[[Path], None], what: str) -> Path:
+    """Return the folder `target`, written first if it is not there whole.
+
+    It appears only when it is complete: an interrupted rendering leaves nothing that could be mistaken for it.
+    write: fills the empty folder it is given. what: the name of what it writes. Raises DataError when it cannot.
+    """
+    if is_whole(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            write(temporary)
+            (temporary / SEAL).write_text(keys.tree(temporary))
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not target.is_dir():  # else: another process has finished the same one first
+            problem = f"cannot write {what} to {target.parent}: {error}"
+            raise DataError(problem, "free space there and run again, or choose another cache folder") from error
+    return target

@@ -52,8 +52,7 @@ class SceneLoader:
     """
 
     def __init__(self, scenes: dict[str, np.ndarray], batch_size: int, seed: int, truth: bool):
-        self.scenes, self.batch_size, self.seed = scenes, batch_size, seed
-        self.truth, self.epoch = truth, 0
+        self.scenes, self.batch_size, self.seed, self.truth, self.epoch = scenes, batch_size, seed, truth, 0
 
     def __len__(self) -> int:
         return len(self.scenes["image"]) // self.batch_size
@@ -70,15 +69,11 @@ class SceneLoader:
         for step in range(len(self)):
             chosen = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
             step_x = -1 if rng.random() < 0.5 else 1
-            images = self.scenes["image"][chosen, shown]
-            batch = {"image": to_tensor(images[..., ::step_x, :])}
-            if self.truth:
-                for name in ("owner", "parts") if "owner" in self.scenes else ():
-                    values = self.scenes[name][chosen, frame]
-                    batch[name] = torch.from_numpy(np.ascontiguousarray(values[..., ::step_x]))
-                for name in ("textures", "colours", "label"):
-                    if name in self.scenes:
-                        batch[name] = torch.from_numpy(self.scenes[name][chosen, frame])
+            batch = {"image": to_tensor(self.scenes["image"][chosen, shown][..., ::step_x, :])}
+            for name in [name for name in self.scenes if self.truth and name != "image"]:
+                values = self.scenes[name][chosen, frame]
+                values = values[..., ::step_x] if name in ("owner", "parts") else values
+                batch[name] = torch.from_numpy(np.ascontiguousarray(values))
             yield batch
 
 
@@ -104,21 +99,8 @@ PALETTE = np.array(
 """Fifteen colours (CIE Lab) to whose nearest a creature's colours are rounded where they are labels."""
 
 
-def colour_names(lab: Tensor) -> Tensor:
-    """Index of the nearest colour of `PALETTE` for (..., 3) Lab values; -1 where they are NaN."""
-    return _palette_distance(lab).nan_to_num(0).argmin(dim=-1).masked_fill(lab[..., 0].isnan(), -1)
-
-
-def colour_shares(lab: Tensor, width: float = 15.0) -> Tensor:
-    """Likeness of (..., 3) Lab values to the colours of `PALETTE`, (..., 15); sums to one, zero where they are NaN.
-
-    A Gaussian of `width` (CIE Lab): a colour between two of the palette's is told from both, also one never seen.
-    """
-    shares = (-0.5 * _palette_distance(lab) / width**2).softmax(dim=-1)
-    return shares.nan_to_num(0)
-
-
 def _palette_distance(lab: Tensor) -> Tensor:
+    """Squared distances (..., 15) of (..., 3) Lab values to the colours of `PALETTE`; NaN where they are."""
     return (lab[..., None, :] - torch.from_numpy(PALETTE).to(lab.device)).square().sum(dim=-1)
 
 
@@ -128,26 +110,25 @@ def token_targets(batch: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, 
     Returns shares of a token's pixels, `textures` (B, N, 1 + T; index 0 = background) and `parts` (B, N, P); of its
     most frequent creature, `worn` (B, N, 15), how near the palette's colours are to one that it wears anywhere, and
     `sash` (B, N, 2, 15), how near they are to its wide and to its narrow band's, zero = none; and `object` (B, N), the
-    creatures' share.
+    creatures' share. Nearness is a Gaussian of 15 (CIE Lab), of sum one: a colour between two of the palette's is told
+    from both, also one never seen.
     """
-    owner = batch["owner"].long()
-    rows, columns = grid
-    size = owner.shape[1] // rows, owner.shape[2] // columns
+    size = batch["owner"].shape[1] // grid[0], batch["owner"].shape[2] // grid[1]
 
-    def shares(values: Tensor, classes: int) -> Tensor:
-        onehot = F.one_hot(values, classes).permute(0, 3, 1, 2).float()
+    def shares(name: str, classes: int) -> Tensor:
+        onehot = F.one_hot(batch[name].long(), classes).permute(0, 3, 1, 2).float()
         return F.avg_pool2d(onehot, size).flatten(2).transpose(1, 2)
 
-    owners = shares(owner, 1 + batch["textures"].shape[1])  # (B, N, 1 + creatures)
+    owners = shares("owner", 1 + batch["textures"].shape[1])  # (B, N, 1 + creatures)
     creature_texture = F.one_hot(batch["textures"].long().clamp(min=0), len(TEXTURES)).float()
     textures = torch.cat([owners[..., :1], owners[..., 1:] @ creature_texture], dim=-1)
     most = owners[..., 1:].argmax(dim=-1)[..., None]
-    shares_of = colour_shares(batch["colours"])  # (B, creatures, 4, 15)
-    bands = shares_of[:, :, 2:].flatten(2)
+    likeness = (-0.5 * _palette_distance(batch["colours"]) / 15**2).softmax(dim=-1).nan_to_num(0)
+    bands = likeness[:, :, 2:].flatten(2)  # of (B, creatures, 4, 15)
     return {
         "textures": textures,
-        "parts": shares(batch["parts"].long(), len(PARTS)),
-        "worn": shares_of.amax(dim=2).gather(1, most.expand(-1, -1, len(PALETTE))),
+        "parts": shares("parts", len(PARTS)),
+        "worn": likeness.amax(dim=2).gather(1, most.expand(-1, -1, len(PALETTE))),
         "sash": bands.gather(1, most.expand(-1, -1, bands.shape[2])).unflatten(2, (2, len(PALETTE))),
         "object": 1 - owners[..., 0],
     }
@@ -176,10 +157,11 @@ def places(object_share: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def scene_target(batch: dict[str, Tensor]) -> Tensor:
     """Return the labels of a scene, (B, T + 15) of 0 and 1: the textures and the colours that its creatures wear."""
-    textures = torch.stack([(batch["textures"] == t).any(dim=1) for t in range(len(TEXTURES))], dim=1)
-    names = colour_names(batch["colours"]).flatten(1)
-    colours = torch.stack([(names == c).any(dim=1) for c in range(len(PALETTE))], dim=1)
-    return torch.cat([textures, colours], dim=1).float()
+    nearest_colour = _palette_distance(batch["colours"]).nan_to_num(0).argmin(dim=-1)
+    colours = nearest_colour.masked_fill(batch["colours"][..., 0].isnan(), -1).flatten(1)
+    labels = [(batch["textures"] == texture).any(dim=1) for texture in range(len(TEXTURES))]
+    labels += [(colours == colour).any(dim=1) for colour in range(len(PALETTE))]
+    return torch.stack(labels, dim=1).float()
 
 
 TERMS = ("texture", "part", "colour", "code", "scene", "composition", "place", "attend")
@@ -207,13 +189,43 @@ def code_loss(found: Tensor, target: dict[str, Tensor]) -> Tensor:
 
 
 class Pretext(Trainable):
-    """A backbone inside of what trains it: called with a batch of `SceneLoader`, it returns the batch's loss."""
+    """A backbone inside of what trains it: called with a batch of `SceneLoader`, it returns the batch's loss.
+
+    projection: what is thrown away after pretraining. vary: whether a transformer's layers and heads count by random
+    weights in training (`looked_at`). seed: of the random views, with the number of `step`s done.
+    """
+
+    def __init__(self, backbone: nn.Module, projection: nn.Module, vary: bool, seed: int = 0):
+        super().__init__()
+        self.backbone, self.projection, self.vary, self.seed = backbone, projection, vary, seed
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    @property
+    def head(self) -> nn.Module:
+        """The layers that are thrown away after pretraining."""
+        return self.projection
 
     def loss(self, forward: Callable[[Any], Tensor], batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Return the loss of a batch, on the device of the model; labels are not smoothed."""
         # The loop moves the batches of a DataLoader only; scenes come from memory-mapped arrays.
-        device = next(self.parameters()).device
-        return forward({name: value.to(device) for name, value in batch.items()})
+        return forward({name: value.to(self.step.device) for name, value in batch.items()})
+
+    def generator(self) -> torch.Generator:
+        """Return the random numbers of this step, the same on every device."""
+        return torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+        """Return patches (B, N, D), what is looked at of them (B, D), their weights (B, N) and their grid.
+
+        A convolutional backbone looks evenly and has no weights.
+        """
+        if isinstance(self.backbone, TransformerBackbone):
+            tokens = forward_view(self.backbone, images)
+            weights = look(tokens, self.vary and self.training)
+            rows, columns = (side // self.backbone.patch_size for side in images.shape[2:])
+            return tokens.patches, _weighted(weights, tokens), weights, (rows, columns)
+        features = self.backbone(images)
+        return features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), None, tuple(features.shape[2:])
 
 
 class SupervisedPretext(Pretext):
@@ -230,19 +242,12 @@ class SupervisedPretext(Pretext):
     """
 
     def __init__(self, backbone: nn.Module, weights: dict[str, float], vary: bool = True):
-        super().__init__()
-        self.backbone, self.weights, self.vary = backbone, weights, vary
-        dim = backbone.dim
-        self.texture, self.part = nn.Linear(dim, 1 + len(TEXTURES)), nn.Linear(dim, len(PARTS))
-        self.worn, self.sash = nn.Linear(dim, len(PALETTE)), nn.Linear(dim, 2 * len(PALETTE))
-        self.scene, self.composition = nn.Linear(dim, len(TEXTURES) + len(PALETTE)), nn.Linear(dim, 27)
-        self.place, self.code = nn.Linear(dim, 49), nn.Linear(dim, 3 * len(PALETTE))
-
-    @property
-    def head(self) -> nn.Module:
-        """The linear layers that are thrown away after pretraining."""
-        heads = (self.texture, self.part, self.worn, self.sash, self.code, self.scene, self.composition, self.place)
-        return nn.ModuleList(heads)
+        textures, colours = len(TEXTURES), len(PALETTE)
+        sizes = {"texture": 1 + textures, "part": len(PARTS), "worn": colours, "sash": 2 * colours}
+        sizes |= {"scene": textures + colours, "composition": 27, "place": 49, "code": 3 * colours}
+        heads = {name: nn.Linear(backbone.dim, size) for name, size in sizes.items()}
+        super().__init__(backbone, nn.ModuleDict(heads), vary)
+        self.weights = weights
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch of `SceneLoader`."""
@@ -251,32 +256,25 @@ class SupervisedPretext(Pretext):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the loss by name."""
         images = batch["image"][:, 0]
-        if isinstance(self.backbone, TransformerBackbone):
-            tokens = forward_view(self.backbone, images)
-            weights = look(tokens, self.vary and self.training)
-            patches, whole = tokens.patches, (weights[:, None] @ tokens.patches.float()).squeeze(1)
-            grid = tuple(side // self.backbone.patch_size for side in images.shape[2:])
-        else:
-            features = self.backbone(images)
-            patches, whole, grid = features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3)), features.shape[2:]
-            weights = None
-        target = token_targets(batch, tuple(grid))
-        made_of = composition(images, target["object"], tuple(grid))
+        patches, whole, weights, grid = self.see(images)
+        target = token_targets(batch, grid)
+        of_scene = ("scene", "composition", "place")
+        said = {name: head(whole if name in of_scene else patches).float() for name, head in self.projection.items()}
         # By the creature's share of a token: on the background nothing is worn, so a classifier finds no class there.
         share = target["object"][..., None]
-        worn = F.binary_cross_entropy_with_logits(self.worn(patches).float(), target["worn"] * share)
-        named = self.sash(patches).float().unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
+        worn = F.binary_cross_entropy_with_logits(said["worn"], target["worn"] * share)
+        named = said["sash"].unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
         counted = target["sash"] * share[..., None]
         bands = -(counted * named).sum() / counted.sum().clamp(min=1)
         terms = {} if weights is None else {"attend": attend_loss(weights, target["object"])}
         return terms | {
-            "texture": F.cross_entropy(self.texture(patches).float().flatten(0, 1), target["textures"].flatten(0, 1)),
-            "part": F.cross_entropy(self.part(patches).float().flatten(0, 1), target["parts"].flatten(0, 1)),
+            "texture": F.cross_entropy(said["texture"].flatten(0, 1), target["textures"].flatten(0, 1)),
+            "part": F.cross_entropy(said["part"].flatten(0, 1), target["parts"].flatten(0, 1)),
             "colour": worn + bands,
-            "code": code_loss(self.code(patches).float(), target),
-            "scene": F.binary_cross_entropy_with_logits(self.scene(whole).float(), scene_target(batch)),
-            "composition": F.cross_entropy(self.composition(whole).float(), made_of),
-            "place": F.cross_entropy(self.place(whole).float(), places(target["object"], tuple(grid))),
+            "code": code_loss(said["code"], target),
+            "scene": F.binary_cross_entropy_with_logits(said["scene"], scene_target(batch)),
+            "composition": F.cross_entropy(said["composition"], composition(images, target["object"], grid)),
+            "place": F.cross_entropy(said["place"], places(target["object"], grid)),
         }
 
 
@@ -287,29 +285,14 @@ class LabelPretext(Pretext):
     on the mean of its features). Crops and light vary in training.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, seed: int, vary: bool = True):
-        super().__init__()
-        self.backbone, self.seed, self.vary = backbone, seed, vary
-        self.classifier = nn.Linear(backbone.dim, num_classes)
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-
-    @property
-    def head(self) -> nn.Module:
-        """The classifier that is thrown away after pretraining."""
-        return self.classifier
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch of `SceneLoader` over photographs."""
         images = batch["image"][:, 0]
         if self.training:
-            generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
+            generator = self.generator()
             images = jitter(random_crops(images, images.shape[-1], (0.4, 1.0), generator), 0.3, generator)
             self.step += 1
-        if isinstance(self.backbone, TransformerBackbone):
-            whole = looked_at(self.backbone(images), self.vary and self.training)
-        else:
-            whole = self.backbone(images).mean(dim=(2, 3))
-        return F.cross_entropy(self.classifier(whole).float(), batch["label"])
+        return F.cross_entropy(self.projection(self.see(images)[1]).float(), batch["label"])
 
 
 def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
@@ -319,7 +302,11 @@ def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
     seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random weights, anew for each
     image, so that none relies on the others.
     """
-    return (look(tokens, vary)[:, None] @ tokens.patches.float()).squeeze(1)
+    return _weighted(look(tokens, vary), tokens)
+
+
+def _weighted(weights: Tensor, tokens: Tokens) -> Tensor:
+    return (weights[:, None] @ tokens.patches.float()).squeeze(1)
 
 
 def look(tokens: Tokens, vary: bool = False) -> Tensor:
@@ -339,11 +326,9 @@ def forward_view(backbone: TransformerBackbone, images: Tensor) -> Tokens:
     vit, grid = backbone.vit, images.shape[-1] // backbone.patch_size
     if images.shape[-1] == backbone.image_size:
         return backbone(images)
-    whole = vit._parameters["pos_embed"]
+    whole, prefix = vit._parameters["pos_embed"], positioned_prefix(vit)
     try:
-        vit._parameters["pos_embed"] = resample_abs_pos_embed(
-            whole, (grid, grid), num_prefix_tokens=positioned_prefix(vit)
-        )
+        vit._parameters["pos_embed"] = resample_abs_pos_embed(whole, (grid, grid), num_prefix_tokens=prefix)
         return forward_tapped(vit, images, _masks(backbone.mixing, grid, backbone.depth, images.device))
     finally:
         vit._parameters["pos_embed"] = whole
@@ -359,11 +344,9 @@ def forward_halfway(backbone: TransformerBackbone, images: Tensor, layers: int) 
     if layers >= backbone.depth:
         raise ParameterError(f"{backbone.name} has {backbone.depth} layers, got {layers}", "give a smaller number")
     halfway, first = [], backbone.prefix_tokens
-    hook = backbone.vit.blocks[layers].norm1.register_forward_pre_hook(lambda _, x: halfway.append(x[0][:, first:]))
-    try:
+    norm = backbone.vit.blocks[layers].norm1
+    with norm.register_forward_pre_hook(lambda _, x: halfway.append(x[0][:, first:])):
         return forward_view(backbone, images), halfway[0]
-    finally:
-        hook.remove()
 
 
 def co_attention(
@@ -412,26 +395,26 @@ def _commonness(unit: Tensor, other: Tensor, others: int) -> Tensor:
 
 
 def _two_means(score: Tensor, rounds: int = 8) -> tuple[Tensor, Tensor]:
+    def mean(part: Tensor) -> Tensor:
+        return (score * part).sum(dim=1, keepdim=True) / part.sum(dim=1, keepdim=True).clamp(min=1)
+
     low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
     for _ in range(rounds):
         above = (score > (low + high) / 2).float()
-        high = (score * above).sum(dim=1, keepdim=True) / above.sum(dim=1, keepdim=True).clamp(min=1)
-        low = (score * (1 - above)).sum(dim=1, keepdim=True) / (1 - above).sum(dim=1, keepdim=True).clamp(min=1)
+        low, high = mean(1 - above), mean(above)
     return low, high
 
 
 class DistillationHead(nn.Module):
     """DINO's projection: an MLP to a unit vector and, if there are prototypes, its cosine to each of them."""
 
-    def __init__(self, dim: int, prototypes: int = 0, hidden: int = 256, bottleneck: int = 64):
+    def __init__(self, dim: int, prototypes: int = 0):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck)) if prototypes else None
+        self.mlp = nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, 64)) if prototypes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, bottleneck) unit vectors or (B, prototypes) cosines of (B, dim) class tokens."""
+        """Return (B, 64) unit vectors or (B, prototypes) cosines of (B, dim) class tokens."""
         z = F.normalize(self.mlp(x).float(), dim=-1)
         return z if self.prototypes is None else z @ F.normalize(self.prototypes, dim=-1).T
 
@@ -502,34 +485,22 @@ class SelfDistilled(Pretext):
     creatures before different backgrounds.
     """
 
-    def __init__(
-        self, backbone: TransformerBackbone, config: SelfDistillation, steps: int, seed: int, vary: bool = True
-    ):
-        super().__init__()
-        self.config, self.steps, self.seed, self.vary = config, steps, seed, vary
-        prototypes = config.prototypes if config.loss == "prototypes" else 0
-        self.backbone, self.projection = backbone, DistillationHead(backbone.dim, prototypes)
-        self.teacher = nn.ModuleList([copy.deepcopy(backbone), copy.deepcopy(self.projection)]).requires_grad_(False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-
-    @property
-    def head(self) -> nn.Module:
-        """The projection that is thrown away after pretraining."""
-        return self.projection
+    def __init__(self, backbone: nn.Module, config: SelfDistillation, steps: int, seed: int, vary: bool = True):
+        projection = DistillationHead(backbone.dim, config.prototypes if config.loss == "prototypes" else 0)
+        super().__init__(backbone, projection, vary, seed)
+        self.config, self.steps = config, steps
+        self.teacher = nn.ModuleList([copy.deepcopy(backbone), copy.deepcopy(projection)]).requires_grad_(False)
 
     def views(self, frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cut the global and local views out of (B, frames, 3, H, W) images."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + int(self.step))
-        c = self.config
+        c, generator = self.config, self.generator()
 
         def view(position: int, size: int, scale: tuple[float, float]) -> Tensor:
             crop = random_crops(frames[:, position % frames.shape[1]], size, scale, generator)
             return jitter(crop, c.jitter, generator)
 
-        return (
-            [view(i, c.global_size, c.global_scale) for i in range(2)],
-            [view(i, c.local_size, c.local_scale) for i in range(c.local_crops)],
-        )
+        wide = [view(i, c.global_size, c.global_scale) for i in range(2)]
+        return wide, [view(i, c.local_size, c.local_scale) for i in range(c.local_crops)]
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch of `SceneLoader`, after moving the teacher towards the student."""
@@ -541,9 +512,7 @@ class SelfDistilled(Pretext):
             seen, halfway = forward_halfway(self.teacher[0], torch.cat(wide), c.common_layer)
             said = self.teacher[1](looked_at(seen)).float().chunk(2)
             told = co_attention(look(seen), halfway) if c.common else None
-            if c.loss == "prototypes":
-                targets = [sinkhorn(view / c.teacher_temperature) for view in said]
-        answers, vary = [], self.vary and self.training
+        answers, vary, missed = [], self.vary and self.training, 0.0
         for group in (wide, narrow):
             if group:
                 seen = forward_view(self.backbone, torch.cat(group))
@@ -552,17 +521,14 @@ class SelfDistilled(Pretext):
                 answers += self.projection(looked_at(seen, vary)).float().chunk(len(group))
         self.step += 1
         terms = []
-        for i, j in ((i, j) for i in range(2) for j in range(len(answers)) if i != j):
-            if c.loss == "contrast":
-                own = torch.arange(len(said[i]), device=said[i].device)
-                terms.append(F.cross_entropy(answers[j] @ said[i].T / c.temperature, own))
-            else:
-                terms.append(F.cross_entropy(answers[j] / c.temperature, targets[i]))
-        loss = sum(terms) / len(terms)
-        if told is None:
-            return loss
+        for i, view in enumerate(said):
+            own = torch.arange(len(view), device=view.device)
+            target = own if c.loss == "contrast" else sinkhorn(view / c.teacher_temperature)
+            for answer in (answer for j, answer in enumerate(answers) if i != j):
+                likeness = answer @ view.T if c.loss == "contrast" else answer
+                terms.append(F.cross_entropy(likeness / c.temperature, target))
         # At the start the teacher's patches tell little.
-        return loss + c.common * min(1.0, int(self.step) / max(1, 0.1 * self.steps)) * missed
+        return sum(terms) / len(terms) + c.common * min(1.0, int(self.step) / max(1, 0.1 * self.steps)) * missed
 
     @torch.no_grad()
     def _move_teacher(self) -> None:
@@ -622,17 +588,19 @@ class PretrainingConfig(BaseModel):
         set_seed(self.training.seed)
         # Each ignores the option of the other kind; stride 8 gives a ResNet as many cells as a transformer has tokens.
         backbone = create_backbone(self.backbone, mixing=self.mixing, output_stride=8)
-        if self.recipe == "supervised" and self.photographs:
-            return LabelPretext(backbone, num_classes, self.training.seed, self.vary)
-        if self.recipe == "supervised":
-            return SupervisedPretext(backbone, self.weights, self.vary)
-        return SelfDistilled(backbone, self.distillation, steps, self.training.seed, self.vary)
+        if self.recipe == "distilled":
+            return SelfDistilled(backbone, self.distillation, steps, self.training.seed, self.vary)
+        if self.photographs:
+            return LabelPretext(backbone, nn.Linear(backbone.dim, num_classes), self.vary, self.training.seed)
+        return SupervisedPretext(backbone, self.weights, self.vary)
 
 
 SCENES = CreatureConfig(scenes=8000, frames=2, ends=0.8)
 ROUGH = SCENES.model_copy(update={"rough": True})
 PLAIN_SIGHT = SCENES.model_copy(update={"camouflage": 0.0, "muted": 0.4, "ends": 0.0})
 """Scenes in which creatures are easier to see: without labels, what cannot be seen cannot be learnt."""
+
+_DISTILLED: dict[str, Any] = {"recipe": "distilled", "batch_size": 32, "training": TrainingConfig(epochs=24, lr=1.5e-3)}
 
 RECIPES: dict[str, PretrainingConfig] = {
     "vit_mini": PretrainingConfig(
@@ -643,27 +611,16 @@ RECIPES: dict[str, PretrainingConfig] = {
         weights={**dict.fromkeys(TERMS, 1.0), "colour": 3.0},
         training=TrainingConfig(epochs=28, lr=2e-3),
     ),
-    "vit_mini_dino": PretrainingConfig(
-        recipe="distilled",
-        backbone="vit_mini_dino",
-        scenes=PLAIN_SIGHT,
-        batch_size=32,
-        training=TrainingConfig(epochs=24, lr=1.5e-3),
-    ),
+    "vit_mini_dino": PretrainingConfig(backbone="vit_mini_dino", scenes=PLAIN_SIGHT, **_DISTILLED),
     "vit_mini_dino_co": PretrainingConfig(
-        recipe="distilled",
         backbone="vit_mini_dino_co",
         scenes=ROUGH,
         positions=0.5,
         distillation=SelfDistillation(common=1.0),
-        batch_size=32,
-        training=TrainingConfig(epochs=24, lr=1.5e-3),
+        **_DISTILLED,
     ),
     "resnet_mini": PretrainingConfig(
-        recipe="supervised",
-        backbone="resnet_mini",
-        scenes=SCENES,
-        training=TrainingConfig(epochs=5, lr=1.5e-3),
+        recipe="supervised", backbone="resnet_mini", scenes=SCENES, training=TrainingConfig(epochs=5, lr=1.5e-3)
     ),
 }
 """How each embedded backbone was made."""
@@ -703,9 +660,8 @@ def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
     if name not in ABLATIONS:
         raise ParameterError(f"unknown ablation {name!r}{nearest(name, ABLATIONS)}", f"one of {', '.join(ABLATIONS)}")
     base, changes = ABLATIONS[name]
-    recipe = RECIPES[base]
-    values = recipe.model_dump() | {"training": recipe.training.model_copy(update={"epochs": epochs, "seed": seed})}
-    for field, change in changes.items():
+    values = RECIPES[base].model_dump()
+    for field, change in {**changes, "training": {"epochs": epochs, "seed": seed}}.items():
         values[field] = {**values[field], **change} if isinstance(change, dict) else change
     return PretrainingConfig.model_validate(values)
 
@@ -749,12 +705,9 @@ def pretrain(
     classes = len(photographs.class_names) if photographs else 0
 
     def build(folder: Path) -> None:
-        if photographs:
-            scenes = read_photographs(photographs, trained.scenes.size)
-        else:
-            scenes = creature_scenes.load(trained.scenes, resolve("outputs/cache"))
-        truth = trained.recipe == "supervised"
-        loader = SceneLoader(scenes, trained.batch_size, trained.training.seed, truth)
+        size, cache = trained.scenes.size, resolve("outputs/cache")
+        scenes = read_photographs(photographs, size) if photographs else creature_scenes.load(trained.scenes, cache)
+        loader = SceneLoader(scenes, trained.batch_size, trained.training.seed, trained.recipe == "supervised")
         model = trained.build(trained.training.epochs * len(loader), classes)
         loop.train(model, loader, trained.training, folder, progress=progress)
 
@@ -766,23 +719,16 @@ def pretrain(
     return backbone, folder
 
 
-def export(
-    backbone: nn.Module,
-    name: str,
-    config: PretrainingConfig,
-    folder: str | Path,
-    minutes: float,
-    scores: dict[str, float] | None = None,
-) -> Path:
+def export(backbone: nn.Module, name: str, config: PretrainingConfig, folder: str | Path, minutes: float) -> Path:
     """Write a backbone in half precision to `<name>.safetensors`, and what is known of it into its model card.
 
-    minutes: of the training. scores: what it reached, by name. The card's text below the front matter is kept.
-    Returns the path of the card.
+    minutes: of the training. The card has room for scores, which are measured later; its text below the front matter is
+    kept. Returns the path of the card.
     """
     folder = Path(folder)
     model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.cnn
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    half = {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     content = safetensors.torch.save(half)
     write_atomically(folder / f"{name}.safetensors", content)
     front = {
@@ -794,7 +740,7 @@ def export(
         "hardware": f"{torch.get_num_threads()} thread(s), {device_name()}, {cpu_model()}",
         "made": now()[:10],
         "torch": str(torch.__version__),
-        "scores": {key: round(float(value), 3) for key, value in (scores or {}).items()},
+        "scores": {},
         "scenes_format": creature_scenes.FORMAT,
         "recipe": {**config.model_dump(mode="json"), "mixing": config.mixing._asdict()},
     }

@@ -11,22 +11,18 @@ camera that follows them would film. Frame `f` of scene `i` depends on (seed, i,
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, _value_noise
-from wsolnb.data.rendered import is_whole, rendering_key, seal
+from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, fill, photograph, value_noise
+from wsolnb.data.rendered import ensure_rendered, rendering_key
 from wsolnb.errors import DataError
 
 FORMAT = 2
@@ -38,8 +34,6 @@ PARTS = ("background", "body", "limb", "sash")
 MAX_CREATURES = 3
 COLOUR_DISTANCE = 18.0
 """Smallest CIE Lab distance (CIE76) between a colour drawn here and a colour of a bird."""
-
-_FIXED = 4  # fractional bits of polygon coordinates given to OpenCV
 
 
 class CreatureConfig(BaseModel):
@@ -65,12 +59,6 @@ class CreatureConfig(BaseModel):
     ends: float = Field(0.0, ge=0, le=1)
     rough: bool = False
     seed: int = Field(0, ge=0)
-
-    @property
-    def key(self) -> str:
-        """Hash of the configuration and of the format."""
-        text = json.dumps({"format": FORMAT, **self.model_dump()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Scene(NamedTuple):
@@ -111,9 +99,8 @@ def draw_colour(
         if rng.random() < muted:  # as most of what is photographed is
             colour = colour.mean() + rng.uniform(0.1, 0.5) * (colour - colour.mean())
         lab = to_lab(colour)
-        if np.linalg.norm(_BIRDS - lab, axis=1).min() < COLOUR_DISTANCE:
-            continue
-        if all(np.linalg.norm(lab - other) >= distance for other in others):
+        far_from_birds = np.linalg.norm(_BIRDS - lab, axis=1).min() >= COLOUR_DISTANCE
+        if far_from_birds and all(np.linalg.norm(lab - other) >= distance for other in others):
             return colour
 
 
@@ -127,7 +114,7 @@ def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = N
     Returns (size, size, 3) float32.
     """
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
-    choice = np.stack([_value_noise(rng, size, (2, 2), 2) for _ in range(count)]).argmax(axis=0)
+    choice = np.stack([value_noise(rng, size, (2, 2), 2) for _ in range(count)]).argmax(axis=0)
     image = np.zeros((size, size, 3), np.float32)
     tint = draw_colour(rng)
     if near is not None:
@@ -140,7 +127,7 @@ def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = N
         if rough and rng.random() < 0.6:  # light and shade, as between leaves
             second = second * rng.uniform(0.35, 1.8)
         cells = int(rng.integers(2, 30)), int(rng.integers(2, 30))
-        noise = np.clip(0.5 + 0.5 * _value_noise(rng, size, cells, int(rng.integers(1, 4))), 0, 1)[..., None]
+        noise = np.clip(0.5 + 0.5 * value_noise(rng, size, cells, int(rng.integers(1, 4))), 0, 1)[..., None]
         image = np.where((choice == patch)[..., None], first * (1 - noise) + second * noise, image)
     soft = rng.uniform(0, 3)
     if soft > 0.5:
@@ -154,18 +141,18 @@ def _background(rng: np.random.Generator, size: int, near: np.ndarray | None = N
         for _ in range(int(rng.integers(1, 3))):
             start, along = rng.uniform(0, size, 2), rng.normal(0, 0.6 * size, 2)
             colour = draw_colour(rng, muted=0.8) * rng.uniform(0.5, 1.1)
-            _line(image, start - along, start + along, colour, int(rng.integers(2, max(3, size // 9))))
+            _line(image, start - along, start + along, colour.tolist(), int(rng.integers(2, max(3, size // 9))))
     for _ in range(int(rng.poisson(3))):
         colour = (image[tuple(rng.integers(0, size, 2))] + rng.normal(0, 35, 3)).clip(0, 255)
         start = rng.uniform(0, size, 2)
-        _line(image, start, start + rng.normal(0, 0.25 * size, 2), colour, int(rng.integers(1, 3)))
+        _line(image, start, start + rng.normal(0, 0.25 * size, 2), colour.tolist(), int(rng.integers(1, 3)))
     for _ in range(int(rng.poisson(3))):
         # Heaps of vivid pebbles: small things of one colour (or, rough, of two) that are no creature.
         middle, spread, tone = rng.uniform(0, size, 2), rng.uniform(0, 0.045) * size, draw_colour(rng)
         other = draw_colour(rng) if rough and rng.random() < 0.4 else tone
         for _ in range(int(rng.integers(1, 6))):
-            centre = np.rint(middle + rng.normal(0, 1, 2) * spread).astype(int).tolist()
-            axes = np.maximum(1, np.rint(rng.uniform(0.012, 0.05, 2) * size)).astype(int).tolist()
+            centre = _pixel(middle + rng.normal(0, 1, 2) * spread)
+            axes = _pixel(np.maximum(1, rng.uniform(0.012, 0.05, 2) * size))
             own = tone if not rough or rng.random() < 0.6 else other
             shade = (own * rng.uniform(0.85, 1.15)).clip(0, 255).tolist()
             cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, shade, -1, cv2.LINE_AA)
@@ -176,26 +163,30 @@ def _scatter(rng: np.random.Generator, image: np.ndarray) -> None:
     """Litter the ground, in place, with many small shapes of one kind and of colours related to what is there."""
     size = len(image)
     kind, extent = rng.integers(3), rng.uniform(0.02, 0.1) * size
-    contrast, slant = rng.uniform(10, 45), rng.uniform(0, 180)
+    contrast, slant = rng.uniform(10, 45) / 3, rng.uniform(0, 180)
     for _ in range(int(rng.uniform(1, 5) * (0.1 * size) ** 2 / max(2.0, extent))):
         y, x = rng.integers(0, size, 2)
-        colour = (image[y, x] * rng.uniform(0.6, 1.4) + rng.normal(0, contrast / 3, 3)).clip(0, 255).tolist()
+        place = np.array([x, y])
+        colour = (image[y, x] * rng.uniform(0.6, 1.4) + rng.normal(0, contrast, 3)).clip(0, 255).tolist()
         angle = slant + rng.normal(0, 30)
         long = max(1, round(extent * rng.uniform(0.5, 1.2)))
         if kind == 0:
             axes = (long, max(1, round(long * rng.uniform(0.25, 0.6))))
-            cv2.ellipse(image, (int(x), int(y)), axes, angle, 0, 360, colour, -1, cv2.LINE_AA)
+            cv2.ellipse(image, place.tolist(), axes, angle, 0, 360, colour, -1, cv2.LINE_AA)
         elif kind == 1:
             step = 2 * long * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
-            _line(image, np.array([x, y]), np.array([x, y]) + step, np.array(colour), int(rng.integers(1, 3)))
+            _line(image, place, place + step, colour, int(rng.integers(1, 3)))
         else:
-            corners = np.array([x, y]) + rng.normal(0, 0.6 * long, (int(rng.integers(3, 6)), 2))
+            corners = place + rng.normal(0, 0.6 * long, (int(rng.integers(3, 6)), 2))
             cv2.fillPoly(image, [np.rint(corners).astype(np.int32)], colour, cv2.LINE_AA)
 
 
-def _line(image: np.ndarray, start: np.ndarray, end: np.ndarray, colour: np.ndarray, width: int) -> None:
-    ends = [np.rint(p).astype(int).tolist() for p in (start, end)]
-    cv2.line(image, *ends, colour.tolist(), width, cv2.LINE_AA)
+def _pixel(point: np.ndarray) -> list[int]:
+    return np.rint(point).astype(int).tolist()
+
+
+def _line(image: np.ndarray, start, end, colour, width: int, kind: int = cv2.LINE_AA) -> None:
+    cv2.line(image, _pixel(start), _pixel(end), colour, width, kind)
 
 
 # ------------------------------------------------------------------------------------------------------- creatures
@@ -274,25 +265,27 @@ def _blotches(rng: np.random.Generator) -> np.ndarray:
     return drawn
 
 
+_REGULAR = {
+    "checks": lambda x, y: (np.floor(x) + np.floor(y)) % 2 > 0,
+    "zigzag": lambda x, y: (x + np.abs((y % 2) - 1) * 1.5) % 2 > 1,
+    "rings": lambda x, y: np.hypot(x, y) % 1.6 > 0.8,
+    "waves": lambda x, y: 0.5 + 0.5 * np.sin(2.2 * x + 1.5 * np.sin(1.3 * y)),
+    "diamonds": lambda x, y: np.abs((x % 2) - 1) + np.abs((y % 2) - 1) > 1,
+}
+
+
 def _pattern(creature: _Creature, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Mixing share in [0, 1] of the second colour at the creature's own coordinates (u, v)."""
     c, s = np.cos(creature.turn), np.sin(creature.turn)
     x, y = creature.scale * (c * u + s * v), creature.scale * (c * v - s * u)
     name = TEXTURES[creature.texture]
-    if name == "checks":
-        return ((np.floor(x) + np.floor(y)) % 2).astype(np.float32)
-    if name == "zigzag":
-        return (((x + np.abs((y % 2) - 1) * 1.5) % 2) > 1).astype(np.float32)
-    if name == "rings":
-        return ((np.hypot(x, y) % 1.6) > 0.8).astype(np.float32)
-    if name == "waves":
-        return 0.5 + 0.5 * np.sin(2.2 * x + 1.5 * np.sin(1.3 * y))
-    if name == "diamonds":
-        return ((np.abs((x % 2) - 1) + np.abs((y % 2) - 1)) > 1).astype(np.float32)
+    if name in _REGULAR:
+        share = _REGULAR[name](x, y)
+        return share.astype(np.float32) if share.dtype == bool else share
     if name == "gradient":
         return np.clip(0.5 + x / creature.scale, 0, 1)
     rng = np.random.default_rng(creature.noise_seed)
-    grid = _value_noise(rng, 64, (12, 12), 2)
+    grid = value_noise(rng, 64, (12, 12), 2)
     near = np.clip((np.stack([x, y]) / creature.scale * 40 + 32), 0, 63).astype(np.float32)
     noise = cv2.remap(grid, near[0], near[1], cv2.INTER_LINEAR)
     return np.clip(0.5 + noise, 0, 1) if name == "marble" else (np.abs(noise) < 0.18).astype(np.float32)
@@ -314,20 +307,16 @@ def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple
     def place(points):
         return (points * [squeeze, 1 / squeeze]) @ turn * factor + origin
 
-    def fill(canvas, points, value):
-        cv2.fillPoly(canvas, [np.rint((points - 0.5) * (1 << _FIXED)).astype(np.int32)], value, cv2.LINE_8, _FIXED)
-
     parts, bands = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)  # bands: 1 wide, 2 narrow
     for number, (points, width) in enumerate(creature.limbs):
         spine, thick = place(points), width * factor
         worn = sash and number == creature.on_limb
         for joint, (start, end, wide) in enumerate(zip(spine[:-1], spine[1:], thick[:-1], strict=True)):
-            ends = [np.rint(p - 0.5).astype(int).tolist() for p in (start, end)]
             wide = max(1, round(max(wide, 0.08 * factor) if worn else wide))
-            cv2.line(parts, *ends, SASH if worn else LIMB, wide)
+            _line(parts, start - 0.5, end - 0.5, SASH if worn else LIMB, wide, cv2.LINE_8)
             if worn:
-                cv2.line(bands, *ends, 1 if 2 * joint < len(points) - 1 else 2, wide)
-    fill(parts, place(creature.outline), BODY)
+                _line(bands, start - 0.5, end - 0.5, 1 if 2 * joint < len(points) - 1 else 2, wide, cv2.LINE_8)
+    fill(parts, place(creature.outline), BODY, scale=1)
     # Back to the creature's own coordinates, so that texture and sash move with it.
     rows, columns = np.mgrid[:size, :size].astype(np.float32) + 0.5
     own = (np.stack([columns, rows], axis=-1) - origin) / factor @ turn.T / [squeeze, 1 / squeeze]
@@ -339,21 +328,15 @@ def _draw(rng: np.random.Generator, creature: _Creature, size: int, scale: tuple
         along, across = c * (u - at_u) + s * (v - at_v), c * (v - at_v) - s * (u - at_u)
         colour[(along / long) ** 2 + (across / short) ** 2 < 1] *= shade
     colour[parts == LIMB] = creature.limb_colour
-    if sash and creature.on_limb >= 0:
-        for band, tint in enumerate(creature.sash, 1):
-            colour[(parts == SASH) & (bands == band)] = tint
-    elif sash:
+    if sash and creature.on_limb < 0:
         at, width, lean = creature.band
         along = u * np.cos(lean) + v * np.sin(lean) - at
-        for low_edge, high_edge, tint in (
-            (-width / 2, width / 2, creature.sash[0]),
-            (width / 2, width, creature.sash[1]),
-        ):
-            band = (parts > 0) & (parts != LIMB) & (along >= low_edge) & (along < high_edge)
-            colour[band] = tint
-            parts[band] = SASH
+        bands = np.where(parts == BODY, np.digitize(along, (-width / 2, width / 2, width)) % 3, 0)
+        parts[bands > 0] = SASH
+    for band, tint in enumerate(creature.sash, 1):
+        colour[(parts == SASH) & (bands == band)] = tint
     light = rng.uniform(0.85, 1.2) + rng.uniform(-0.35, 0.35) * (rows - size / 2) / size
-    rough = 1 + 0.06 * _value_noise(rng, size, (size // 6, size // 6))
+    rough = 1 + 0.06 * value_noise(rng, size, (size // 6, size // 6))
     return colour * (light * rough)[..., None], parts
 
 
@@ -394,7 +377,8 @@ def render(config: CreatureConfig, index: int, frame: int = 0) -> Scene:
         textures[position] = creature.texture
         worn = (creature.first, creature.second, *(creature.sash if config.sash else ()))
         colours[position, : len(worn)] = to_lab(np.stack(worn))
-    return Scene(_photograph(rng, image), owner, parts, textures, colours)
+    image = photograph(rng, image.astype(np.float32), blur=0.9, grain=8, limits=(-np.inf, np.inf))
+    return Scene(image, owner, parts, textures, colours)
 
 
 def _cover(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -404,72 +388,47 @@ def _cover(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if rng.random() < 0.6:
         for _ in range(int(rng.integers(1, 3))):
             start = rng.uniform(0, size, 2)
-            ends = [np.rint(p).astype(int).tolist() for p in (start, start + rng.normal(0, 0.6 * size, 2))]
-            cv2.line(cover, *ends, 1, int(rng.integers(2, max(3, size // 16))))
+            end = start + rng.normal(0, 0.6 * size, 2)
+            _line(cover, start, end, 1, int(rng.integers(2, max(3, size // 16))), cv2.LINE_8)
     else:
         middle = rng.uniform(0.2, 0.8, 2) * size
         for _ in range(int(rng.integers(2, 6))):
-            centre = np.rint(middle + rng.normal(0, 0.07 * size, 2)).astype(int).tolist()
-            axes = np.rint(rng.uniform([0.05, 0.025], [0.11, 0.06]) * size).astype(int).tolist()
+            centre = _pixel(middle + rng.normal(0, 0.07 * size, 2))
+            axes = _pixel(rng.uniform([0.05, 0.025], [0.11, 0.06]) * size)
             cv2.ellipse(cover, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1, -1)
     image[cover > 0] = colour * rng.uniform(0.8, 1.2)
     return cover > 0
 
 
-def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Expose, blur and grain the scene, (H, W, 3) -> uint8."""
-    image = image.astype(np.float32) * (rng.uniform(0.6, 1.15) * (1 + rng.normal(0, 0.05, 3))).astype(np.float32)
-    sigma = rng.uniform(0, 0.9)
-    if sigma > 0.25:
-        image = cv2.GaussianBlur(image, (0, 0), sigma)
-    image = image + rng.uniform(1, 8) * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
-
-
 # ------------------------------------------------------------------------------------------------------------- disk
 
-ARRAYS = ("image", "owner", "parts", "textures", "colours")
+ARRAYS = Scene._fields
 
 
 def load(config: CreatureConfig, cache: str | Path, workers: int | None = None) -> dict[str, np.ndarray]:
     """Return all scenes as memory-mapped arrays by the names of `Scene`, each (scenes, frames, ...).
 
-    Rendered into `cache` when they are not there; the folder appears only when it is complete.
-    workers: processes; default all cores. Raises DataError when the cache cannot be written.
+    Rendered into `cache` when they are not there. workers: processes; default all cores.
+    Raises DataError when the cache cannot be written.
     """
-    target = Path(cache) / f"creatures-{rendering_key(config.key, __name__)}"
-    if not is_whole(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                _write(config, temporary, workers or os.cpu_count() or 1)
-                os.replace(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        except OSError as error:
-            if not target.is_dir():  # else: another process has finished the same ones first
-                raise DataError(f"cannot write the scenes to {target}: {error}", "free space there") from error
+    target = Path(cache) / f"creatures-{rendering_key(f'{FORMAT} {config.model_dump_json()}', __name__)}"
+    ensure_rendered(target, lambda root: _write(config, root, workers), "the scenes")
     return {name: np.load(target / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
 
-def _write(config: CreatureConfig, root: Path, workers: int) -> None:
-    first = render(config, 0)
-    for name, value in first._asdict().items():
-        shape = (config.scenes, config.frames, *value.shape)
-        open_memmap(root / f"{name}.npy", "w+", value.dtype, shape).flush()
-    chunks = [(config, root, start, min(start + 200, config.scenes)) for start in range(0, config.scenes, 200)]
+def _write(config: CreatureConfig, root: Path, workers: int | None) -> None:
+    for name, value in render(config, 0)._asdict().items():
+        open_memmap(root / f"{name}.npy", "w+", value.dtype, (config.scenes, config.frames, *value.shape)).flush()
+    chunks = [range(start, min(start + 200, config.scenes)) for start in range(0, config.scenes, 200)]
     # Fresh processes: a forked one would inherit OpenCV's threads in whatever state they are, and hang.
-    Parallel(n_jobs=workers)(delayed(_write_chunk)(chunk) for chunk in chunks)
+    Parallel(workers or cpu_count())(delayed(_write_chunk)(config, root, chunk) for chunk in chunks)
     (root / "config.json").write_text(json.dumps({"format": FORMAT, **config.model_dump()}, indent=1))
-    seal(root)
 
 
-def _write_chunk(job: tuple[CreatureConfig, Path, int, int]) -> None:
-    config, root, start, stop = job
+def _write_chunk(config: CreatureConfig, root: Path, indices: range) -> None:
     cv2.setNumThreads(1)
     arrays = {name: open_memmap(root / f"{name}.npy", "r+") for name in ARRAYS}
-    for index in range(start, stop):
+    for index in indices:
         for frame in range(config.frames):
             for name, value in render(config, index, frame)._asdict().items():
                 arrays[name][index, frame] = value

@@ -77,8 +77,7 @@ class FineTuning(BaseModel):
     def fit(self, run: Run, start: str, seed: int, splits: Splits) -> tuple[LocalizationModel, Path]:
         """Return the model that is fine-tuned from a start, and its folder; trained once per run folder."""
         recipe = self.recipe(start, seed)
-        validate = validator(splits.val, recipe.test_transform())
-        return fit(run, f"tuned-{start}-{seed}", recipe, splits.train, validate)
+        return fit(run, f"tuned-{start}-{seed}", recipe, splits.train, validator(splits.val, recipe.test_transform()))
 
     def on_device(self, config: PretrainingConfig) -> PretrainingConfig:
         """Return a recipe of pretraining for the device and the precision of this study."""
@@ -224,12 +223,11 @@ def photograph_rows(models: Mapping[str, LocalizationModel], dataset: Localizati
     for off_centre in (False, True):
         found: dict[str, list[float]] = {name: [] for name in [*models, "centre prior", "best possible at 14 x 14"]}
         for sample in photographs(dataset, off_centre):
-            for name, model in models.items():
-                found[name].append(pixel_auc(attention_map(model, sample.image), sample.mask))
-            found["centre prior"].append(pixel_auc(prior, sample.mask))
             cells = (sample.mask > 0).reshape(14, 8, 14, 8).mean(axis=(1, 3), dtype=np.float32)
             ideal = upsample(torch.from_numpy(cells)[None], (112, 112))[0].numpy()
-            found["best possible at 14 x 14"].append(pixel_auc(ideal, sample.mask))
+            maps = [*(attention_map(model, sample.image) for model in models.values()), prior, ideal]
+            for values, score_map in zip(found.values(), maps, strict=True):
+                values.append(pixel_auc(score_map, sample.mask))
         for name, values in found.items():
             row = {"map": name, "off-centre": off_centre, "images": len(values)}
             yield row | {"auc": float(np.mean(values)), "sd": float(np.std(values))}
