@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,3 +54,20 @@ class ThresholdCurve:
                 "use the same thresholds for validation and test",
             )
         return index
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What `compute` of an accumulator returns: a curve, and more. MAIN: its main score."""
+
+    MAIN: ClassVar[str]
+
+    curve: ThresholdCurve
+
+    def best(self, name: str = "") -> tuple[float, float]:
+        """Return (threshold, score) at the maximum of a score, by default the main one."""
+        return self.curve.best(name or self.MAIN)
+
+    def at(self, threshold: float) -> dict[str, float]:
+        """Return all scores at a threshold chosen elsewhere."""
+        return self.curve.at(threshold)
