@@ -14,7 +14,10 @@ import numpy as np
 from PIL import Image
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.errors import DataError, ParameterError, check_choice
+
+Columns = Mapping[str, Callable[[str], Any]]
+"""Name and converter of each column of a table."""
 
 PARTS = (CONTEXT, DISCRIMINATIVE, REST)
 """Values of a part map."""
@@ -68,14 +71,21 @@ class LocalizationDataset(ABC):
         return f"{type(self).__name__}({self.split}: {len(self)} images, {len(self.class_names)} classes)"
 
 
-class Subset(LocalizationDataset):
+class Derived(LocalizationDataset):
+    """A data set that is made of another one, and says the same of itself."""
+
+    def __init__(self, dataset: LocalizationDataset):
+        self.dataset = dataset
+        for name in ("name", "root", "split", "class_names", "multi_label", "image_ids", "labels"):
+            setattr(self, name, getattr(dataset, name))
+
+
+class Subset(Derived):
     """Some images of another data set."""
 
     def __init__(self, dataset: LocalizationDataset, indices: Sequence[int]):
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = [int(i) for i in indices]
-        self.name, self.root, self.split = dataset.name, dataset.root, dataset.split
-        self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
         self.image_ids = tuple(dataset.image_ids[i] for i in self.indices)
         self.labels = tuple(dataset.labels[i] for i in self.indices)
 
@@ -133,7 +143,7 @@ class FolderDataset(LocalizationDataset):
         That is `root` itself or one of its `nested` subfolders: archives unpack into a folder of their own, so both
         that folder and its parent are accepted.
         """
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
+        check_choice(f"{self.name} has no split", split, ("train", "val", "trainval", "test"))
         self.split, root = split, Path(root)
         if not root.is_dir():
             raise self.problem(f"no such folder: {root}")
@@ -170,9 +180,7 @@ class FolderDataset(LocalizationDataset):
             raise self.problem(f"empty: {path}", remedy)
         return lines
 
-    def table(
-        self, path: Path, columns: Mapping[str, Callable[[str], Any]], separator: str | None = None
-    ) -> list[tuple]:
+    def table(self, path: Path, columns: Columns, separator: str | None = None) -> list[tuple]:
         """Read a text table: one converted tuple per line; empty lines and lines that start with `#` are skipped.
 
         columns: name -> converter (`str`, `int`, `number`) of each column; the last one takes the rest of the line.
@@ -192,9 +200,7 @@ class FolderDataset(LocalizationDataset):
             raise self.problem(f"empty: {path}")
         return rows
 
-    def records(
-        self, path: Path, columns: Mapping[str, Callable[[str], Any]], separator: str | None = None
-    ) -> dict[Any, tuple]:
+    def records(self, path: Path, columns: Columns, separator: str | None = None) -> dict[Any, tuple]:
         """Read a table as `table` does, keyed by its first column; DataError when a key comes twice."""
         records: dict[Any, tuple] = {}
         for row in self.table(path, columns, separator):
@@ -250,15 +256,7 @@ def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) 
         members = by_class[key]
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         held += rng.permutation(members)[:count].tolist()
-    held_set = set(held)
-    return [i for i in range(len(labels)) if i not in held_set], sorted(held)
-
-
-def check_split(split: str, known: Sequence[str], name: str) -> None:
-    """Raise ParameterError when `split` is not one of `known`."""
-    if split not in known:
-        problem = f"{name} has no split {split!r}{nearest(split, known)}"
-        raise ParameterError(problem, f"choose one of {', '.join(known)}")
+    return sorted(set(range(len(labels))).difference(held)), sorted(held)
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -11,7 +11,7 @@ import numpy as np
 
 from wsolnb.data.base import FolderDataset, number
 from wsolnb.data.sample import IGNORE, Sample
-from wsolnb.errors import ParameterError, nearest
+from wsolnb.errors import check_choice
 
 REMEDY = (
     "train2014.zip, val2014.zip and annotations_trainval2014.zip are at https://cocodataset.org/#download; unpack them "
@@ -51,8 +51,7 @@ class COCO(FolderDataset):
         crowd: Literal["ignore", "class"] = "ignore",
         empty: bool = False,
     ):
-        if crowd not in ("ignore", "class"):
-            raise ParameterError(f"no treatment {crowd!r} of crowds{nearest(crowd, ('ignore', 'class'))}", "use ignore")
+        check_choice("no treatment of crowds", crowd, ("ignore", "class"))
         self.open(root, split, "annotations", "coco", f"coco{year}")
         self._crowd = crowd
         folder = f"{'val' if split == 'test' else 'train'}{year}"

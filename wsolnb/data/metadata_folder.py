@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from wsolnb.data.base import FolderDataset, check_split, number, read_mask
+from wsolnb.data.base import FolderDataset, number, read_mask
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.transforms import resize_map
-from wsolnb.errors import DataError
+from wsolnb.errors import DataError, check_choice
 
 REMEDY = (
     "metadata of CUB, ILSVRC and OpenImages30k are in the folder metadata/ of "
@@ -58,7 +58,7 @@ class MetadataFolder(FolderDataset):
         splits = sorted(path.parent.name for path in metadata_root.glob("*/class_labels.txt"))
         if not splits:
             raise self.problem(f"no <split>/class_labels.txt in {metadata_root}")
-        check_split(split, splits, f"{self.name} {metadata_root}")
+        check_choice(f"{self.name} {metadata_root} has no split", split, splits)
         self._folder = metadata_root / split
 
         self._ids_path = self._folder / ("image_ids_proxy.txt" if proxy else "image_ids.txt")

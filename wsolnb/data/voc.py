@@ -9,7 +9,7 @@ import numpy as np
 
 from wsolnb.data.base import FolderDataset, number
 from wsolnb.data.sample import IGNORE, Sample
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.errors import DataError, check_choice
 
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -54,9 +54,7 @@ class VOC(FolderDataset):
         sbd_list: str | Path | None = None,
         difficult: bool = True,
     ):
-        if image_set not in ("Segmentation", "Main"):
-            hint = nearest(image_set, ("Segmentation", "Main"))
-            raise ParameterError(f"no image set {image_set!r}{hint}", "choose Segmentation or Main")
+        check_choice("no image set", image_set, ("Segmentation", "Main"))
         self.open(root, split, "JPEGImages", "VOC2012", "VOCdevkit/VOC2012")
         own_names = self.root / "class_names.txt"
         self.class_names = tuple(self.lines(own_names).values()) if own_names.exists() else CLASS_NAMES

@@ -64,10 +64,8 @@ def object_and_background(
     background = check_mask(mask, shape) == 0
     objects = ~background & (mask != IGNORE)
     if both and not (background.any() and objects.any()):
-        raise MapError(
-            f"the mask has {objects.sum()} object and {background.sum()} background pixels",
-            "leave images out that lack one of them",
-        )
+        problem = f"the mask has {objects.sum()} object and {background.sum()} background pixels"
+        raise MapError(problem, "leave images out that lack one of them")
     return objects, background
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from wsolnb.errors import ParameterError, nearest
+from wsolnb.errors import ParameterError, check_choice
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,7 @@ class ThresholdCurve:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return the curve (T,) of the score `name`; ParameterError when there is none of that name."""
-        if name not in self.scores:
-            raise ParameterError(
-                f"no score is called {name!r}{nearest(name, self.scores)}", f"choose one of {', '.join(self.scores)}"
-            )
+        check_choice("no score is called", name, self.scores)
         return self.scores[name]
 
     def best(self, name: str) -> tuple[float, float]:

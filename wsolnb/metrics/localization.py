@@ -104,9 +104,8 @@ class MaxBoxAcc:
         self.thresholds = check_thresholds(thresholds)
         self.iou_thresholds = tuple(float(iou) for iou in iou_thresholds)
         if not self.iou_thresholds or not all(0 < iou <= 1 for iou in self.iou_thresholds):
-            raise ParameterError(
-                f"IoU thresholds {self.iou_thresholds}", "choose some in (0, 1], such as 0.3, 0.5, 0.7"
-            )
+            problem = f"IoU thresholds {self.iou_thresholds}"
+            raise ParameterError(problem, "choose some in (0, 1], such as 0.3, 0.5, 0.7")
         self.multi_contour = multi_contour
         self.protocol = find_protocol(protocol)
         self._correct = np.zeros((len(self.iou_thresholds), self.thresholds.size), np.int64)
@@ -128,9 +127,8 @@ class MaxBoxAcc:
         """Return the accuracies of the images so far; MapError when there are none."""
         curves = self._correct / _some(self._images)
         scores = {f"iou_{iou:g}": curve for iou, curve in zip(self.iou_thresholds, curves, strict=True)}
-        return BoxAccuracy(
-            ThresholdCurve(self.thresholds, scores), self.iou_thresholds, self.multi_contour, self._images
-        )
+        curve = ThresholdCurve(self.thresholds, scores)
+        return BoxAccuracy(curve, self.iou_thresholds, self.multi_contour, self._images)
 
 
 def _best_iou(boxes: list[np.ndarray], truth: np.ndarray) -> np.ndarray:
@@ -183,9 +181,7 @@ class LocalizationAccuracy:
     """
 
     def __init__(
-        self,
-        thresholds: Sequence[float] | np.ndarray = DEFAULT_THRESHOLDS,
-        protocol: str | BoxProtocol = TSCAM,
+        self, thresholds: Sequence[float] | np.ndarray = DEFAULT_THRESHOLDS, protocol: str | BoxProtocol = TSCAM
     ):
         self.thresholds = check_thresholds(thresholds)
         self.protocol = find_protocol(protocol)

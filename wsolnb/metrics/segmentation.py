@@ -20,8 +20,6 @@ from wsolnb.errors import MapError, ParameterError
 from wsolnb.metrics.checks import check_mask, check_score_map, check_thresholds
 from wsolnb.metrics.curves import Scored, ThresholdCurve
 
-SCORES = ("iou", "fp", "fn", "precision", "recall")
-
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -91,9 +89,8 @@ def _check_range(values: np.ndarray, num_classes: int, name: str) -> np.ndarray:
 def _check_maps(maps: np.ndarray, classes: Sequence[int] | np.ndarray) -> None:
     """Raise MapError unless there is one map per class."""
     if not isinstance(maps, np.ndarray) or maps.ndim != 3 or len(maps) != len(classes):
-        raise MapError(
-            f"maps of shape {np.shape(maps)} for {len(classes)} classes", "pass one map per class: (K, H, W)"
-        )
+        problem = f"maps of shape {np.shape(maps)} for {len(classes)} classes"
+        raise MapError(problem, "pass one map per class: (K, H, W)")
 
 
 class SegmentationScores:
