@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class WsolnbError(Exception):
@@ -49,3 +49,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint ` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def check_choice(problem: str, name: str, known: Collection[str]) -> None:
+    """Raise ParameterError, `problem` and the name with the nearest known one, when it is none of the known."""
+    if name not in known:
+        raise ParameterError(f"{problem} {name!r}{nearest(name, known)}", f"choose one of {', '.join(known)}")

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from random_maps import random_map
 
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.metrics import ERRORS, LocalizationAccuracy, MaxBoxAcc, PxAP, pixel_auc, plain
@@ -15,7 +16,7 @@ def random_images(rng, count, classes=6):
         boxes = (corners * [width, height]).reshape(-1, 4)
         label = int(rng.integers(classes))
         logits = rng.random(classes) + 0.8 * (np.arange(classes) == label)
-        yield plain.random_map(rng, height, width, i % 8), boxes, label, logits
+        yield random_map(rng, height, width, i % 8), boxes, label, logits
 
 
 # --- MaxBoxAcc ---
@@ -255,7 +256,7 @@ def test_localization_refuses():
 def random_masks(rng, count):
     for i in range(count):
         height, width = rng.integers(3, 20, 2)
-        score_map = plain.random_map(rng, height, width, i % 8)
+        score_map = random_map(rng, height, width, i % 8)
         mask = rng.choice([0, 1, 3, 255], (height, width), p=[0.5, 0.2, 0.2, 0.1])
         mask[0, :2] = 0, 1
         yield score_map, mask.astype(np.uint8)

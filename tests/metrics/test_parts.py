@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from random_maps import random_map
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST
 from wsolnb.errors import MapError
-from wsolnb.metrics import PartCoverage, plain
+from wsolnb.metrics import PartCoverage
 
 THRESHOLDS = np.round(np.arange(0, 1.01, 0.1), 2)
 VALUES = {"discriminative": [DISCRIMINATIVE], "rest": [REST], "object": [DISCRIMINATIVE, REST], "context": [CONTEXT]}
@@ -16,7 +17,7 @@ def test_coverage_equals_loops():
     for i in range(24):
         height, width = rng.integers(2, 12, 2)
         some = [[CONTEXT, DISCRIMINATIVE, REST, IGNORE], [CONTEXT, REST], [DISCRIMINATIVE], [CONTEXT, IGNORE]][i % 4]
-        images.append((plain.random_map(rng, height, width, i % 8), rng.choice(some, (height, width)).astype(np.uint8)))
+        images.append((random_map(rng, height, width, i % 8), rng.choice(some, (height, width)).astype(np.uint8)))
         metric.update(*images[-1])
     result = metric.compute()
     for name, values in VALUES.items():

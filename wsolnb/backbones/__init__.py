@@ -8,23 +8,12 @@ convolutional network `stride`.
 """
 
 from wsolnb.backbones.base import Backbone
-from wsolnb.backbones.checkpoints import load_weights, positioned_prefix
+from wsolnb.backbones.checkpoints import positioned_prefix
 from wsolnb.backbones.cnn import ConvBackbone
-from wsolnb.backbones.conformer import Conformer, ConformerBackbone
-from wsolnb.backbones.registry import (
-    BACKBONES,
-    CONFORMERS,
-    MINI,
-    MIXING,
-    RESNETS,
-    TRANSFORMERS,
-    create_backbone,
-    normalisation,
-)
+from wsolnb.backbones.conformer import ConformerBackbone
+from wsolnb.backbones.registry import BACKBONES, MIXING, create_backbone, normalisation
 from wsolnb.backbones.vit import (
-    PLAIN,
     BoundedNorm,
-    ConvStem,
     Mixing,
     Tokens,
     TransformerBackbone,
@@ -34,31 +23,3 @@ from wsolnb.backbones.vit import (
     run_block,
     run_blocks,
 )
-
-__all__ = [
-    "BACKBONES",
-    "CONFORMERS",
-    "MINI",
-    "MIXING",
-    "PLAIN",
-    "RESNETS",
-    "TRANSFORMERS",
-    "Backbone",
-    "BoundedNorm",
-    "Conformer",
-    "ConformerBackbone",
-    "ConvBackbone",
-    "ConvStem",
-    "Mixing",
-    "Tokens",
-    "TransformerBackbone",
-    "create_backbone",
-    "embed",
-    "forward_tapped",
-    "load_weights",
-    "normalisation",
-    "plain_block",
-    "positioned_prefix",
-    "run_block",
-    "run_blocks",
-]

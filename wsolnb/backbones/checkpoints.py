@@ -41,7 +41,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     prefix = _prefix(state, own)
     begins = {name.partition(".")[0] for name in state}
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    state = _fit_positions(_dinov2(state, own), own, model)
+    if "register_tokens" in state and "reg_token" in own:  # as published with DINOv2; the other name is timm's
+        state["reg_token"] = state.pop("register_tokens")
+    state = _fit_positions(state, own, model)
     # Files older than PyTorch 0.4.1 do not count the batches of a normalisation.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
@@ -82,16 +84,15 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
-        if refused is None:
-            raise WeightsError(
-                f"cannot read weights from {path}: {type(error).__name__} {str(error).partition(chr(10))[0]}",
-                "download it again; pickled objects other than tensors are refused",
-            ) from error
-        raise WeightsError(
-            f"cannot read weights from {path}: beside its tensors it holds {refused[1]}, which would run code",
-            f"where you trust the file, save its tensors without {refused[1]}: "
-            "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)",
-        ) from error
+        told = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
+        remedy = "download it again; pickled objects other than tensors are refused"
+        if refused:
+            told = f"beside its tensors it holds {refused[1]}, which would run code"
+            remedy = (
+                f"where you trust the file, save its tensors without {refused[1]}: "
+                "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
+            )
+        raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
 
 
 def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -112,21 +113,16 @@ def _prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return max(found, key=lambda prefix: (found[prefix], "student" not in prefix)) if found.total() else ""
 
 
-def _dinov2(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file as published with DINOv2's registers under timm's names."""
-    if "register_tokens" in state and "reg_token" in own:
-        state["reg_token"] = state.pop("register_tokens")
-    return state
-
-
 def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
     """Resample the position embedding (1, prefix + n * n, D) of a file to the model's grid, if it is of a square grid.
 
     Where the model's is of the patches alone and the file's begins with the class token's, that is added to the token.
     """
     given, wanted = state.get("pos_embed"), own.get("pos_embed")
-    if given is None or wanted is None or given.shape == wanted.shape or given.ndim != 3 or not _same_width(given, own):
-        return state  # what does not fit is reported as a tensor of another shape
+    if given is None or wanted is None or given.shape == wanted.shape:
+        return state
+    if given.ndim != 3 or given.shape[2] != wanted.shape[2]:
+        return state  # reported as a tensor of another shape
     prefix = positioned_prefix(vit)
     if not prefix and not _square(given.shape[1]) and _square(given.shape[1] - 1) and "cls_token" in state:
         state |= {"cls_token": state["cls_token"] + given[:, :1]}
@@ -139,7 +135,3 @@ def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Mod
 
 def _square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
-
-
-def _same_width(given: Tensor, own: dict[str, Tensor]) -> bool:
-    return given.shape[2] == own["pos_embed"].shape[2]

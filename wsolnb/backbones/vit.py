@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from wsolnb.backbones.base import Backbone
 from wsolnb.errors import ParameterError
 
-PLAIN_TRANSFORMERS = "a plain ViT, DeiT or DINOv2 with a class token, such as vit_mini, deit_small or dino_small"
-
 
 class Tokens(NamedTuple):
     """What a transformer backbone returns.
@@ -53,12 +51,11 @@ class Mixing(NamedTuple):
 
     def masks(self, rows: int, columns: int, depth: int) -> list[Tensor | None]:
         """Return per layer which token (row) may attend to which (column): (1 + N, 1 + N) booleans, None = all."""
-        tokens = 1 + rows * columns
         row, column = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
         far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > self.radius
         masks: list[Tensor | None] = []
         for layer in range(depth):
-            allowed = torch.ones(tokens, tokens, dtype=torch.bool)
+            allowed = torch.ones(1 + len(row), 1 + len(row), dtype=torch.bool)
             allowed[1:, 0] = self.sees_class
             if layer < self.local_layers:
                 allowed[1:, 1:] = ~far
@@ -144,15 +141,15 @@ class TransformerBackbone(Backbone):
         self.depth, self.heads = len(vit.blocks), vit.blocks[0].attn.num_heads
         self.prefix_tokens = vit.num_prefix_tokens
         self.grid = (image_size // self.patch_size, image_size // self.patch_size)
-        masks = mixing.masks(*self.grid, self.depth) if mixing else []
         # Buffers, so that they follow the model to its device; equal ones are kept once.
         self._mask_names: list[str | None] = []
-        for layer, mask in enumerate(masks):
-            same = next((name for name in self._mask_names if name and torch.equal(getattr(self, name), mask)), None)
-            if mask is not None and same is None:
-                same = f"mask_{layer}"
+        for layer, mask in enumerate(mixing.masks(*self.grid, self.depth) if mixing else ()):
+            same = f"mask_{layer}" if mask is not None else None
+            if same:
+                equal = [known for known in self._mask_names if known and torch.equal(getattr(self, known), mask)]
+                same = equal[0] if equal else same
                 self.register_buffer(same, mask, persistent=False)
-            self._mask_names.append(same if mask is not None else None)
+            self._mask_names.append(same)
 
     @property
     def masks(self) -> list[Tensor | None]:
@@ -165,9 +162,9 @@ class TransformerBackbone(Backbone):
         Raises ParameterError when the images are not of the size that the position embedding was made for.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2:] != (self.image_size, self.image_size):
+            size = self.image_size
             raise ParameterError(
-                f"{self.name} was built for (B, 3, {self.image_size}, {self.image_size}) images, got "
-                f"{tuple(images.shape)}",
+                f"{self.name} was built for (B, 3, {size}, {size}) images, got {tuple(images.shape)}",
                 f"resize the images or build the backbone with image_size={images.shape[-1]}",
             )
         return self._tokens(images)
@@ -254,22 +251,22 @@ def class_row(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Ten
     return attention.proj_drop(attention.proj(attention.norm(mixed))), row
 
 
+def _is_known(block: nn.Module) -> bool:
+    attention = getattr(block, "attn", None)
+    return type(attention) is Attention and not getattr(attention, "gate", None) and hasattr(block, "ls1")
+
+
 def _check_tappable(vit: nn.Module, name: str) -> None:
     if not getattr(vit, "has_class_token", False):
-        raise ParameterError(
-            f"backbone {name!r} has no class token, so there is no class-token attention to read",
-            f"use {PLAIN_TRANSFORMERS}",
+        odd = "no class token, so there is no class-token attention to read"
+    elif hasattr(vit, "dist_token"):
+        odd = (
+            "a distillation token, which classifies next to the class token: its attention would be left out, and it "
+            "is no register"
         )
-    if hasattr(vit, "dist_token"):
-        raise ParameterError(
-            f"backbone {name!r} has a distillation token, which classifies next to the class token: its attention "
-            "would be left out, and it is no register",
-            f"use {PLAIN_TRANSFORMERS}",
-        )
-    for block in vit.blocks:
-        attention = getattr(block, "attn", None)
-        if type(attention) is not Attention or getattr(attention, "gate", None) or not hasattr(block, "ls1"):
-            raise ParameterError(
-                f"backbone {name!r} has blocks that the attention tap does not know ({type(block).__name__})",
-                f"use {PLAIN_TRANSFORMERS}",
-            )
+    else:
+        unknown = [type(block).__name__ for block in vit.blocks if not _is_known(block)]
+        odd = unknown and f"blocks that the attention tap does not know ({unknown[0]})"
+    if odd:
+        transformers = "a plain ViT, DeiT or DINOv2 with a class token, such as vit_mini, deit_small or dino_small"
+        raise ParameterError(f"backbone {name!r} has {odd}", f"use {transformers}")

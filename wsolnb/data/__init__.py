@@ -11,25 +11,3 @@ from wsolnb.data.readers import DATASETS, get_reader, open_dataset
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample, tight_box
 from wsolnb.data.tiny_imagenet import TinyImageNet
 from wsolnb.data.voc import VOC
-
-__all__ = [
-    "COCO",
-    "CONTEXT",
-    "CUB",
-    "DATASETS",
-    "DISCRIMINATIVE",
-    "IGNORE",
-    "REST",
-    "VOC",
-    "FolderDataset",
-    "LocalizationDataset",
-    "MetadataFolder",
-    "OxfordPets",
-    "Sample",
-    "Subset",
-    "TinyImageNet",
-    "get_reader",
-    "hold_out",
-    "open_dataset",
-    "tight_box",
-]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-import xml.etree.ElementTree as ElementTree
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from wsolnb.data.sample import Sample
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
+from wsolnb.errors import DataError, ParameterError, check_choice
+
+Columns = Mapping[str, Callable[[str], Any]]
+"""Name and converter of each column of a table."""
+
+PARTS = (CONTEXT, DISCRIMINATIVE, REST)
+"""Values of a part map."""
 
 
 class LocalizationDataset(ABC):
@@ -66,14 +71,21 @@ class LocalizationDataset(ABC):
         return f"{type(self).__name__}({self.split}: {len(self)} images, {len(self.class_names)} classes)"
 
 
-class Subset(LocalizationDataset):
+class Derived(LocalizationDataset):
+    """A data set that is made of another one, and says the same of itself."""
+
+    def __init__(self, dataset: LocalizationDataset):
+        self.dataset = dataset
+        for name in ("name", "root", "split", "class_names", "multi_label", "image_ids", "labels"):
+            setattr(self, name, getattr(dataset, name))
+
+
+class Subset(Derived):
     """Some images of another data set."""
 
     def __init__(self, dataset: LocalizationDataset, indices: Sequence[int]):
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = [int(i) for i in indices]
-        self.name, self.root, self.split = dataset.name, dataset.root, dataset.split
-        self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
         self.image_ids = tuple(dataset.image_ids[i] for i in self.indices)
         self.labels = tuple(dataset.labels[i] for i in self.indices)
 
@@ -104,7 +116,7 @@ class FolderDataset(LocalizationDataset):
             for x0, y0, x1, y1 in sample.boxes:
                 if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
                     box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
-                    raise DataError(f"the box {box} lies outside of {path} ({width}x{height})", self.remedy)
+                    raise self.problem(f"the box {box} lies outside of {path} ({width}x{height})")
         return sample
 
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
@@ -120,6 +132,98 @@ class FolderDataset(LocalizationDataset):
     def sources(self) -> list[Path]:
         """Return the files and folders that the data set reads."""
         return [self.root]
+
+    def problem(self, text: str, remedy: str = "") -> DataError:
+        """Return the error about one of the files, with the remedy."""
+        return DataError(text, remedy or self.remedy)
+
+    def open(self, root: str | Path, split: str, marker: str, *nested: str) -> None:
+        """Check the split, and find the folder that holds `marker` (a relative path).
+
+        That is `root` itself or one of its `nested` subfolders: archives unpack into a folder of their own, so both
+        that folder and its parent are accepted.
+        """
+        check_choice(f"{self.name} has no split", split, ("train", "val", "trainval", "test"))
+        self.split, root = split, Path(root)
+        if not root.is_dir():
+            raise self.problem(f"no such folder: {root}")
+        found = [folder for folder in (root, *(root / name for name in nested)) if (folder / marker).exists()]
+        if not found:
+            raise self.problem(f"missing: {root / marker}")
+        self.root = found[0]
+
+    def choose(self, labels: Sequence[tuple[int, ...]], fraction: float, seed: int) -> Sequence[int]:
+        """Return the positions of the split's images among the published ones: `train` and `val` by `hold_out`."""
+        if self.split in ("train", "val"):
+            return hold_out(labels, fraction, seed)[self.split == "val"]
+        return range(len(labels))
+
+    def require(self, path: Path) -> Path:
+        """Return `path` if it exists, else raise DataError naming it."""
+        if not path.exists():
+            raise self.problem(f"missing: {path}")
+        return path
+
+    def lines(self, path: Path, remedy: str = "") -> dict[int, str]:
+        """Return the non-empty lines of a text file, stripped, by number from 1.
+
+        Raises DataError, with the `remedy` if one is given, when it is missing, empty or not text.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise self.problem(f"missing: {path}", remedy) from error
+        except (UnicodeDecodeError, OSError) as error:
+            raise self.problem(f"cannot read {path}: {error}", remedy) from error
+        lines = {i: line.strip() for i, line in enumerate(text.splitlines(), start=1) if line.strip()}
+        if not lines:
+            raise self.problem(f"empty: {path}", remedy)
+        return lines
+
+    def table(self, path: Path, columns: Columns, separator: str | None = None) -> list[tuple]:
+        """Read a text table: one converted tuple per line; empty lines and lines that start with `#` are skipped.
+
+        columns: name -> converter (`str`, `int`, `number`) of each column; the last one takes the rest of the line.
+        separator: None for blanks. Raises DataError naming file and line of what does not convert.
+        """
+        converters, rows = tuple(columns.values()), []
+        for position, line in self.lines(path).items():
+            if line.startswith("#"):
+                continue
+            fields = line.split(separator, len(converters) - 1)
+            try:
+                rows.append(tuple([convert(field.strip()) for convert, field in zip(converters, fields, strict=True)]))
+            except ValueError as error:
+                pattern = (separator or " ").join(f"<{name}>" for name in columns)
+                raise self.problem(f"{path}, line {position}: {line!r} is not {pattern}") from error
+        if not rows:
+            raise self.problem(f"empty: {path}")
+        return rows
+
+    def records(self, path: Path, columns: Columns, separator: str | None = None) -> dict[Any, tuple]:
+        """Read a table as `table` does, keyed by its first column; DataError when a key comes twice."""
+        records: dict[Any, tuple] = {}
+        for row in self.table(path, columns, separator):
+            if row[0] in records:
+                raise self.problem(f"{path} lists {row[0]!r} more than once")
+            records[row[0]] = row[1:]
+        return records
+
+    def check_covers(self, path: Path, keys: Iterable, other: Path, needed: Iterable) -> None:
+        """Raise DataError when the table `path` with these keys lacks one that the table `other` needs."""
+        lacking = set(needed).difference(keys)
+        if lacking:
+            raise self.problem(f"{path} lacks {min(lacking)!r}, which {other} has ({len(lacking)} in all)")
+
+    def label_map(self, path: Path, size: tuple[int, int], allowed: Iterable[int] = PARTS) -> np.ndarray:
+        """Return a mask file (by default of parts) as `read_mask` does; DataError for values that are not allowed."""
+        values = read_mask(path, self.remedy, size)
+        known = np.zeros(256, bool)
+        known[list(allowed)] = True
+        odd = ~known[values]
+        if odd.any():
+            raise self.problem(f"{path} holds the value {values[odd][0]}, which stands for nothing")
+        return values
 
     @abstractmethod
     def image_path(self, index: int) -> Path:
@@ -152,56 +256,10 @@ def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) 
         members = by_class[key]
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         held += rng.permutation(members)[:count].tolist()
-    held_set = set(held)
-    return [i for i in range(len(labels)) if i not in held_set], sorted(held)
-
-
-def check_split(split: str, known: Sequence[str], name: str) -> None:
-    """Raise ParameterError when `split` is not one of `known`."""
-    if split not in known:
-        problem = f"{name} has no split {split!r}{nearest(split, known)}"
-        raise ParameterError(problem, f"choose one of {', '.join(known)}")
+    return sorted(set(range(len(labels))).difference(held)), sorted(held)
 
 
 # ----------------------------------------------------------------------------------------------------------- files
-
-
-def find_root(root: str | Path, marker: str, nested: Sequence[str], remedy: str) -> Path:
-    """Return the folder that holds `marker` (a relative path): `root` itself or one of its `nested` subfolders.
-
-    Archives unpack into a folder of their own, so both that folder and its parent are accepted.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"no such folder: {root}", remedy)
-    for folder in (root, *(root / name for name in nested)):
-        if (folder / marker).exists():
-            return folder
-    raise DataError(f"missing: {root / marker}", remedy)
-
-
-def require(path: Path, remedy: str) -> Path:
-    """Return `path` if it exists, else raise DataError naming it."""
-    if not path.exists():
-        raise DataError(f"missing: {path}", remedy)
-    return path
-
-
-def read_lines(path: Path, remedy: str) -> list[str]:
-    """Return the non-empty lines of a text file, stripped; DataError when it is missing, empty or not text."""
-    return [line for _, line in _numbered_lines(path, remedy)]
-
-
-def _numbered_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
-    require(path, remedy)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}", remedy) from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise DataError(f"empty: {path}", remedy)
-    return lines
 
 
 def number(text: str) -> float:
@@ -212,56 +270,13 @@ def number(text: str) -> float:
     return value
 
 
-def read_table(
-    path: Path, columns: Mapping[str, Callable[[str], Any]], remedy: str, separator: str | None = None
-) -> list[tuple]:
-    """Read a text table: one converted tuple per line; empty lines and lines that start with `#` are skipped.
-
-    columns: name -> converter (`str`, `int`, `number`) of each column; the last one takes the rest of the line.
-    separator: None for blanks. Raises DataError naming file and line of what does not convert.
-    """
-    converters = tuple(columns.values())
-    rows = []
-    for position, line in _numbered_lines(path, remedy):
-        if line.startswith("#"):
-            continue
-        fields = line.split(separator, len(converters) - 1)
-        try:
-            rows.append(tuple([convert(field.strip()) for convert, field in zip(converters, fields, strict=True)]))
-        except ValueError as error:
-            pattern = (separator or " ").join(f"<{name}>" for name in columns)
-            raise DataError(f"{path}, line {position}: {line!r} is not {pattern}", remedy) from error
-    if not rows:
-        raise DataError(f"empty: {path}", remedy)
-    return rows
-
-
-def read_records(
-    path: Path, columns: Mapping[str, Callable[[str], Any]], remedy: str, separator: str | None = None
-) -> dict[Any, tuple]:
-    """Read a table as `read_table` does, keyed by its first column; DataError when a key comes twice."""
-    rows = read_table(path, columns, remedy, separator)
-    records = {row[0]: row[1:] for row in rows}
-    if len(records) < len(rows):
-        seen: set = set()
-        twice = next(row[0] for row in rows if row[0] in seen or seen.add(row[0]))
-        raise DataError(f"{path} lists {twice!r} more than once", remedy)
-    return records
-
-
-def check_covers(path: Path, keys: Iterable, other: Path, needed: Iterable, remedy: str) -> None:
-    """Raise DataError when the table `path` with these keys lacks one that the table `other` needs."""
-    lacking = set(needed).difference(keys)
-    if lacking:
-        raise DataError(f"{path} lacks {min(lacking)!r}, which {other} has ({len(lacking)} in all)", remedy)
-
-
 # What Pillow raises on damaged files of the formats that data sets use (UnidentifiedImageError is an OSError).
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    require(path, remedy)
+    if not path.exists():
+        raise DataError(f"missing: {path}", remedy)
     try:
         with Image.open(path) as image:
             return np.array(convert(image))
@@ -287,23 +302,3 @@ def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> n
     if size is not None and mask.shape != tuple(size):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}", remedy)
     return mask
-
-
-def read_label_map(path: Path, remedy: str, size: tuple[int, int], allowed: Sequence[int]) -> np.ndarray:
-    """Return a mask file, (H, W) uint8, as `read_mask` does; DataError when it holds values that are not allowed."""
-    values = read_mask(path, remedy, size)
-    known = np.zeros(256, bool)
-    known[list(allowed)] = True
-    odd = ~known[values]
-    if odd.any():
-        raise DataError(f"{path} holds the value {values[odd][0]}, which stands for nothing", remedy)
-    return values
-
-
-def read_xml(path: Path, remedy: str) -> ElementTree.Element:
-    """Return the root element of an XML file; DataError when it is missing or not well formed."""
-    require(path, remedy)
-    try:
-        return ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise DataError(f"not well-formed XML: {path}: {error}", remedy) from error

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from wsolnb.data.base import FolderDataset, check_split, find_root, hold_out, number, require
+from wsolnb.data.base import FolderDataset, number
 from wsolnb.data.sample import IGNORE, Sample
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.errors import check_choice
 
 REMEDY = (
     "train2014.zip, val2014.zip and annotations_trainval2014.zip are at https://cocodataset.org/#download; unpack them "
@@ -51,16 +51,13 @@ class COCO(FolderDataset):
         crowd: Literal["ignore", "class"] = "ignore",
         empty: bool = False,
     ):
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
-        if crowd not in ("ignore", "class"):
-            raise ParameterError(f"no treatment {crowd!r} of crowds{nearest(crowd, ('ignore', 'class'))}", "use ignore")
-        self.root = find_root(root, "annotations", ["coco", f"coco{year}"], REMEDY)
-        self.split, self._crowd = split, crowd
-        part = "val" if split == "test" else "train"
-        folder = f"{part}{year}"
-        self._file = require(self.root / "annotations" / f"instances_{folder}.json", REMEDY)
+        check_choice("no treatment of crowds", crowd, ("ignore", "class"))
+        self.open(root, split, "annotations", "coco", f"coco{year}")
+        self._crowd = crowd
+        folder = f"{'val' if split == 'test' else 'train'}{year}"
+        self._file = self.require(self.root / "annotations" / f"instances_{folder}.json")
         beside = self.root / folder
-        self._images = beside if beside.is_dir() else require(self.root / "images" / folder, REMEDY)
+        self._images = beside if beside.is_dir() else self.require(self.root / "images" / folder)
 
         content = self._read()
         names = {self._get(c, "id", int): str(self._get(c, "name", str)) for c in content["categories"]}
@@ -69,18 +66,19 @@ class COCO(FolderDataset):
         images = {self._get(image, "id", int): image for image in content["images"]}
         objects: dict[int, list[dict]] = {key: [] for key in images}
         for annotation in content["annotations"]:
-            self._check(annotation, images, order)
+            for name, key, known in (("image", "image_id", images), ("category", "category_id", order)):
+                if self._get(annotation, key, int) not in known:
+                    value = annotation[key]
+                    raise self.problem(f"{self._file} has an object of {name} {value}, which it does not list")
             objects[annotation["image_id"]].append(annotation)
         keys = [key for key in sorted(images) if empty or objects[key]]
         labels = [tuple(sorted({order[a["category_id"]] for a in objects[key]})) for key in keys]
-        if split in ("train", "val"):
-            kept = hold_out(labels, val_fraction, seed)[split == "val"]
-            keys, labels = [keys[i] for i in kept], [labels[i] for i in kept]
-        if not keys:
-            raise DataError(f"the split {split!r} of {self._file} has no image", REMEDY)
+        chosen = self.choose(labels, val_fraction, seed)
+        if not chosen:
+            raise self.problem(f"the split {split!r} of {self._file} has no image")
+        keys, self.labels = [keys[i] for i in chosen], tuple(labels[i] for i in chosen)
         self._names = tuple(str(self._get(images[key], "file_name", str)) for key in keys)
         self.image_ids = tuple(Path(name).stem for name in self._names)
-        self.labels = tuple(labels)
         fields = ("bbox", "segmentation", "iscrowd", "area")
         self._objects = [
             [(order[a["category_id"]], *(a.get(name) for name in fields)) for a in objects[key]] for key in keys
@@ -90,24 +88,16 @@ class COCO(FolderDataset):
         try:
             content = json.loads(self._file.read_bytes())
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self._file}: {error}", REMEDY) from error
+            raise self.problem(f"cannot read {self._file}: {error}") from error
         for name in ("images", "annotations", "categories"):
             if not isinstance(content, dict) or not isinstance(content.get(name), list):
-                raise DataError(f"{self._file} has no list {name!r}", REMEDY)
+                raise self.problem(f"{self._file} has no list {name!r}")
         return content
 
     def _get(self, entry: Any, name: str, kind: type) -> Any:
         if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-            raise DataError(f"{self._file} has an entry without {name!r}: {str(entry)[:80]}", REMEDY)
+            raise self.problem(f"{self._file} has an entry without {name!r}: {str(entry)[:80]}")
         return entry[name]
-
-    def _check(self, annotation: dict, images: Mapping[int, dict], order: Mapping[int, int]) -> None:
-        image = self._get(annotation, "image_id", int)
-        if image not in images:
-            raise DataError(f"{self._file} has an object of image {image}, which it does not list", REMEDY)
-        category = self._get(annotation, "category_id", int)
-        if category not in order:
-            raise DataError(f"{self._file} has an object of category {category}, which it does not list", REMEDY)
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -122,14 +112,14 @@ class COCO(FolderDataset):
                 x, y, width, height = (number(value) for value in box)
                 area = number(area)
             except (TypeError, ValueError) as error:
-                raise DataError(f"{where} has an object without a proper bbox and area", REMEDY) from error
+                raise self.problem(f"{where} has an object without a proper bbox and area") from error
             if not crowd:  # the box of a crowd is of no object
                 boxes.append((x, y, x + width, y + height))
                 labels.append(label)
             try:
                 region = decode_segmentation(shape, sample.size)
             except ValueError as error:
-                raise DataError(f"{where} has a segmentation that {error}", REMEDY) from error
+                raise self.problem(f"{where} has a segmentation that {error}") from error
             value = IGNORE if crowd and self._crowd == "ignore" else label + 1
             # Crowds first: single objects in front of them are known.
             painted.append((not crowd, -area, value, region))

@@ -6,19 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wsolnb.data.base import (
-    FolderDataset,
-    check_covers,
-    check_split,
-    find_root,
-    hold_out,
-    number,
-    read_label_map,
-    read_mask,
-    read_records,
-    require,
-)
-from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
+from wsolnb.data.base import FolderDataset, number, read_mask
+from wsolnb.data.sample import Sample
 from wsolnb.errors import DataError
 
 REMEDY = (
@@ -48,10 +37,8 @@ class CUB(FolderDataset):
     remedy = REMEDY
 
     def __init__(self, root: str | Path, split: str, val_fraction: float = 0.1, seed: int = 0):
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
-        self.root = find_root(root, "images.txt", ["CUB_200_2011"], REMEDY)
-        self.split = split
-        require(self.root / "images", REMEDY)
+        self.open(root, split, "images.txt", "CUB_200_2011")
+        self.require(self.root / "images")
         self._has_masks, self._has_parts = ((self.root / name).is_dir() for name in ("segmentations", "part_maps"))
 
         files = self._records("images.txt", {"image_id": int, "file": str})
@@ -60,19 +47,19 @@ class CUB(FolderDataset):
         boxes = self._records("bounding_boxes.txt", {"image_id": int, **sides}, files)
         names = self._records("classes.txt", {"class_id": int, "name": str})
         if sorted(names) != list(range(1, len(names) + 1)):
-            raise DataError(f"{self.root / 'classes.txt'}: class ids are not 1..{len(names)}", REMEDY)
+            raise self.problem(f"{self.root / 'classes.txt'}: class ids are not 1..{len(names)}")
         for key, (label,) in classes.items():
             if label not in names:
                 path = self.root / "image_class_labels.txt"
-                raise DataError(f"{path} gives image {key} the class {label}; classes.txt has 1..{len(names)}", REMEDY)
+                raise self.problem(f"{path} gives image {key} the class {label}; classes.txt has 1..{len(names)}")
         for key, (_, _, width, height) in boxes.items():
             if width <= 0 or height <= 0:
                 path = self.root / "bounding_boxes.txt"
-                raise DataError(f"{path}: the box of image {key} has no area ({width:g} x {height:g})", REMEDY)
+                raise self.problem(f"{path}: the box of image {key} has no area ({width:g} x {height:g})")
 
         keys = self._keys(files, classes, val_fraction, seed)
         if not keys:
-            raise DataError(f"the split {split!r} of {self.root} has no image", REMEDY)
+            raise self.problem(f"the split {split!r} of {self.root} has no image")
         # `001.Black_footed_Albatross`: the number is the class id, which the index already tells.
         self.class_names = tuple(names[i + 1][0].split(".", 1)[-1] for i in range(len(names)))
         self.image_ids = tuple(files[key][0] for key in keys)
@@ -82,28 +69,26 @@ class CUB(FolderDataset):
 
     def _records(self, name: str, columns: dict, reference: dict | None = None) -> dict:
         """Read one of the tables; `reference` holds the image ids it must be about."""
-        records = read_records(self.root / name, columns, REMEDY)
+        path, listed = self.root / name, self.root / "images.txt"
+        records = self.records(path, columns)
         if reference is not None:
-            check_covers(self.root / name, records, self.root / "images.txt", reference, REMEDY)
-            check_covers(self.root / "images.txt", reference, self.root / name, records, REMEDY)
+            self.check_covers(path, records, listed, reference)
+            self.check_covers(listed, reference, path, records)
         return records
 
     def _keys(self, files: dict, classes: dict, val_fraction: float, seed: int) -> list[int]:
         """Return the ids of the split's images, in the order of images.txt."""
-        wanted = ("train", "val") if self.split == "trainval" else (self.split,)
-        if (self.root / "train_val_test_split.txt").exists():
-            splits = self._records("train_val_test_split.txt", {"image_id": int, "split": str}, files)
+        path = self.root / "train_val_test_split.txt"
+        if path.exists():
+            splits = self._records(path.name, {"image_id": int, "split": str}, files)
             for key, (split,) in splits.items():
                 if split not in ("train", "val", "test"):
-                    path = self.root / "train_val_test_split.txt"
                     raise DataError(f"{path} puts image {key} into {split!r}", "use train, val or test")
+            wanted = ("train", "val") if self.split == "trainval" else (self.split,)
             return [key for key in files if splits[key][0] in wanted]
         is_train = self._records("train_test_split.txt", {"image_id": int, "is_training_image": int}, files)
-        if self.split in ("test", "trainval"):
-            return [key for key in files if is_train[key][0] == (self.split != "test")]
-        published = [key for key in files if is_train[key][0]]
-        kept, held = hold_out([classes[key] for key in published], val_fraction, seed)
-        return [published[i] for i in (kept if self.split == "train" else held)]
+        published = [key for key in files if is_train[key][0] == (self.split != "test")]
+        return [published[i] for i in self.choose([classes[key] for key in published], val_fraction, seed)]
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -118,5 +103,4 @@ class CUB(FolderDataset):
             soft = read_mask(self.root / "segmentations" / picture, REMEDY, sample.size)
             sample.mask = (soft > 127).astype(np.uint8)
         if self._has_parts:
-            path = self.root / "part_maps" / picture
-            sample.parts = read_label_map(path, REMEDY, sample.size, (CONTEXT, DISCRIMINATIVE, REST))
+            sample.parts = self.label_map(self.root / "part_maps" / picture, sample.size)

@@ -13,7 +13,9 @@ otherwise counts epochs by itself, from 0.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,24 +60,19 @@ class EpochSampler(Sampler):
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        epoch = self.epoch
-        return ((epoch, int(index)) for index in order)
+        return zip(itertools.repeat(self.epoch), order.tolist(), strict=False)
 
 
+@dataclass(eq=False)
 class TransformedDataset(Dataset):
     """Transformed samples of a data set, by (epoch, index), and how they become a batch."""
 
-    def __init__(
-        self,
-        dataset: LocalizationDataset,
-        transform: Transform | None,
-        truth: bool,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ):
-        self.dataset, self.transform, self.truth, self.seed = dataset, transform, truth, seed
-        self.mean, self.std = tuple(mean), tuple(std)
+    dataset: LocalizationDataset
+    transform: Transform | None
+    truth: bool
+    seed: int
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __len__(self) -> int:
         return len(self.dataset)

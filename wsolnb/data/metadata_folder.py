@@ -7,20 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from wsolnb.data.base import (
-    FolderDataset,
-    check_covers,
-    check_split,
-    number,
-    read_lines,
-    read_mask,
-    read_records,
-    read_table,
-    require,
-)
+from wsolnb.data.base import FolderDataset, number, read_mask
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.transforms import resize_map
-from wsolnb.errors import DataError
+from wsolnb.errors import DataError, check_choice
 
 REMEDY = (
     "metadata of CUB, ILSVRC and OpenImages30k are in the folder metadata/ of "
@@ -63,28 +53,28 @@ class MetadataFolder(FolderDataset):
         class_names: Sequence[str] | None = None,
         proxy: bool = False,
     ):
-        self.root = require(Path(root), REMEDY)
-        self.split = split
-        metadata_root = require(Path(metadata_root), REMEDY)
+        self.root, self.split = self.require(Path(root)), split
+        metadata_root = self.require(Path(metadata_root))
         splits = sorted(path.parent.name for path in metadata_root.glob("*/class_labels.txt"))
         if not splits:
-            raise DataError(f"no <split>/class_labels.txt in {metadata_root}", REMEDY)
-        check_split(split, splits, f"{self.name} {metadata_root}")
+            raise self.problem(f"no <split>/class_labels.txt in {metadata_root}")
+        check_choice(f"{self.name} {metadata_root} has no split", split, splits)
         self._folder = metadata_root / split
 
         self._ids_path = self._folder / ("image_ids_proxy.txt" if proxy else "image_ids.txt")
-        self.image_ids = tuple(read_records(self._ids_path, {"image_id": str}, REMEDY))
-        require(self.image_path(0), REMEDY)  # tells a wrong root at once
-        labels = self._records("class_labels.txt", {"image_id": str, "label": int})
+        self.image_ids = tuple(self.records(self._ids_path, {"image_id": str}))
+        self.require(self.image_path(0))  # tells a wrong root at once
+        columns = {"image_id": str, "label": int}
+        labels = self._records("class_labels.txt", columns)
         if class_names is None:
             # A split may lack the last classes, so all of them are looked at for the number of classes.
-            last = max(label for name in splits for _, label in _read_labels(metadata_root / name))
+            lists = [metadata_root / name / "class_labels.txt" for name in splits]
+            last = max(label for path in lists for _, label in self.table(path, columns, ","))
             class_names = [str(label) for label in range(last + 1)]
         self.class_names = tuple(class_names)
         for image in self.image_ids:
             if not 0 <= labels[image][0] < len(self.class_names):
-                path = self._folder / "class_labels.txt"
-                problem = f"{path} gives {image!r} the class {labels[image][0]}"
+                problem = f"{self._folder / 'class_labels.txt'} gives {image!r} the class {labels[image][0]}"
                 raise DataError(problem, f"classes must be 0..{len(self.class_names) - 1}")
         self.labels = tuple(labels[image] for image in self.image_ids)
 
@@ -98,20 +88,20 @@ class MetadataFolder(FolderDataset):
 
     def _records(self, name: str, columns: dict) -> dict[str, tuple]:
         """Read a table that has one line for every image of the split; it may have more."""
-        records = read_records(self._folder / name, columns, REMEDY, ",")
-        check_covers(self._folder / name, records, self._ids_path, self.image_ids, REMEDY)
+        records = self.records(self._folder / name, columns, ",")
+        self.check_covers(self._folder / name, records, self._ids_path, self.image_ids)
         return records
 
     def _read_localization(self, path: Path) -> None:
         """Fill the boxes, or else the mask and ignore files ('' for none), of each image."""
-        with_boxes = read_lines(path, REMEDY)[0].count(",") >= 4
+        with_boxes = next(iter(self.lines(path).values())).count(",") >= 4
         columns = {"image_id": str, **(_CORNERS if with_boxes else {"mask": str, "ignore": str})}
         found = self._boxes if with_boxes else self._masks
-        for image, *row in read_table(path, columns, REMEDY, ","):
+        for image, *row in self.table(path, columns, ","):
             if with_boxes and (row[2] < row[0] or row[3] < row[1]):
-                raise DataError(f"{path}: a box of {image!r} ends before it begins", REMEDY)
+                raise self.problem(f"{path}: a box of {image!r} ends before it begins")
             found.setdefault(image, []).append(tuple(row))
-        check_covers(path, found, self._ids_path, self.image_ids, REMEDY)
+        self.check_covers(path, found, self._ids_path, self.image_ids)
 
     def sources(self) -> list[Path]:
         """The images, and the split's lists."""
@@ -126,9 +116,8 @@ class MetadataFolder(FolderDataset):
         image = sample.image_id
         height, width = sample.size
         if self._sizes and self._sizes[image] != (width, height):
-            path = self._folder / "image_sizes.txt"
-            stated = "x".join(map(str, self._sizes[image]))
-            raise DataError(f"{self.image_path(index)} is {width}x{height}, {path} says {stated}", REMEDY)
+            path, stated = self._folder / "image_sizes.txt", "x".join(map(str, self._sizes[image]))
+            raise self.problem(f"{self.image_path(index)} is {width}x{height}, {path} says {stated}")
         if image in self._boxes:
             sample.boxes = np.array(self._boxes[image])
             sample.box_labels = np.full(len(sample.boxes), sample.label)
@@ -150,7 +139,3 @@ class MetadataFolder(FolderDataset):
                 raise DataError(f"{path} has another aspect ratio than its image: {shapes}", REMEDY)
             union |= resize_map(values, size) > 0
         return union
-
-
-def _read_labels(folder: Path) -> list[tuple[str, int]]:
-    return read_table(folder / "class_labels.txt", {"image_id": str, "label": int}, REMEDY, ",")

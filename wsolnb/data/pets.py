@@ -6,17 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wsolnb.data.base import (
-    FolderDataset,
-    check_split,
-    find_root,
-    hold_out,
-    read_label_map,
-    read_records,
-    require,
-)
+from wsolnb.data.base import FolderDataset
 from wsolnb.data.sample import IGNORE, Sample, tight_box
-from wsolnb.errors import DataError
 
 REMEDY = (
     "images.tar.gz and annotations.tar.gz are at https://www.robots.ox.ac.uk/~vgg/data/pets/; unpack both into one "
@@ -48,33 +39,28 @@ class OxfordPets(FolderDataset):
     remedy = REMEDY
 
     def __init__(self, root: str | Path, split: str, val_fraction: float = 0.2, seed: int = 0):
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
-        self.root = find_root(root, "annotations/list.txt", [], REMEDY)
-        self.split = split
-        for folder in ("images", "annotations/trimaps"):
-            require(self.root / folder, REMEDY)
-        listed = read_records(self.root / "annotations" / "list.txt", _COLUMNS, REMEDY)
+        self.open(root, split, "annotations/list.txt")
+        annotations = self.root / "annotations"
+        for folder in (self.root / "images", annotations / "trimaps"):
+            self.require(folder)
+        listed = self.records(annotations / "list.txt", _COLUMNS)
         breeds: dict[int, str] = {}
         for image, (class_id, *_) in listed.items():
             breed = image.rpartition("_")[0]
             if breeds.setdefault(class_id, breed) != breed:
-                path = self.root / "annotations" / "list.txt"
-                raise DataError(f"{path} calls class {class_id} both {breeds[class_id]!r} and {breed!r}", REMEDY)
+                path = annotations / "list.txt"
+                raise self.problem(f"{path} calls class {class_id} both {breeds[class_id]!r} and {breed!r}")
         index = {class_id: position for position, class_id in enumerate(sorted(breeds))}
         self.class_names = tuple(breeds[class_id] for class_id in index)
 
-        list_path = self.root / "annotations" / ("test.txt" if split == "test" else "trainval.txt")
-        rows = read_records(list_path, _COLUMNS, REMEDY)
+        path = annotations / ("test.txt" if split == "test" else "trainval.txt")
+        rows = self.records(path, _COLUMNS)
         for image, row in rows.items():
             if listed.get(image) != row:
-                raise DataError(f"{list_path} and list.txt disagree about {image!r}", REMEDY)
-        images = list(rows)
-        labels = [(index[row[0]],) for row in rows.values()]
-        if split in ("train", "val"):
-            kept, held = hold_out(labels, val_fraction, seed)
-            chosen = kept if split == "train" else held
-            images, labels = [images[i] for i in chosen], [labels[i] for i in chosen]
-        self.image_ids, self.labels = tuple(images), tuple(labels)
+                raise self.problem(f"{path} and list.txt disagree about {image!r}")
+        images, labels = list(rows), [(index[row[0]],) for row in rows.values()]
+        chosen = self.choose(labels, val_fraction, seed)
+        self.image_ids, self.labels = tuple(images[i] for i in chosen), tuple(labels[i] for i in chosen)
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -83,7 +69,7 @@ class OxfordPets(FolderDataset):
     def annotate(self, index: int, sample: Sample) -> None:
         """Add mask and box from the trimap."""
         path = self.root / "annotations" / "trimaps" / f"{sample.image_id}.png"
-        trimap = read_label_map(path, REMEDY, sample.size, (FOREGROUND, BACKGROUND, BORDER))
+        trimap = self.label_map(path, sample.size, (FOREGROUND, BACKGROUND, BORDER))
         mask_value = np.zeros(BORDER + 1, np.uint8)
         mask_value[[FOREGROUND, BORDER]] = 1, IGNORE
         sample.mask = mask_value[trimap]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsolnb.data.base import FolderDataset, LocalizationDataset
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.errors import DataError, ParameterError, check_choice, nearest
 
 DATASETS = {
     "cub": "cub.CUB",
@@ -23,8 +23,7 @@ DATASETS = {
 
 def get_reader(name: str) -> type[FolderDataset]:
     """Return the reader of a data set; ParameterError for an unknown name, with the nearest one."""
-    if name not in DATASETS:
-        raise ParameterError(f"no data set {name!r}{nearest(name, DATASETS)}", f"choose one of {', '.join(DATASETS)}")
+    check_choice("no data set", name, DATASETS)
     # Only the reader that is asked for is imported: a change in another one must not count as a change of this one.
     module, _, reader = DATASETS[name].partition(".")
     return getattr(import_module(f"wsolnb.data.{module}"), reader)

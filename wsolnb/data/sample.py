@@ -54,10 +54,8 @@ class Sample:
         Raises DataError when the sample has none or several.
         """
         if len(self.labels) != 1:
-            raise DataError(
-                f"image {self.image_id!r} has {len(self.labels)} classes, one was asked for",
-                "use .labels, or a single-label data set",
-            )
+            problem = f"image {self.image_id!r} has {len(self.labels)} classes, one was asked for"
+            raise DataError(problem, "use .labels, or a single-label data set")
         return self.labels[0]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.base import Derived, LocalizationDataset
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.transforms import resize_map
 from wsolnb.errors import DataError, ParameterError
@@ -140,7 +140,7 @@ def _digest(image_id: str, mask: np.ndarray, facts: dict[str, str]) -> str:
     return hashlib.sha256(head + pixels.tobytes()).hexdigest()
 
 
-class WithMasks(LocalizationDataset):
+class WithMasks(Derived):
     """A data set whose masks are those of a store in place of its own, and which has no other truth.
 
     What is trained on it cannot see a box or a true mask. Masks of another size than the image are brought to it by
@@ -149,10 +149,8 @@ class WithMasks(LocalizationDataset):
     """
 
     def __init__(self, dataset: LocalizationDataset, store: Store):
-        self.dataset, self.store = dataset, store
-        self.name, self.root, self.split = dataset.name, dataset.root, dataset.split
-        self.class_names, self.multi_label = dataset.class_names, dataset.multi_label
-        self.image_ids, self.labels = dataset.image_ids, dataset.labels
+        super().__init__(dataset)
+        self.store = store
 
     def __cache_key__(self, reading: Any) -> Any:
         """The data set's key and the store's."""

@@ -6,18 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wsolnb.data.base import (
-    FolderDataset,
-    check_split,
-    find_root,
-    hold_out,
-    number,
-    read_lines,
-    read_records,
-    require,
-)
+from wsolnb.data.base import FolderDataset, number
 from wsolnb.data.sample import Sample
-from wsolnb.errors import DataError
 
 REMEDY = (
     "tiny-imagenet-200.zip is at http://cs231n.stanford.edu/tiny-imagenet-200.zip (research use only); unpack it and "
@@ -47,49 +37,39 @@ class TinyImageNet(FolderDataset):
     remedy = REMEDY
 
     def __init__(self, root: str | Path, split: str, val_fraction: float = 0.1, seed: int = 0):
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
-        self.root = find_root(root, "wnids.txt", ["tiny-imagenet-200"], REMEDY)
-        self.split = split
-        wnids = read_lines(self.root / "wnids.txt", REMEDY)
-        words = read_records(self.root / "words.txt", {"wnid": str, "words": str}, REMEDY, separator="\t")
+        self.open(root, split, "wnids.txt", "tiny-imagenet-200")
+        wnids = list(self.lines(self.root / "wnids.txt").values())
+        words = self.records(self.root / "words.txt", {"wnid": str, "words": str}, separator="\t")
         self.class_names = tuple(words.get(wnid, (wnid,))[0].split(",")[0] for wnid in wnids)
         self._folders = tuple(self.root / "train" / wnid / "images" for wnid in wnids)
 
-        if split == "test":
-            images, labels, boxes = self._read_val(wnids)
-        else:
-            images, labels, boxes = self._read_train(wnids)
-        if split in ("train", "val"):
-            kept, held = hold_out(labels, val_fraction, seed)
-            chosen = kept if split == "train" else held
-            images, labels, boxes = ([column[i] for i in chosen] for column in (images, labels, boxes))
-        self.image_ids, self.labels = tuple(images), tuple(labels)
-        self._boxes = np.array(boxes, dtype=np.float64)
+        rows = self._read_val() if split == "test" else self._read_train(wnids)
+        index = {wnid: label for label, wnid in enumerate(wnids)}
+        for path, image, wnid, x0, y0, x1, y1 in rows:
+            if wnid not in index:
+                raise self.problem(f"{path} gives {image!r} the class {wnid!r}, which is not in wnids.txt")
+            if x1 < x0 or y1 < y0:
+                raise self.problem(f"{path}: the box of {image!r} ends before it begins")
+        labels = [(index[row[2]],) for row in rows]
+        chosen = self.choose(labels, val_fraction, seed)
+        self.image_ids, self.labels = tuple(rows[i][1] for i in chosen), tuple(labels[i] for i in chosen)
+        self._boxes = np.array([rows[i][3:] for i in chosen], dtype=np.float64)
         self._boxes[:, 2:] += 1
 
-    def _read_train(self, wnids: list[str]) -> tuple[list[str], list[tuple[int]], list[tuple]]:
-        images, labels, boxes = [], [], []
-        for label, wnid in enumerate(wnids):
-            require(self._folders[label], REMEDY)
-            path = self.root / "train" / wnid / f"{wnid}_boxes.txt"
-            rows = read_records(path, {"image": str, **_CORNERS}, REMEDY)
-            for image, box in rows.items():
-                _check_corners(path, image, box)
-            images += rows
-            labels += [(label,)] * len(rows)
-            boxes += rows.values()
-        return images, labels, boxes
+    def _read_train(self, wnids: list[str]) -> list[tuple]:
+        """Return (list, image, wnid, *corners) of every published train image."""
+        rows = []
+        for wnid, folder in zip(wnids, self._folders, strict=True):
+            path = self.require(folder).parent / f"{wnid}_boxes.txt"
+            rows += [(path, image, wnid, *box) for image, box in self.records(path, {"image": str, **_CORNERS}).items()]
+        return rows
 
-    def _read_val(self, wnids: list[str]) -> tuple[list[str], list[tuple[int]], list[tuple]]:
-        require(self.root / "val" / "images", REMEDY)
+    def _read_val(self) -> list[tuple]:
+        """The same of every published val image."""
+        self.require(self.root / "val" / "images")
         path = self.root / "val" / "val_annotations.txt"
-        rows = read_records(path, {"image": str, "wnid": str, **_CORNERS}, REMEDY)
-        index = {wnid: label for label, wnid in enumerate(wnids)}
-        for image, (wnid, *box) in rows.items():
-            if wnid not in index:
-                raise DataError(f"{path} gives {image!r} the class {wnid!r}, which is not in wnids.txt", REMEDY)
-            _check_corners(path, image, box)
-        return list(rows), [(index[row[0]],) for row in rows.values()], [row[1:] for row in rows.values()]
+        columns = {"image": str, "wnid": str, **_CORNERS}
+        return [(path, image, *row) for image, row in self.records(path, columns).items()]
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -99,9 +79,3 @@ class TinyImageNet(FolderDataset):
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the box."""
         sample.boxes, sample.box_labels = self._boxes[index : index + 1].copy(), np.array(self.labels[index])
-
-
-def _check_corners(path: Path, image: str, box: tuple) -> None:
-    x0, y0, x1, y1 = box
-    if x1 < x0 or y1 < y0:
-        raise DataError(f"{path}: the box of {image!r} ends before it begins", REMEDY)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from wsolnb.data.sample import CONTEXT, IGNORE, Sample
-from wsolnb.errors import ParameterError, nearest
+from wsolnb.errors import ParameterError, check_choice
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -27,12 +27,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 def _move(
-    sample: Sample,
-    image: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    boxes: np.ndarray,
-    clip: bool,
+    sample: Sample, image: np.ndarray, rows: np.ndarray, columns: np.ndarray, boxes: np.ndarray, clip: bool
 ) -> Sample:
     """Return the sample with a new image and its truth brought to the same place.
 
@@ -62,6 +57,20 @@ def _take(values: np.ndarray | None, rows: np.ndarray, columns: np.ndarray, outs
     return taken
 
 
+def _window(
+    sample: Sample, top: int, left: int, size: tuple[int, int], border: int = 0, colour: Sequence[int] = ()
+) -> Sample:
+    """Return the window of `size` whose first pixel is (top, left); beyond the image it shows OpenCV's `border`."""
+    rows, columns = np.arange(size[0]) + top, np.arange(size[1]) + left
+    around = []
+    for places, side in ((rows, sample.size[0]), (columns, sample.size[1])):
+        around += [max(-places[0], 0), max(places[-1] + 1 - side, 0)]
+        places[(places < 0) | (places >= side)] = -1
+    image = cv2.copyMakeBorder(sample.image, *around, border, value=colour) if any(around) else sample.image
+    image = image[max(top, 0) :, max(left, 0) :][: size[0], : size[1]]
+    return _move(sample, image, rows, columns, sample.boxes - np.array([left, top, left, top]), clip=True)
+
+
 def _nearest(old: int, new: int) -> np.ndarray:
     """For each of `new` pixels along an axis the old one that its centre falls into: floor((i + 1/2) old / new)."""
     return (2 * np.arange(new) + 1) * old // (2 * new)
@@ -80,9 +89,7 @@ def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation =
     parts take the nearest pixel centre; boxes are scaled exactly and not clipped.
     Raises ParameterError for an unknown interpolation.
     """
-    if interpolation not in get_args(Interpolation):
-        problem = f"no interpolation {interpolation!r}{nearest(interpolation, get_args(Interpolation))}"
-        raise ParameterError(problem, f"choose one of {', '.join(get_args(Interpolation))}")
+    check_choice("no interpolation", interpolation, get_args(Interpolation))
     (height, width), (old_height, old_width) = size, sample.size
     if size == sample.size:
         return sample
@@ -100,13 +107,10 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
     """
     height, width = size
     if not (0 <= top <= sample.size[0] - height and 0 <= left <= sample.size[1] - width):
-        problem = (
-            f"a {width}x{height} window at ({left}, {top}) does not lie in a {sample.size[1]}x{sample.size[0]} image"
-        )
+        image = f"{sample.size[1]}x{sample.size[0]} image"
+        problem = f"a {width}x{height} window at ({left}, {top}) does not lie in a {image}"
         raise ParameterError(problem, "crop less, or resize to more before")
-    image = sample.image[top : top + height, left : left + width]
-    boxes = sample.boxes - np.array([left, top, left, top])
-    return _move(sample, image, np.arange(top, top + height), np.arange(left, left + width), boxes, clip=True)
+    return _window(sample, top, left, size)
 
 
 def flip(sample: Sample) -> Sample:
@@ -122,15 +126,7 @@ def shift(sample: Sample, down: int, right: int) -> Sample:
 
     The image repeats its border pixels where it has moved away; nothing is known there, so the mask is `IGNORE`.
     """
-    height, width = sample.size
-    rows, columns = np.arange(height) - down, np.arange(width) - right
-    above, left = max(down, 0), max(right, 0)
-    image = cv2.copyMakeBorder(sample.image, above, above - down, left, left - right, cv2.BORDER_REPLICATE)
-    image = image[above - down :, left - right :][:height, :width]
-    rows[(rows < 0) | (rows >= height)] = -1
-    columns[(columns < 0) | (columns >= width)] = -1
-    boxes = sample.boxes + np.array([right, down, right, down])
-    return _move(sample, image, rows, columns, boxes, clip=True)
+    return _window(sample, -down, -right, sample.size, cv2.BORDER_REPLICATE)
 
 
 # ------------------------------------------------------------------------------------------------------ transforms
@@ -264,18 +260,8 @@ class RandomLongSideCrop:
         top, left = (int(rng.integers(0, side - kept, endpoint=True)) for side, kept in zip((height, width), window))  # noqa: B905
         sample = crop(sample, top, left, window)
         down, right = (int(rng.integers(0, self.crop - kept, endpoint=True)) for kept in window)
-        border = (down, self.crop - window[0] - down, right, self.crop - window[1] - right)
-
-        def pad(values: np.ndarray | None, value: Any) -> np.ndarray | None:
-            return None if values is None else cv2.copyMakeBorder(values, *border, cv2.BORDER_CONSTANT, value=value)
-
-        return replace(
-            sample,
-            image=pad(sample.image, [round(255 * channel) for channel in self.mean]),
-            boxes=sample.boxes + np.array([right, down, right, down]),
-            mask=pad(sample.mask, IGNORE),
-            parts=pad(sample.parts, CONTEXT),
-        )
+        colour = [round(255 * channel) for channel in self.mean]
+        return _window(sample, -down, -right, (self.crop, self.crop), cv2.BORDER_CONSTANT, colour)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from wsolnb.data.base import (
-    FolderDataset,
-    check_split,
-    find_root,
-    number,
-    read_label_map,
-    read_lines,
-    read_xml,
-    require,
-)
-from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample
-from wsolnb.errors import DataError, ParameterError, nearest
+from wsolnb.data.base import FolderDataset, number
+from wsolnb.data.sample import IGNORE, Sample
+from wsolnb.errors import DataError, check_choice
 
 CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -63,28 +54,23 @@ class VOC(FolderDataset):
         sbd_list: str | Path | None = None,
         difficult: bool = True,
     ):
-        check_split(split, ("train", "val", "trainval", "test"), self.name)
-        if image_set not in ("Segmentation", "Main"):
-            hint = nearest(image_set, ("Segmentation", "Main"))
-            raise ParameterError(f"no image set {image_set!r}{hint}", "choose Segmentation or Main")
-        self.root = find_root(root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"], REMEDY)
-        self.split = split
+        check_choice("no image set", image_set, ("Segmentation", "Main"))
+        self.open(root, split, "JPEGImages", "VOC2012", "VOCdevkit/VOC2012")
         own_names = self.root / "class_names.txt"
-        self.class_names = tuple(read_lines(own_names, REMEDY)) if own_names.exists() else CLASS_NAMES
+        self.class_names = tuple(self.lines(own_names).values()) if own_names.exists() else CLASS_NAMES
         self._has_parts = (self.root / "PartMaps").is_dir()
         self._difficult, self._list = difficult, Path(sbd_list) if sbd_list else None
 
-        if sbd_list is not None and split == "train":
-            masks = self._read_sbd_list(Path(sbd_list))
+        if self._list and split == "train":
+            masks = self._read_sbd_list(self._list)
         else:
-            ids = read_lines(self.root / "ImageSets" / image_set / f"{split}.txt", REMEDY)
+            ids = self.lines(self.root / "ImageSets" / image_set / f"{split}.txt").values()
             masks = {name: self.root / "SegmentationClass" / f"{name}.png" for name in ids}
             if image_set == "Main":
                 masks = {name: path if path.exists() else None for name, path in masks.items()}
-        require(self.root / "Annotations", REMEDY)
-        self.image_ids = tuple(masks)
-        self._masks = tuple(masks.values())
-        self._objects = [self._read_objects(name, difficult) for name in self.image_ids]
+        self.require(self.root / "Annotations")
+        self.image_ids, self._masks = tuple(masks), tuple(masks.values())
+        self._objects = [self._read_objects(self.root / "Annotations" / f"{name}.xml") for name in self.image_ids]
         self.labels = tuple(tuple(sorted({label for label, *_ in objects})) for objects in self._objects)
 
     def _read_sbd_list(self, path: Path) -> dict[str, Path | None]:
@@ -92,7 +78,7 @@ class VOC(FolderDataset):
         remedy = "give a list of image ids, or of lines '/JPEGImages/x.jpg /SegmentationClassAug/x.png'"
         folder = self.root / "SegmentationClassAug"
         masks: dict[str, Path | None] = {}
-        for line in read_lines(path, remedy):
+        for line in self.lines(path, remedy).values():
             image, *mask = line.split()
             if len(mask) > 1:
                 raise DataError(f"{path}: cannot take {line!r} for an image and a mask", remedy)
@@ -103,17 +89,28 @@ class VOC(FolderDataset):
                 masks[name] = folder / f"{name}.png" if folder.is_dir() else None
         return masks
 
-    def _read_objects(self, name: str, difficult: bool) -> list[tuple[int, float, float, float, float]]:
-        """Return (class index, x0, y0, x1, y1) of every object of an image."""
-        path = self.root / "Annotations" / f"{name}.xml"
+    def _read_objects(self, path: Path) -> list[tuple[int, float, float, float, float]]:
+        """Return (class index, x0, y0, x1, y1) of every object of an image; some published corners are fractions."""
+        try:
+            elements = ElementTree.parse(self.require(path)).getroot().findall("object")
+        except ElementTree.ParseError as error:
+            raise self.problem(f"not well-formed XML: {path}: {error}") from error
         objects = []
-        for element in read_xml(path, REMEDY).findall("object"):
-            if not difficult and element.findtext("difficult", "0").strip() == "1":
+        for element in elements:
+            if not self._difficult and element.findtext("difficult", "0").strip() == "1":
                 continue
             label = element.findtext("name", "").strip()
             if label not in self.class_names:
-                raise DataError(f"{path} has an object of the unknown class {label!r}", REMEDY)
-            objects.append((self.class_names.index(label), *_half_open_box(element, path)))
+                raise self.problem(f"{path} has an object of the unknown class {label!r}")
+            # `bndbox` is sought among the children only: the `part` elements of a person carry boxes of their own.
+            box = element.find("bndbox")
+            try:
+                x0, y0, x1, y1 = (number(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise self.problem(f"{path} has an object without a proper bndbox") from error
+            if x1 < x0 or y1 < y0:
+                raise self.problem(f"{path} has the box {x0:g}, {y0:g}, {x1:g}, {y1:g}, which ends before it begins")
+            objects.append((self.class_names.index(label), x0 - 1, y0 - 1, x1, y1))
         return objects
 
     def sources(self) -> list[Path]:
@@ -130,20 +127,6 @@ class VOC(FolderDataset):
         sample.boxes, sample.box_labels = objects[:, 1:], objects[:, 0].astype(np.int64)
         mask = self._masks[index]
         if mask is not None:
-            sample.mask = read_label_map(mask, REMEDY, sample.size, (*range(len(self.class_names) + 1), IGNORE))
+            sample.mask = self.label_map(mask, sample.size, (*range(len(self.class_names) + 1), IGNORE))
         if self._has_parts:
-            path = self.root / "PartMaps" / f"{sample.image_id}.png"
-            sample.parts = read_label_map(path, REMEDY, sample.size, (CONTEXT, DISCRIMINATIVE, REST))
-
-
-def _half_open_box(element: ElementTree.Element, path: Path) -> tuple[float, float, float, float]:
-    """Return the box of an `object` element; some published coordinates are fractions."""
-    # `bndbox` is sought among the children only: the `part` elements of a person carry boxes of their own.
-    box = element.find("bndbox")
-    try:
-        x0, y0, x1, y1 = (number(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path} has an object without a proper bndbox", REMEDY) from error
-    if x1 < x0 or y1 < y0:
-        raise DataError(f"{path} has the box {x0:g}, {y0:g}, {x1:g}, {y1:g}, which ends before it begins", REMEDY)
-    return x0 - 1, y0 - 1, x1, y1
+            sample.parts = self.label_map(self.root / "PartMaps" / f"{sample.image_id}.png", sample.size)

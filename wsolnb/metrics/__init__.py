@@ -10,24 +10,3 @@ from wsolnb.metrics.localization import ERRORS, LocalizationAccuracy, MaxBoxAcc,
 from wsolnb.metrics.parts import PartCoverage
 from wsolnb.metrics.segmentation import SeedScores, SegmentationScores, seed_mask
 from wsolnb.metrics.spill import Spill, spill
-
-__all__ = [
-    "ERRORS",
-    "PROTOCOLS",
-    "TSCAM",
-    "WSOLEVALUATION",
-    "BoxProtocol",
-    "LocalizationAccuracy",
-    "MaxBoxAcc",
-    "PartCoverage",
-    "PxAP",
-    "SeedScores",
-    "SegmentationScores",
-    "Spill",
-    "ThresholdCurve",
-    "box_iou",
-    "boxes_from_score_map",
-    "pixel_auc",
-    "seed_mask",
-    "spill",
-]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from wsolnb.data.sample import IGNORE
 from wsolnb.errors import MapError, ParameterError
 
 DEFAULT_THRESHOLDS = np.arange(0, 1, 0.001)
@@ -51,6 +52,21 @@ def check_mask(mask: np.ndarray, shape: tuple[int, int], name: str = "mask") -> 
             "bring both to one size: nearest neighbour for truth, bilinear for score maps",
         )
     return mask
+
+
+def object_and_background(
+    mask: np.ndarray, shape: tuple[int, int], both: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where a mask (H, W) has object and where background: 0 background, 255 not counted, else object.
+
+    Raises MapError for what is no mask of this shape; with `both`, also when the mask lacks one of them.
+    """
+    background = check_mask(mask, shape) == 0
+    objects = ~background & (mask != IGNORE)
+    if both and not (background.any() and objects.any()):
+        problem = f"the mask has {objects.sum()} object and {background.sum()} background pixels"
+        raise MapError(problem, "leave images out that lack one of them")
+    return objects, background
 
 
 def check_gt_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:

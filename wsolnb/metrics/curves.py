@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from wsolnb.errors import ParameterError, nearest
+from wsolnb.errors import ParameterError, check_choice
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,7 @@ class ThresholdCurve:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return the curve (T,) of the score `name`; ParameterError when there is none of that name."""
-        if name not in self.scores:
-            raise ParameterError(
-                f"no score is called {name!r}{nearest(name, self.scores)}", f"choose one of {', '.join(self.scores)}"
-            )
+        check_choice("no score is called", name, self.scores)
         return self.scores[name]
 
     def best(self, name: str) -> tuple[float, float]:
@@ -53,3 +51,20 @@ class ThresholdCurve:
                 "use the same thresholds for validation and test",
             )
         return index
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What `compute` of an accumulator returns: a curve, and more. MAIN: its main score."""
+
+    MAIN: ClassVar[str]
+
+    curve: ThresholdCurve
+
+    def best(self, name: str = "") -> tuple[float, float]:
+        """Return (threshold, score) at the maximum of a score, by default the main one."""
+        return self.curve.best(name or self.MAIN)
+
+    def at(self, threshold: float) -> dict[str, float]:
+        """Return all scores at a threshold chosen elsewhere."""
+        return self.curve.at(threshold)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsolnb.data.sample import IGNORE
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.metrics.boxes import (
     TSCAM,
@@ -23,8 +22,8 @@ from wsolnb.metrics.boxes import (
     ground_truth,
     level_boxes,
 )
-from wsolnb.metrics.checks import DEFAULT_THRESHOLDS, check_mask, check_score_map, check_thresholds
-from wsolnb.metrics.curves import ThresholdCurve
+from wsolnb.metrics.checks import DEFAULT_THRESHOLDS, check_score_map, check_thresholds, object_and_background
+from wsolnb.metrics.curves import Scored, ThresholdCurve
 
 
 def _some(count: int) -> int:
@@ -105,9 +104,8 @@ class MaxBoxAcc:
         self.thresholds = check_thresholds(thresholds)
         self.iou_thresholds = tuple(float(iou) for iou in iou_thresholds)
         if not self.iou_thresholds or not all(0 < iou <= 1 for iou in self.iou_thresholds):
-            raise ParameterError(
-                f"IoU thresholds {self.iou_thresholds}", "choose some in (0, 1], such as 0.3, 0.5, 0.7"
-            )
+            problem = f"IoU thresholds {self.iou_thresholds}"
+            raise ParameterError(problem, "choose some in (0, 1], such as 0.3, 0.5, 0.7")
         self.multi_contour = multi_contour
         self.protocol = find_protocol(protocol)
         self._correct = np.zeros((len(self.iou_thresholds), self.thresholds.size), np.int64)
@@ -129,9 +127,8 @@ class MaxBoxAcc:
         """Return the accuracies of the images so far; MapError when there are none."""
         curves = self._correct / _some(self._images)
         scores = {f"iou_{iou:g}": curve for iou, curve in zip(self.iou_thresholds, curves, strict=True)}
-        return BoxAccuracy(
-            ThresholdCurve(self.thresholds, scores), self.iou_thresholds, self.multi_contour, self._images
-        )
+        curve = ThresholdCurve(self.thresholds, scores)
+        return BoxAccuracy(curve, self.iou_thresholds, self.multi_contour, self._images)
 
 
 def _best_iou(boxes: list[np.ndarray], truth: np.ndarray) -> np.ndarray:
@@ -145,7 +142,7 @@ ERRORS = ("wrong_class", "several_instances", "part", "more", "other")
 
 
 @dataclass(frozen=True)
-class Localization:
+class Localization(Scored):
     """What `LocalizationAccuracy.compute` returns.
 
     curve: per threshold `gt_known`, `top1_loc`, `top5_loc` and the shares of the errors (`ERRORS`); with maps of the
@@ -153,18 +150,15 @@ class Localization:
     top1_cls, top5_cls: classification accuracy. images: number of images.
     """
 
-    curve: ThresholdCurve
+    MAIN = "gt_known"
+
     top1_cls: float
     top5_cls: float
     images: int
 
-    def best(self, name: str = "gt_known") -> tuple[float, float]:
-        """Return (threshold, score) at the maximum of a score, by default GT-known."""
-        return self.curve.best(name)
-
     def at(self, threshold: float) -> dict[str, float]:
         """Return all scores at a threshold chosen elsewhere, with `top1_cls` and `top5_cls`."""
-        return self.curve.at(threshold) | {"top1_cls": self.top1_cls, "top5_cls": self.top5_cls}
+        return super().at(threshold) | {"top1_cls": self.top1_cls, "top5_cls": self.top5_cls}
 
 
 class LocalizationAccuracy:
@@ -187,9 +181,7 @@ class LocalizationAccuracy:
     """
 
     def __init__(
-        self,
-        thresholds: Sequence[float] | np.ndarray = DEFAULT_THRESHOLDS,
-        protocol: str | BoxProtocol = TSCAM,
+        self, thresholds: Sequence[float] | np.ndarray = DEFAULT_THRESHOLDS, protocol: str | BoxProtocol = TSCAM
     ):
         self.thresholds = check_thresholds(thresholds)
         self.protocol = find_protocol(protocol)
@@ -297,7 +289,7 @@ def _diagnose(boxes: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 @dataclass(frozen=True)
-class PixelPrecision:
+class PixelPrecision(Scored):
     """What `PxAP.compute` returns.
 
     average_precision: area under the precision-recall curve, in [0, 1].
@@ -305,17 +297,10 @@ class PixelPrecision:
     is 1. images: number of images.
     """
 
-    curve: ThresholdCurve
+    MAIN = "iou"
+
     average_precision: float
     images: int
-
-    def best(self, name: str = "iou") -> tuple[float, float]:
-        """Return (threshold, score) at the maximum of a score, by default the IoU."""
-        return self.curve.best(name)
-
-    def at(self, threshold: float) -> dict[str, float]:
-        """Return all scores at a threshold chosen elsewhere."""
-        return self.curve.at(threshold)
 
 
 class PxAP:
@@ -341,8 +326,8 @@ class PxAP:
         Raises MapError for a map or mask that is none.
         """
         check_score_map(score_map)
-        mask = check_mask(mask, score_map.shape)
-        for row, pixels in enumerate((mask == 0, (mask != 0) & (mask != IGNORE))):
+        objects, background = object_and_background(mask, score_map.shape)
+        for row, pixels in enumerate((background, objects)):
             self._histograms[row] += np.histogram(score_map[pixels], bins=self._edges)[0]
         self._images += 1
 
@@ -377,13 +362,6 @@ def pixel_auc(score_map: np.ndarray, mask: np.ndarray) -> float:
     Raises MapError for a map or mask that is none, or when the mask lacks object or background.
     """
     check_score_map(score_map)
-    mask = check_mask(mask, score_map.shape)
-    background = np.sort(score_map[mask == 0])
-    objects = np.sort(score_map[(mask != 0) & (mask != IGNORE)])
-    if background.size == 0 or objects.size == 0:
-        raise MapError(
-            f"the mask has {objects.size} object and {background.size} background pixels",
-            "leave images out that lack one of them",
-        )
+    objects, background = (np.sort(score_map[p]) for p in object_and_background(mask, score_map.shape, both=True))
     below = np.searchsorted(background, objects, "left").sum() + np.searchsorted(background, objects, "right").sum()
     return float(below / (2 * background.size * objects.size))

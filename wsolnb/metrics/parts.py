@@ -15,7 +15,7 @@ from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST
 from wsolnb.errors import MapError
 from wsolnb.metrics.boxes import foreground_levels
 from wsolnb.metrics.checks import DEFAULT_THRESHOLDS, check_mask, check_thresholds
-from wsolnb.metrics.curves import ThresholdCurve
+from wsolnb.metrics.curves import Scored, ThresholdCurve
 
 REGIONS = {
     "discriminative": (DISCRIMINATIVE,),
@@ -27,7 +27,7 @@ REGIONS = {
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Scored):
     """What `PartCoverage.compute` returns; all shares are means over images, in [0, 1].
 
     curve: per threshold the covered share of each region (`REGIONS`), and `contrast`, object minus context.
@@ -35,17 +35,10 @@ class Coverage:
     images: region -> number of images that have it; a region that none has is left out throughout.
     """
 
-    curve: ThresholdCurve
+    MAIN = "contrast"
+
     mass: dict[str, float]
     images: dict[str, int]
-
-    def best(self, name: str = "contrast") -> tuple[float, float]:
-        """Return (threshold, score) at the maximum of a score, by default the contrast of object and context."""
-        return self.curve.best(name)
-
-    def at(self, threshold: float) -> dict[str, float]:
-        """Return all shares at a threshold chosen elsewhere."""
-        return self.curve.at(threshold)
 
 
 class PartCoverage:

@@ -18,9 +18,7 @@ from numba import njit
 from wsolnb.data.sample import IGNORE
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.metrics.checks import check_mask, check_score_map, check_thresholds
-from wsolnb.metrics.curves import ThresholdCurve
-
-SCORES = ("iou", "fp", "fn", "precision", "recall")
+from wsolnb.metrics.curves import Scored, ThresholdCurve
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,13 @@ def _check_range(values: np.ndarray, num_classes: int, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def _check_maps(maps: np.ndarray, classes: Sequence[int] | np.ndarray) -> None:
+    """Raise MapError unless there is one map per class."""
+    if not isinstance(maps, np.ndarray) or maps.ndim != 3 or len(maps) != len(classes):
+        problem = f"maps of shape {np.shape(maps)} for {len(classes)} classes"
+        raise MapError(problem, "pass one map per class: (K, H, W)")
+
+
 class SegmentationScores:
     """Segmentation scores of predicted masks, over all images.
 
@@ -146,20 +151,17 @@ def _count_seeds(maps, values, mask, thresholds, pixels):
 
 
 @dataclass(frozen=True)
-class SeedSegmentation:
+class SeedSegmentation(Scored):
     """What `SeedScores.compute` returns.
 
     curve: per threshold `miou`, `fp`, `fn`, `precision`, `recall`, each the mean over all classes that occur.
     classes: the same per class, name -> (T, C), NaN as in `Segmentation`. images: number of images.
     """
 
-    curve: ThresholdCurve
+    MAIN = "miou"
+
     classes: dict[str, np.ndarray]
     images: int
-
-    def best(self, name: str = "miou") -> tuple[float, float]:
-        """Return (threshold, score) at the maximum of a score, by default the mean IoU."""
-        return self.curve.best(name)
 
     def at(self, threshold: float) -> Segmentation:
         """Return the scores at a threshold chosen elsewhere."""
@@ -196,10 +198,7 @@ class SeedScores:
         Raises MapError for maps, classes or a mask that do not belong together or are out of range.
         """
         classes = np.asarray(class_indices, np.int64).reshape(-1)
-        if not isinstance(maps, np.ndarray) or maps.ndim != 3 or len(maps) != len(classes):
-            raise MapError(
-                f"maps of shape {np.shape(maps)} for {len(classes)} classes", "pass one map per class: (K, H, W)"
-            )
+        _check_maps(maps, classes)
         if len(set(classes.tolist())) != len(classes):
             raise MapError(f"a class has two maps: {classes.tolist()}", "pass each class once")
         values = _check_range(classes + 1, self.num_classes, "list of classes")
@@ -232,8 +231,7 @@ def seed_mask(maps: np.ndarray, classes: Sequence[int], threshold: float) -> np.
     maps: (K, H, W) in [0, 1], one per class; K = 0 gives background. A pixel belongs to the class of its highest map
     where that exceeds the threshold; the first of equal ones.
     """
-    if maps.ndim != 3 or len(maps) != len(classes):
-        raise MapError(f"maps of shape {maps.shape} for {len(classes)} classes", "pass one map per class: (K, H, W)")
+    _check_maps(maps, classes)
     if not len(maps):
         return np.zeros(maps.shape[1:], np.uint8)
     best = maps.argmax(axis=0)

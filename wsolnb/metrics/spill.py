@@ -7,8 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from wsolnb.errors import MapError
-from wsolnb.metrics.checks import check_mask, check_score_map
+from wsolnb.metrics.checks import check_score_map, object_and_background
 
 
 class Spill(NamedTuple):
@@ -33,13 +32,7 @@ def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8, away: int = 0)
     Raises MapError for a map or mask that is none, or when the mask lacks object or background.
     """
     check_score_map(score_map)
-    check_mask(mask, score_map.shape)
-    background, thing = mask == 0, (mask != 0) & (mask != 255)
-    if not (background.any() and thing.any()):
-        raise MapError(
-            f"the mask has {int(thing.sum())} object and {int(background.sum())} background pixels",
-            "leave images out that lack one of them",
-        )
+    thing, background = object_and_background(mask, score_map.shape, both=True)
     inner = np.zeros(mask.shape, bool)
     inner[ring:-ring, ring:-ring] = True
     far = background & (cv2.dilate(thing.astype(np.uint8), np.ones((2 * away + 1, 2 * away + 1), np.uint8)) == 0)
