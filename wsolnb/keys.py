@@ -225,12 +225,10 @@ def _read_module(source: str | bytes, package: list[str]) -> _Module:
     names = _Names(package)
     names.visit(parsed)
     # `data.open_dataset` needs what defines `open_dataset`, not all that the package `data` imports.
-    reached = {
-        f"{origin}{rest}"
-        for n, origins in names.imported.items()
-        for origin in origins
-        for rest in names.read.get(n, [""])
-    }
+    reached: set[str] = set()
+    for name, origins in names.imported.items():
+        for origin in origins:  # what is imported and not read is passed on, but for the first word of `import a.b`
+            reached |= {f"{origin}{rest}" for rest in names.read.get(name, () if name == origin else ("",))}
     ours = {name for name in reached if path_of(name.partition(".")[0])}
     bare = all(
         isinstance(s, (ast.Import, ast.ImportFrom, ast.Pass))
