@@ -155,32 +155,30 @@ def source_digest(source: str | bytes) -> str:
     return digest(ast.dump(_plain_tree(source)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Module:
-    """What the syntax tree of a module tells.
+class _Module(ast.NodeVisitor):
+    """What the syntax tree of a module tells; blocks that only a type checker reads do not count.
 
     digest: of the code. names: what each imported name can stand for. defined: names that are bound in another way.
-    imports: what of other modules it reads. bare: whether it does nothing but import.
+    read: what is read of each name, of `a.b.c` it is `.b.c` of `a`. imports: what of other modules is read. bare:
+    whether it does nothing but import. package: what relative imports start from.
     """
 
-    digest: str
-    names: Mapping[str, set[str]]
-    defined: set[str]
-    imports: set[str]
-    bare: bool
-
-
-class _Names(ast.NodeVisitor):
-    """The names that code imports, binds otherwise, and reads with what attributes: of `a.b.c`, of `a` it is `.b.c`.
-
-    package: what relative imports start from. Blocks that only a type checker reads do not count.
-    """
-
-    def __init__(self, package: list[str]):
+    def __init__(self, source: str | bytes, package: list[str]):
         self.package = package
-        self.imported: dict[str, set[str]] = defaultdict(set)
-        self.bound: set[str] = set()
+        self.names: dict[str, set[str]] = defaultdict(set)
         self.read: dict[str, set[str]] = defaultdict(set)
+        self.defined: set[str] = set()
+        parsed = _plain_tree(source)
+        self.digest = digest(ast.dump(parsed))
+        self.visit(parsed)
+        # `data.open_dataset` needs what defines `open_dataset`, not all that the package `data` imports.
+        imports: set[str] = set()
+        for name, origins in self.names.items():
+            for origin in origins:  # what is not read is passed on, but for the first word of `import a.b`
+                imports |= {f"{origin}{rest}" for rest in self.read.get(name, () if name == origin else ("",))}
+        self.imports = {name for name in imports if path_of(name.partition(".")[0])}
+        others = (s for s in parsed.body if not isinstance(s, (ast.Import, ast.ImportFrom, ast.Pass)))
+        self.bare = all(isinstance(s, ast.Assign) and ast.unparse(s).startswith("__") for s in others)
 
     def visit_If(self, node: ast.If) -> None:
         only_checked = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -190,16 +188,16 @@ class _Names(ast.NodeVisitor):
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
             top = alias.name.partition(".")[0]
-            self.imported[alias.asname or top].add(alias.name if alias.asname else top)
-            self.imported[""].add(alias.name)  # it runs, whatever is read of it
+            self.names[alias.asname or top].add(alias.name if alias.asname else top)
+            self.names[""].add(alias.name)  # it runs, whatever is read of it
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         above = self.package[: len(self.package) + 1 - node.level] if node.level else []
         for alias in node.names:
-            self.imported[alias.asname or alias.name].add(".".join(filter(None, [*above, node.module, alias.name])))
+            self.names[alias.asname or alias.name].add(".".join(filter(None, [*above, node.module, alias.name])))
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
-        self.bound.add(node.name)
+        self.defined.add(node.name)
         self.generic_visit(node)
 
     visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef
@@ -207,7 +205,7 @@ class _Names(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         self.read[node.id].add("")
         if isinstance(node.ctx, ast.Store):
-            self.bound.add(node.id)
+            self.defined.add(node.id)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         attributes = f".{node.attr}"
@@ -220,30 +218,12 @@ class _Names(ast.NodeVisitor):
             self.visit(node.value)
 
 
-def _read_module(source: str | bytes, package: list[str]) -> _Module:
-    parsed = _plain_tree(source)
-    names = _Names(package)
-    names.visit(parsed)
-    # `data.open_dataset` needs what defines `open_dataset`, not all that the package `data` imports.
-    reached: set[str] = set()
-    for name, origins in names.imported.items():
-        for origin in origins:  # what is imported and not read is passed on, but for the first word of `import a.b`
-            reached |= {f"{origin}{rest}" for rest in names.read.get(name, () if name == origin else ("",))}
-    ours = {name for name in reached if path_of(name.partition(".")[0])}
-    bare = all(
-        isinstance(s, (ast.Import, ast.ImportFrom, ast.Pass))
-        or (isinstance(s, ast.Assign) and ast.unparse(s).startswith("__"))
-        for s in parsed.body
-    )
-    return _Module(digest(ast.dump(parsed)), names.imported, names.bound, ours, bare)
-
-
 @functools.lru_cache(maxsize=1000)
 def _module(path: str, module: str, *_status: int) -> _Module:
     source = Path(path).read_bytes()
     parts = module.split(".")
     try:
-        found = _read_module(source, parts if Path(path).name == "__init__.py" else parts[:-1])
+        found = _Module(source, parts if Path(path).name == "__init__.py" else parts[:-1])
     except SyntaxError as error:
         raise RunError(f"{path} is no Python: {error}", "correct it") from None
     loaded = getattr(sys.modules.get(module), "__file__", None)
@@ -369,7 +349,7 @@ def code_of_cells(cells: Iterable[str]) -> dict[str, str]:
         except SyntaxError:
             source = f"_ = {cell!r}\n"
         sources.append(source)
-    own = _read_module("".join(sources), [])
+    own = _Module("".join(sources), [])
     return {"cells": own.digest, **code_of(module for name in own.imports for module in _defined_in(name))}
 
 

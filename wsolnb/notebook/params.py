@@ -102,15 +102,14 @@ class Parameter:
             value = yaml.load(text, _Numbers)
         except yaml.YAMLError:
             value = text
-        if isinstance(value, str):
-            value = text  # YAML would drop what looks like a comment
-        try:
-            return self.check(value)
-        except ParameterError as error:
+        problem = ""
+        # A text as it was typed, as YAML would drop what looks like a comment; and `name=12` is a fine text.
+        for given in (text if isinstance(value, str) else value, text):
             try:
-                return self.check(text)  # `name=12` is a fine text
-            except ParameterError:
-                raise ParameterError(error.problem, f"write `-p {self.name}=...` with a value of that type") from None
+                return self.check(given)
+            except ParameterError as error:
+                problem = problem or error.problem
+        raise ParameterError(problem, f"write `-p {self.name}=...` with a value of that type")
 
 
 def _named(name: str, patterns: str) -> bool:
@@ -217,13 +216,11 @@ def _parse(source: str, name: str) -> dict[str, Parameter]:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
             continue  # Literal has to come from somewhere
         where = f"the parameters cell of {name}, line {statement.lineno}"
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id=parameter), value=ast.expr() as value) if (
-                value.lineno == statement.end_lineno  # only a long list of choices may span lines
-            ):
-                pass
-            case _:
-                raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
+        value = getattr(statement, "value", None)
+        named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if not named or not value or value.lineno != statement.end_lineno:  # only a long list of choices may span lines
+            raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
+        parameter = statement.target.id
         code, _, comment = lines[statement.end_lineno - 1][statement.end_col_offset :].decode().partition("#")
         if code.strip() or not comment.strip("# "):
             raise ParameterError(f"{where}: {parameter!r} has no comment, or shares its line", _EXAMPLE)

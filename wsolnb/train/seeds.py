@@ -157,11 +157,10 @@ class RegionFeatures(NamedTuple):
 
     def similarity(self) -> dict[str, float]:
         """Return the mean cosine of two local features by pair of regions (`head, rest`), averaged over classes."""
+        pairs = combinations_with_replacement(enumerate(REGIONS), 2)
         # The mean of all cosines between two sets is the product of their mean unit vectors.
-        return {
-            f"{one}, {other}": float((self.unit[:, i] * self.unit[:, j]).sum(dim=1).nanmean())
-            for (i, one), (j, other) in combinations_with_replacement(enumerate(REGIONS), 2)
-        }
+        found = {f"{one}, {other}": (self.unit[:, i] * self.unit[:, j]).sum(dim=1) for (i, one), (j, other) in pairs}
+        return {pair: float(value.nanmean()) for pair, value in found.items()}
 
 
 def region_features(source: FeatureSource, dataset: LocalizationDataset) -> RegionFeatures:
