@@ -684,7 +684,7 @@ def made(birds, tmp_path_factory):
                 sys.setprofile(None)
                 threading.setprofile(None)
         executed = {Path(file).relative_to(root).as_posix() for file in ran if file.startswith(root)}
-        (record,) = [r for r in map(keys.read_record, run.checkpoints.iterdir()) if r.get("name") == name]
+        (record,) = [r for r in map(keys.read_record, run.checkpoints.glob("*/done.json")) if r.get("name") == name]
         found[name] = SimpleNamespace(starts=starts[0], code=record["key"]["code"], executed=executed)
     return found
 

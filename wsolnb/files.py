@@ -14,7 +14,6 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +57,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
         RunError: the folder cannot be made or written.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written: {error.strerror or error}", "choose a writable run folder, or free space there"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return path
 
 
@@ -109,17 +107,12 @@ def plain(value: Any, where: str = "") -> Any:
         return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return Path(value).as_posix()
-    if isinstance(value, datetime):
-        return value.isoformat()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, where)
-    for convert in (
-        lambda: value.to_dict(orient="records"),  # a table of pandas
-        lambda: value.tolist(),  # arrays, series, tensors and their scalars
-        lambda: value.model_dump(),  # pydantic
-    ):
+    # A table of pandas; arrays, series, tensors and their scalars; models of pydantic; dates.
+    for name, options in (("to_dict", {"orient": "records"}), ("tolist", {}), ("model_dump", {}), ("isoformat", {})):
         with contextlib.suppress(AttributeError, TypeError):
-            return plain(convert(), where)
+            return plain(getattr(value, name)(**options), where)
     raise RunError(
         f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold",
         "store numbers, text, lists, dictionaries, arrays or tables",

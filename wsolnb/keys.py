@@ -31,6 +31,7 @@ import dis
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -38,8 +39,8 @@ import sys
 import sysconfig
 import time
 import types
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,9 @@ LONG = 16
 """Sequences beyond this length stand in a key by their hash: ten thousand image names help no reader."""
 
 
-def digest(*parts: bytes | str) -> str:
-    """Return the SHA-256 of some texts."""
-    found = hashlib.sha256()
-    for part in parts:
-        raw = part.encode(errors="surrogateescape") if isinstance(part, str) else part
-        found.update(b"%d:" % len(raw) + raw)
-    return found.hexdigest()
+def digest(content: bytes | str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 @functools.cache
@@ -78,12 +75,9 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed `LIBRARIES`."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for library in LIBRARIES:
-        for name in (library, f"{library}-headless"):  # OpenCV without windows is the same module
-            try:
+        for name in (f"{library}-headless", library):  # OpenCV without windows is the same module
+            with contextlib.suppress(metadata.PackageNotFoundError):
                 found[library] = metadata.version(name)
-                break
-            except metadata.PackageNotFoundError:
-                continue
     return found
 
 
@@ -95,12 +89,9 @@ RECENT = 100_000_000
 """Nanoseconds within which a file can change twice without a change of its times."""
 
 
-def file_hash(path: str | os.PathLike[str]) -> str:
+def file_hash(path: str | os.PathLike[str], status: os.stat_result | None = None) -> str:
     """Return the SHA-256 of a file; in one process it is read again only when its size or one of its times changed."""
-    return _hash_of(os.fspath(path), os.stat(path))
-
-
-def _hash_of(path: str, status: os.stat_result) -> str:
+    path, status = os.fspath(path), status or os.stat(path)
     state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     known = _HASHES.get(path)
     if known and known[0] == state:
@@ -129,7 +120,7 @@ def tree(root: str | os.PathLike[str]) -> str:
     lines = []
     for name, status in found:
         read = small or os.path.splitext(name)[1].lower() in LISTS
-        lines.append([name, status.st_size, _hash_of(os.path.join(root, name), status) if read else ""])
+        lines.append([name, status.st_size, file_hash(root / name, status) if read else ""])
     return digest(json.dumps(lines))
 
 
@@ -139,9 +130,8 @@ def _walk(folder: str, before: str = "") -> Iterator[tuple[str, os.stat_result]]
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.is_symlink() and Path(folder).resolve().is_relative_to(os.path.realpath(entry.path)):
-                    continue  # a link to a folder above
-                yield from _walk(entry.path, f"{before}{entry.name}/")
+                if not Path(folder).resolve().is_relative_to(os.path.realpath(entry.path)):  # no link to a folder above
+                    yield from _walk(entry.path, f"{before}{entry.name}/")
             elif entry.is_file():  # no broken link
                 yield before + entry.name, entry.stat()
 
@@ -165,26 +155,75 @@ def source_digest(source: str | bytes) -> str:
     return digest(ast.dump(_plain_tree(source)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Module:
-    """What the syntax tree of a module tells.
+class _Module(ast.NodeVisitor):
+    """What the syntax tree of a module tells; blocks that only a type checker reads do not count.
 
-    digest: of the code. names: what each imported name can stand for, (module, name or None). defined: names that are
-    bound in another way. imports: what of other modules it reads. bare: whether it does nothing but import.
+    digest: of the code. names: what each imported name can stand for. defined: names that are bound in another way.
+    read: what is read of each name, of `a.b.c` it is `.b.c` of `a`. imports: what of other modules is read. bare:
+    whether it does nothing but import. package: what relative imports start from.
     """
 
-    digest: str
-    names: dict[str, set[tuple[str, str | None]]]
-    defined: frozenset[str]
-    imports: frozenset[tuple[str, str | None]]
-    bare: bool
+    def __init__(self, source: str | bytes, package: list[str]):
+        self.package = package
+        self.names: dict[str, set[str]] = defaultdict(set)
+        self.read: dict[str, set[str]] = defaultdict(set)
+        self.defined: set[str] = set()
+        parsed = _plain_tree(source)
+        self.digest = digest(ast.dump(parsed))
+        self.visit(parsed)
+        # `data.open_dataset` needs what defines `open_dataset`, not all that the package `data` imports.
+        imports: set[str] = set()
+        for name, origins in self.names.items():
+            for origin in origins:  # what is not read is passed on, but for the first word of `import a.b`
+                imports |= {f"{origin}{rest}" for rest in self.read.get(name, () if name == origin else ("",))}
+        self.imports = {name for name in imports if path_of(name.partition(".")[0])}
+        others = (s for s in parsed.body if not isinstance(s, (ast.Import, ast.ImportFrom, ast.Pass)))
+        self.bare = all(isinstance(s, ast.Assign) and ast.unparse(s).startswith("__") for s in others)
+
+    def visit_If(self, node: ast.If) -> None:
+        only_checked = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for child in node.orelse if only_checked else ast.iter_child_nodes(node):
+            self.visit(child)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            top = alias.name.partition(".")[0]
+            self.names[alias.asname or top].add(alias.name if alias.asname else top)
+            self.names[""].add(alias.name)  # it runs, whatever is read of it
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        above = self.package[: len(self.package) + 1 - node.level] if node.level else []
+        for alias in node.names:
+            self.names[alias.asname or alias.name].add(".".join(filter(None, [*above, node.module, alias.name])))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+        self.defined.add(node.name)
+        self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.read[node.id].add("")
+        if isinstance(node.ctx, ast.Store):
+            self.defined.add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        attributes = f".{node.attr}"
+        while isinstance(node.value, ast.Attribute):
+            node = node.value
+            attributes = f".{node.attr}{attributes}"
+        if isinstance(node.value, ast.Name):
+            self.read[node.value.id].add(attributes)
+        else:
+            self.visit(node.value)
 
 
 @functools.lru_cache(maxsize=1000)
-def _module(path: str, module: str, _size: int, _time: int, _changed: int) -> _Module:
+def _module(path: str, module: str, *_status: int) -> _Module:
     source = Path(path).read_bytes()
+    parts = module.split(".")
     try:
-        found = _read_module(source, module, Path(path).name == "__init__.py")
+        found = _Module(source, parts if Path(path).name == "__init__.py" else parts[:-1])
     except SyntaxError as error:
         raise RunError(f"{path} is no Python: {error}", "correct it") from None
     loaded = getattr(sys.modules.get(module), "__file__", None)
@@ -197,141 +236,44 @@ def _module(path: str, module: str, _size: int, _time: int, _changed: int) -> _M
     return found
 
 
-def _read_module(source: str | bytes, module: str, is_package: bool) -> _Module:
-    parsed = _plain_tree(source)
-    names: dict[str, set[tuple[str, str | None]]] = {}
-    imports: set[tuple[str, str | None]] = set()
-    for node in _runnable(parsed):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                imports.add(_split(alias.name))
-                top = alias.name if alias.asname else alias.name.partition(".")[0]
-                names.setdefault(alias.asname or top, set()).add((top, None))
-        elif isinstance(node, ast.ImportFrom):
-            origin = node.module or ""
-            if node.level:
-                parents = module.split(".") if is_package else module.split(".")[:-1]
-                origin = ".".join([*parents[: len(parents) + 1 - node.level], *filter(None, [node.module])])
-            for alias in node.names:
-                names.setdefault(alias.asname or alias.name, set()).add((origin, alias.name))
-    chains = list(_chains(parsed))
-    for local, origins in names.items():
-        for origin, name in origins:
-            whole = f"{origin}.{name}" if name else origin
-            if not path_of(whole) or not _is_package(whole):
-                imports.add((origin, name))
-                continue
-            # `data.open_dataset` needs what defines `open_dataset`, not all that the package `data` imports.
-            used = [rest for first, *rest in chains if first == local]
-            if not used:
-                imports.add(_split(whole))
-            for rest in used:
-                reached = whole
-                while rest and path_of(f"{reached}.{rest[0]}"):
-                    reached = f"{reached}.{rest.pop(0)}"
-                imports.add((reached, rest[0] if rest else None) if _is_package(reached) else _split(reached))
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    defined = {node.name for node in ast.walk(parsed) if isinstance(node, kinds)}
-    defined |= {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    bare = all(map(_does_nothing, parsed.body))
-    return _Module(digest(ast.dump(parsed)), names, frozenset(defined), frozenset(imports), bare)
+def _look_at(module: str) -> _Module:
+    path = path_of(module)
+    status = path.stat()
+    return _module(str(path), module, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _split(module: str) -> tuple[str, str | None]:
-    """Return (package, module): the module alone, where (module, None) stands for all that lies below it too."""
-    package, _, last = module.rpartition(".")
-    return (package, last) if package else (module, "")
-
-
-def _does_nothing(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Assign):
-        return all(isinstance(target, ast.Name) and target.id.startswith("__") for target in statement.targets)
-    return isinstance(statement, (ast.Import, ast.ImportFrom, ast.Pass)) or _is_for_checkers(statement)
-
-
-def _chains(parsed: ast.Module) -> Iterator[list[str]]:
-    """Yield every name that is read, with the attributes that are read of it: `a.b.c` as [a, b, c]."""
-    inner = {id(node.value) for node in ast.walk(parsed) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(parsed):
-        if not isinstance(node, (ast.Attribute, ast.Name)) or id(node) in inner:
-            continue
-        attributes: list[str] = []
-        while isinstance(node, ast.Attribute):
-            attributes.insert(0, node.attr)
-            node = node.value
-        if isinstance(node, ast.Name):
-            yield [node.id, *attributes]
-
-
-def _is_for_checkers(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in (getattr(node.test, n, None) for n in ("id", "attr"))
-
-
-def _runnable(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of a tree, without blocks that only a type checker reads."""
-    for child in ast.iter_child_nodes(node):
-        if _is_for_checkers(child):
-            child = ast.Module(child.orelse, [])
-        yield child
-        yield from _runnable(child)
-
-
+@functools.cache
 def package_root() -> Path:
     """Return the folder that the package is imported from."""
-    return _ROOT
+    return Path(__file__).resolve().parent
 
 
-_ROOT = Path(__file__).resolve().parent
 _AT_START = {str(path): path.read_bytes() for path in package_root().rglob("*.py")}
 
 
 def path_of(module: str) -> Path | None:
     """Return the source file of a module of the package, or of one that is not installed; None of all others."""
     if module.partition(".")[0] != PACKAGE:
-        return _path_outside(module)
+        return _path_outside(module, module in sys.modules)
     base = package_root().joinpath(*module.split(".")[1:])
-    for path in (base / "__init__.py", base.with_suffix(".py")):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
 
 
-_OUTSIDE: dict[str, Path | None] = {}
-
-
-def _path_outside(module: str) -> Path | None:
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
-    top = module.partition(".")[0]
-    if module in ("", "__main__") or (top != module and not _path_outside(top)):
+@functools.cache
+def _path_outside(module: str, loaded: bool) -> Path | None:
+    parent = module.rpartition(".")[0]
+    if module in ("", "__main__") or (parent and not path_of(parent)):
         return None
     spec = getattr(sys.modules.get(module), "__spec__", None)
-    if spec is None:
-        with contextlib.suppress(ImportError, ValueError, AttributeError):
-            spec = importlib.util.find_spec(module)
-    if spec is None:
-        return None  # not kept: it may be found later
-    path = Path(spec.origin) if spec.has_location and spec.origin else Path()
-    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    installed = any(path.is_relative_to(sysconfig.get_path(kind)) for kind in kinds)
-    outside = path.suffix == ".py" and not installed and not {"site-packages", "dist-packages"} & set(path.parts)
-    _OUTSIDE[module] = path if outside else None
-    return _OUTSIDE[module]
-
-
-def _is_package(module: str) -> bool:
-    return path_of(module).name == "__init__.py"
-
-
-def _look_at(module: str) -> _Module:
-    path = path_of(module)
-    found = path.stat()
-    return _module(str(path), module, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-def module_digest(module: str) -> str | None:
-    """Return the digest of one module's code, without what it imports; None where there is no such module."""
-    return _look_at(module).digest if path_of(module) else None
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        spec = spec or importlib.util.find_spec(module)
+    path = Path(spec.origin) if spec and spec.has_location and spec.origin else Path()
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return (
+        path
+        if path.suffix == ".py" and not installed and not path.is_relative_to(sysconfig.get_path("stdlib"))
+        else None
+    )
 
 
 def _below(package: str) -> set[str]:
@@ -343,25 +285,25 @@ def _below(package: str) -> set[str]:
     return {".".join([package, *parts]).removesuffix(".__init__") for parts in found}
 
 
-def _defined_in(module: str, name: str | None, seen: frozenset[tuple[str, str]] = frozenset()) -> set[str]:
-    """Return the modules that can define `name` of `module`, through any number of re-exports.
+def _defined_in(name: str, module: str = "", seen: frozenset[str] = frozenset()) -> set[str]:
+    """Return the modules that define what `module.name` reads, through any number of re-exports.
 
-    name: None for all that can be reached through the module, an empty text for the module alone.
+    A dotted name without a module starts at the top. Where it ends at a module, all that can be reached through it.
     """
-    if name is None:
-        return _below(module)
+    if not module:
+        module, _, name = name.partition(".")
     if not path_of(module):
-        return {module}
-    if (module, name) in seen:
         return set()
-    looked = _look_at(module)
-    inner = f"{module}.{name}" if _is_package(module) else ""
-    found: set[str] = set()
-    if name and inner and path_of(inner):
-        found = _below(inner) if seen else {inner}
-    for origin, further in looked.names.get(name, ()):
-        found |= _defined_in(origin, further, seen | {(module, name)})
-    if not found or name in looked.defined or "*" in looked.names or "__getattr__" in looked.defined:
+    if not name:
+        return _below(module)
+    first, _, rest = name.partition(".")
+    looked, read = _look_at(module), f"{module}.{first}"
+    found = _defined_in(rest, read, seen)
+    if read in seen:
+        return found
+    for origin in looked.names.get(first, ()):
+        found |= _defined_in(f"{origin}.{rest}".strip("."), seen=seen | {read})
+    if not found or first in looked.defined or "*" in looked.names or "__getattr__" in looked.defined:
         found.add(module)
     return found
 
@@ -376,6 +318,7 @@ def code_of(modules: Iterable[str], without: tuple[str, ...] = ()) -> dict[str, 
     without: modules and packages that are left out, with what only they import.
     """
     found: dict[str, str] = {}
+    followed: set[str] = set()
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
@@ -384,14 +327,13 @@ def code_of(modules: Iterable[str], without: tuple[str, ...] = ()) -> dict[str, 
             continue
         looked = _look_at(module)
         found[module] = looked.digest
-        for imported in looked.imports:
-            waiting += _defined_in(*imported)
+        for imported in looked.imports - followed:
+            waiting += _defined_in(imported)
+        followed |= looked.imports
         # The packages around it run first; one that only imports changes nothing.
-        package = module.rpartition(".")[0]
-        while package:
-            if path_of(package) and not _look_at(package).bare:
-                waiting.append(package)
-            package = package.rpartition(".")[0]
+        parts = module.split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts)))
+        waiting += [package for package in around if path_of(package) and not _look_at(package).bare]
     return dict(sorted(found.items()))
 
 
@@ -407,8 +349,8 @@ def code_of_cells(cells: Iterable[str]) -> dict[str, str]:
         except SyntaxError:
             source = f"_ = {cell!r}\n"
         sources.append(source)
-    own = _read_module("".join(sources), "__main__", False)
-    return {"cells": own.digest, **code_of(module for imported in own.imports for module in _defined_in(*imported))}
+    own = _Module("".join(sources), [])
+    return {"cells": own.digest, **code_of(module for name in own.imports for module in _defined_in(name))}
 
 
 # Values
@@ -425,89 +367,104 @@ class _Reading:
         self.modules: set[str] = set()
         self.cells: dict[str, str] = {}
         self.data: dict[str, str] = {}
-        self._open: dict[int, str] = {}
-        self._kept: dict[int, tuple[Any, Any]] = {}
+        self._seen: dict[int, tuple[Any, Any]] = {}
 
     def describe(self, value: Any, where: str) -> Any:
         """Return what JSON can hold of a value; equal descriptions mean equal values and equal code."""
-        if value is None or type(value) in _PLAIN:
+        if value is None or type(value) in (bool, int, str):
             return value
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else {"<float>": repr(float(value))}
-        if type(value) in (list, tuple) and all(type(item) in _PLAIN for item in value):
-            return self._compact(list(value))
-        if id(value) in self._kept:
-            return self._kept[id(value)][1]
-        if id(value) in self._open:
-            return {"<the same as>": self._open[id(value)]}
-        self._open[id(value)] = where
-        try:
-            found = self._compact(self._describe(value, where))
-        finally:
-            del self._open[id(value)]
-        self._kept[id(value)] = (value, found)  # with the value, so that its id is not given to another
-        return found
-
-    @staticmethod
-    def _compact(found: Any) -> Any:
-        if isinstance(found, (list, dict)) and len(found) > LONG:
-            return {"length": len(found), "sha256": digest(json.dumps(found, sort_keys=True))}
-        return found
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value, {"<the same as>": where}  # what holds itself meets this
+            found = self._describe(value, where)
+            if isinstance(found, (list, dict)) and len(found) > LONG:
+                found = {"length": len(found), "sha256": _digest(found)}
+            self._seen[id(value)] = value, found  # with the value, so that its id is not given to another
+        return self._seen[id(value)][1]
 
     def _all(self, values: Iterable[Any], where: str) -> list[Any]:
         return [self.describe(item, f"{where}[{index}]") for index, item in enumerate(values)]
 
     def _named(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return {n: self.describe(item, f"{where}.{n}") for n, item in values.items() if n not in self.ignore}
+        return {n: self.describe(v, f"{where}.{n}".lstrip(".")) for n, v in values.items() if n not in self.ignore}
 
     def _sorted(self, values: Iterable[Any], where: str) -> list[str]:
         return sorted(json.dumps(self.describe(item, where), sort_keys=True) for item in values)
 
+    def _of(self, value: Any, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A value by its class and fields, without what a `functools.cached_property` has kept."""
+        kind = type(value)
+        fields = {n: v for n, v in fields.items() if not isinstance(getattr(kind, n, None), functools.cached_property)}
+        return {"<class>": self.describe(kind, kind.__qualname__), **self._named(fields, where)}
+
     def _describe(self, value: Any, where: str) -> Any:
         kind = type(value)
-        if _home(kind).partition(".")[0] in ("IPython", "ipykernel"):
+        library = _home(kind).partition(".")[0]
+        torch = sys.modules.get("torch")
+        if library in ("IPython", "ipykernel"):
             return kind.__qualname__  # the notebook itself makes no number
         if isinstance(value, type):
             return self._class(value, where)
         if hasattr(kind, "__cache_key__"):
-            return self._of(value, {"<key>": self.describe(value.__cache_key__(self), where)})
-        if isinstance(value, Enum):
-            return self._of(value, {"<member>": value.name})
-        if isinstance(value, (bytes, bytearray)):
-            return {"<bytes>": digest(bytes(value))}
-        if isinstance(value, os.PathLike):
-            return self._path(Path(value))
+            return self._of(value, {"<key>": value.__cache_key__(self)}, where)
         if isinstance(value, types.ModuleType):
             self.modules |= _below(value.__name__)
             return {"<module>": value.__name__}
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
         if isinstance(value, functools.partial):
             return {"<partial>": self._all([value.func, value.args, value.keywords], where)}
-        if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-            owner = value.__self__
-            if isinstance(value, types.MethodType):
-                return {"<method>": self._all([value.__func__, owner], where)}
-            if owner is not None and not isinstance(owner, types.ModuleType):
-                return {"<method>": [value.__name__, self.describe(owner, where)]}
-            return {"<function>": f"{value.__module__}.{value.__qualname__}"}
-        if isinstance(value, types.FunctionType):
-            return self._function(value, where)
+        if isinstance(value, types.MethodType):
+            return {"<method>": self._all([value.__func__, value.__self__], where)}
         if hasattr(value, "__wrapped__"):  # such as `functools.cache` and numba leave
-            return {"<wrapped>": self.describe(value.__wrapped__, where), "<class>": self.describe(kind, where)}
-        if isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
-            return self._all([getattr(value, n, None) for n in ("fget", "fset", "fdel", "__func__", "func")], where)
+            return self._of(value, {"<wrapped>": value.__wrapped__}, where)
+        if isinstance(value, (property, functools.cached_property)):
+            return self._all([getattr(value, name, None) for name in ("fget", "fset", "fdel", "func")], where)
+        if isinstance(value, os.PathLike):
+            return self._path(Path(value))
+        if isinstance(value, (bytes, bytearray)):
+            return {"<bytes>": digest(value)}
+        if isinstance(value, (set, frozenset)):
+            return self._of(value, {"<set>": self._sorted(value, where)}, where)
+        if kind in (list, tuple):
+            return self._all(value, where)
+        if kind is dict and all(isinstance(key, str) and not key.startswith("<") for key in value):
+            return {key: self.describe(item, f"{where}[{key!r}]") for key, item in value.items()}
+        if kind is dict:
+            return {"<items>": self._sorted(value.items(), where)}
+        if hasattr(value, "_asdict"):
+            return self._of(value, value._asdict(), where)
+        if torch and isinstance(value, torch.Tensor):
+            plain = value.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
+            raw = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            shape = [*plain.shape, value.requires_grad]
+            return {"<tensor>": str(plain.dtype), "shape": str(shape), "sha256": digest(raw)}
+        if torch and isinstance(value, torch.nn.Module):
+            return self._network(value, where)
+        if library == "numpy" and hasattr(value, "tobytes"):
+            found = {"<array>": f"{kind.__name__} {value.dtype}", "shape": str(value.shape)}
+            found |= self._named({"mask": value.mask} if hasattr(value, "mask") else {}, where)
+            if value.dtype.hasobject:
+                return {**found, "items": self.describe(value.ravel().tolist(), where)}
+            return {**found, "sha256": digest(value.tobytes())}
+        if library == "pandas" and hasattr(value, "to_csv"):
+            table = value if value.ndim == 2 else value.to_frame()
+            columns = [table.iloc[:, index].array for index in range(table.shape[1])]
+            return self._of(value, {"<axes>": table.axes, "<columns>": columns}, where)
+        if hasattr(kind, "model_dump"):
+            fields = vars(value) | (value.__pydantic_private__ or {}) | (value.model_extra or {})
+            return self._of(value, fields, where)
         return self._object(value, where)
 
     def _path(self, path: Path) -> Any:
         """A path stands for what lies there: an intact artefact by its key, everything else by its contents."""
         for folder in (path, *path.parents):
-            record = read_record(folder)
-            if record:
+            if record := read_record(folder / RECORD):
                 inside = {n: h for n, h in record["files"].items() if (folder / n).is_relative_to(path)}
-                if path != folder and not inside:
-                    break
-                if damaged(folder, inside):
-                    break
-                return {"<artefact>": record["hash"], "path": path.relative_to(folder).as_posix()}
+                if "hash" in record and (inside or path == folder) and not faults(folder, inside):
+                    return {"<artefact>": record["hash"], "path": path.relative_to(folder).as_posix()}
+                break
         return {"<files>": self.files(path)}
 
     def files(self, path: Path) -> str:
@@ -516,178 +473,98 @@ class _Reading:
             self.data[str(path)] = tree(path)
         return self.data[str(path)]
 
-    def _of(self, value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {"<class>": self.describe(type(value), type(value).__qualname__), **fields}
-
     def _class(self, kind: type, where: str) -> Any:
         """A class by its module; a class of a notebook by what it holds."""
-        name = f"{_home(kind)}.{kind.__qualname__}"
-        bases = {}
+        found = {"<type>": f"{_home(kind)}.{kind.__qualname__}"}
         for base in kind.__mro__:
             if not _is_local(_home(base)):
                 self.modules.add(_home(base))
-            elif base is kind:
-                bases |= self._members(kind)
-            else:
-                bases[f"<base {base.__qualname__}>"] = self.describe(base, where)
-        return {"<type>": name, **bases}
-
-    def _members(self, kind: type) -> dict[str, Any]:
-        if issubclass(kind, Enum):
-            members = {name: member.value for name, member in kind.__members__.items()}
-        elif hasattr(kind, "model_fields"):
-            fields = kind.model_fields.items()
-            members = {n: [f.annotation, f.default, f.default_factory, f.metadata] for n, f in fields}
-        else:
-            members = {}
-        for name, item in vars(kind).items():
-            function = getattr(item, "__func__", getattr(item, "func", item))
-            internal = name.startswith(("__", "_abc_")) or issubclass(kind, Enum) or _is_slot(item)
-            if isinstance(function, types.FunctionType) or not internal:
-                members.setdefault(name, item)
-        return self._named(members, kind.__qualname__)
-
-    def _function(self, function: types.FunctionType, where: str) -> Any:
-        # Not `__module__`: a decorator gives that of what it wraps.
-        module = function.__globals__.get("__name__", "__main__")
-        local = _is_local(module)
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        captured = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-        if local:
-            names = sorted(_globals_of(function.__code__) & function.__globals__.keys())
-            captured = {name: function.__globals__[name] for name in names} | captured
-            for origin, name in _imports_of(function.__code__):
-                self.modules |= _defined_in(origin, name)
-            label = self._note(function.__qualname__, self._code(function.__code__, where))
-        else:
-            self.modules.add(module)
-            label = f"{module}.{function.__qualname__}"
-        found: dict[str, Any] = {"<function>": label}
-        if function.__defaults__ or function.__kwdefaults__:
-            found["<defaults>"] = self.describe([function.__defaults__, function.__kwdefaults__], where)
-        further = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
-        if further and local:
-            found["<attributes>"] = self._named(further, where)
-        return found | {n: self.describe(value, n) for n, value in captured.items() if n not in self.ignore}
-
-    def _note(self, name: str, code: Any) -> str:
-        """Note the code of a function of the notebook; return its name, made unique."""
-        found = digest(json.dumps(code))
-        while self.cells.setdefault(name, found) != found:
-            name += "'"
-        return name
-
-    def _code(self, code: types.CodeType, where: str) -> list[Any]:
-        """What the interpreter runs; comments, docstrings and layout are not among it."""
-        arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
-        found: list[Any] = [code.co_argcount, code.co_posonlyargcount, code.co_flags & 0x3FF]
-        found += [list(code.co_varnames[:arguments]), digest(code.co_exceptiontable)]
-        for step in dis.get_instructions(code):
-            value = step.argval
-            inner = isinstance(value, types.CodeType)
-            found.append([step.opname, self._code(value, where) if inner else self.describe(value, where)])
+            elif base is not kind:
+                found[f"<base {base.__qualname__}>"] = self.describe(base, where)
+        if _is_local(_home(kind)):
+            # What pydantic takes out of the class's own names, and those without what Python makes by itself.
+            members = {**getattr(kind, "model_fields", {}), **getattr(kind, "__private_attributes__", {})}
+            for name, item in vars(kind).items():
+                if isinstance(inspect.unwrap(item), types.FunctionType) or not name.startswith(("__", "_abc_")):
+                    members.setdefault(name, item)
+            found |= self._named(members, kind.__qualname__)
         return found
 
+    def _function(self, function: types.FunctionType) -> Any:
+        code, names = function.__code__, function.__globals__
+        module = names.get("__name__", "__main__")  # not `__module__`: a decorator gives that of what it wraps
+        label, captured = f"{module}.{function.__qualname__}", {}
+        if function.__defaults__ or function.__kwdefaults__:
+            captured["<defaults>"] = [function.__defaults__, function.__kwdefaults__]
+        if _is_local(module):
+            read: set[str] = set()
+            label, runs = function.__qualname__, digest(json.dumps(self._code(code, read)))
+            while self.cells.setdefault(label, runs) != runs:
+                label += "'"
+            captured |= {name: names[name] for name in sorted(read & names.keys())}
+            if own := {name: value for name, value in vars(function).items() if name != "__wrapped__"}:
+                captured["<attributes>"] = own
+        else:
+            self.modules.add(module)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                captured[name] = cell.cell_contents
+        return {"<function>": label, **self._named(captured, "")}
+
+    def _code(self, code: types.CodeType, read: set[str]) -> list[Any]:
+        """What the interpreter runs, without comments, docstrings and layout; notes the globals that it reads."""
+        found: list[Any] = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 0x3FF]
+        found += [code.co_varnames, digest(code.co_exceptiontable)]
+        steps = list(dis.get_instructions(code))
+        for before, step in zip([None, *steps], steps, strict=False):
+            value = step.argval
+            inner = isinstance(value, types.CodeType)
+            found.append([step.opname, self._code(value, read) if inner else self.describe(value, "a constant")])
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                read.add(value)
+            elif step.opname == "IMPORT_NAME":  # from a.b import names, or import a.b, by which all of a can be reached
+                names = [f"{value}.{name}" for name in before.argval or ()] or [value.partition(".")[0]]
+                self.modules.update(*map(_defined_in, names))
+        return found
+
+    def _network(self, value: Any, where: str) -> Any:
+        """A network by its weights and buffers, which of them are trained, and the settings of all of its parts."""
+        usual = vars(sys.modules["torch"].nn.Module()).keys()
+        parts = {}
+        for name, part in value.named_modules():
+            settings = {key: item for key, item in vars(part).items() if key not in usual}
+            hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+            parts[name] = self._of(part, {**settings, "<hooks>": hooks}, f"{where}.{name}")
+        tensors = [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]
+        found = {"weights": _digest(self._named(dict(tensors), where)), "settings": _digest(parts)}
+        return {"<class>": self.describe(type(value), where), **found}
+
     def _object(self, value: Any, where: str) -> Any:
-        """An object by its class and its fields; what cannot be told from another one is an error, not a guess."""
+        """An object as `pickle` takes it apart; what cannot be told from another one is an error, not a guess."""
         kind = type(value)
-        if found := self._array(value, where):
-            return found
-        torch = sys.modules.get("torch")
-        if torch and isinstance(value, torch.nn.Module):
-            return self._network(value, where)
-        if isinstance(value, (set, frozenset)):
-            return {"<set>": self._sorted(value, where), **self._more(value, where)}
-        if isinstance(value, Mapping):
-            if all(isinstance(key, str) and not key.startswith("<") for key in value):
-                described = {key: self.describe(item, f"{where}[{key!r}]") for key, item in value.items()}
-            else:
-                described = {"<items>": self._sorted(value.items(), where)}
-            return described if kind is dict else {"<mapping>": described, **self._more(value, where)}
-        if isinstance(value, (list, tuple)):
-            items = self._named(value._asdict(), where) if hasattr(value, "_asdict") else self._all(value, where)
-            return items if kind in (list, tuple) else {"<items>": items, **self._more(value, where)}
-        if isinstance(value, (bool, int, str)):
-            plain = next(plain for plain in _PLAIN if isinstance(value, plain))
-            return {"<value>": plain(value), **self._more(value, where)}
-        if hasattr(kind, "model_dump"):
-            fields = dict(vars(value)) | (value.__pydantic_private__ or {}) | (value.model_extra or {})
-            return self._of(value, self._named(fields, where))
-        own = _home(kind).partition(".")[0] == PACKAGE or _is_local(_home(kind))
-        if own or dataclasses.is_dataclass(value):
-            return self._of(value, self._named(_fields(value), where))
-        return self._of(value, self._as_pickled(value, where))
-
-    def _more(self, value: Any, where: str) -> dict[str, Any]:
-        """The class of a value that is more than a plain one, and its further fields."""
-        return self._of(value, self._named(_fields(value), where))
-
-    def _as_pickled(self, value: Any, where: str) -> dict[str, Any]:
         try:
-            reduce = copyreg.dispatch_table.get(type(value))  # as `pickle` does
+            reduce = copyreg.dispatch_table.get(kind)
             reduced = reduce(value) if reduce else value.__reduce_ex__(2)
         except Exception:  # libraries refuse in many ways
-            kind = type(value)
             raise ParameterError(
                 f"the builder uses {where!r}, a {_home(kind)}.{kind.__qualname__}, of which no key can be made",
                 "let it use plain values, arrays, data sets, models or functions",
             ) from None
         if isinstance(reduced, str):
-            return {"<name>": reduced}
+            return self._of(value, {"<name>": [getattr(value, "__module__", None), reduced]}, where)
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        if isinstance(state, dict):
-            state = {name: item for name, item in state.items() if not _is_memo(type(value), name)}
-        parts = [make, arguments, state, list(items or ()), list(pairs or ())]
-        return {"<made of>": self._all(parts, where)}
-
-    def _array(self, value: Any, where: str) -> dict[str, Any]:
-        """Type, shape and hash of an array, a tensor or a table; nothing of anything else."""
-        library = _home(type(value)).partition(".")[0]
-        torch = sys.modules.get("torch")
-        if torch and isinstance(value, torch.Tensor):
-            plain = value.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
-            raw = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-            return {"<tensor>": str(plain.dtype), "shape": str(tuple(plain.shape)), "sha256": digest(raw)}
-        if library == "numpy" and hasattr(value, "tobytes") and hasattr(value, "dtype"):
-            raw = b"" if value.dtype.hasobject else value.tobytes()
-            found = {
-                "<array>": f"{type(value).__name__} {value.dtype}",
-                "shape": str(value.shape),
-                "sha256": digest(raw),
-            }
-            if value.dtype.hasobject:
-                found["items"] = self._compact(self._all(value.ravel().tolist(), where))
-            if hasattr(value, "mask"):
-                found["mask"] = self.describe(value.mask, where)
-            return found
-        if library == "pandas" and hasattr(value, "to_csv"):
-            table = value if value.ndim == 2 else value.to_frame()
-            columns = [self._column(table.iloc[:, index], where) for index in range(table.shape[1])]
-            return {"<table>": type(value).__name__, "axes": self._all(table.axes, where), "columns": columns}
-        return {}
-
-    def _column(self, column: Any, where: str) -> Any:
-        categories = getattr(column, "cat", None) if str(column.dtype) == "category" else None
-        kinds = [str(column.dtype), *([categories.categories, categories.ordered] if categories is not None else [])]
-        return self._all([*kinds, column.to_numpy()], where)
-
-    def _network(self, value: Any, where: str) -> Any:
-        """A network by its weights and buffers, which of them are trained, and the settings of all of its parts."""
-        torch = sys.modules["torch"]
-        usual = vars(torch.nn.Module()).keys()
-        parts = {}
-        for name, part in value.named_modules():
-            settings = {key: item for key, item in _fields(part).items() if key not in usual}
-            hooks = self._all([*part._forward_hooks.values(), *part._forward_pre_hooks.values()], where)
-            parts[name] = [self.describe(type(part), where), self._named(settings, f"{where}.{name}"), hooks]
-        tensors = dict(value.named_parameters(remove_duplicate=False))
-        tensors |= dict(value.named_buffers(remove_duplicate=False))
-        weights = {name: [self._array(tensor, where), tensor.requires_grad] for name, tensor in tensors.items()}
-        return {"<class>": self.describe(type(value), where), "weights": digest(json.dumps(weights, sort_keys=True)),
-                "settings": digest(json.dumps(parts, sort_keys=True))}  # fmt: skip
+        state = {} if state is None else state
+        if isinstance(state, tuple) and len(state) == 2 and not hasattr(value, "__setstate__"):
+            state = {**(state[0] or {}), **state[1]}  # fields and slots
+        plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+        made = arguments[1:] if make is copyreg.__newobj__ else [make, *arguments]
+        parts = {"<made of>": list(made), "<items>": list(items or ()), "<pairs>": dict(pairs or ())}
+        parts = {name: part for name, part in parts.items() if part}
+        return self._of(value, parts | (state if plain else {"<state>": state}), where)
 
 
-_PLAIN = (bool, int, str)
+def _digest(described: Any) -> str:
+    return digest(json.dumps(described, sort_keys=True))
 
 
 def _home(kind: type) -> str:
@@ -699,53 +576,6 @@ def _home(kind: type) -> str:
 def _is_local(module: str) -> bool:
     """Return whether code has no module that could be read: that of a notebook, and what was made by `exec`."""
     return module == "__main__" or module not in sys.modules
-
-
-def _is_slot(item: Any) -> bool:
-    return isinstance(item, (types.MemberDescriptorType, types.GetSetDescriptorType))
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  the only way to ask
-    except ValueError:
-        return False
-    return True
-
-
-def _is_memo(kind: type, name: str) -> bool:
-    """Return whether a field is what a `functools.cached_property` has kept."""
-    return any(isinstance(vars(base).get(name), functools.cached_property) for base in kind.__mro__)
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    slots = {name: getattr(value, name) for name in copyreg._slotnames(type(value)) if hasattr(value, name)}
-    fields = {**slots, **getattr(value, "__dict__", {})}
-    return {name: item for name, item in fields.items() if not _is_memo(type(value), name)}
-
-
-def _globals_of(code: types.CodeType) -> set[str]:
-    """Return the global names that a function, or one inside it, reads."""
-    reading = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in reading}
-    return names.union(*map(_globals_of, _inner(code)))
-
-
-def _imports_of(code: types.CodeType) -> set[tuple[str, str | None]]:
-    """Return what a function, or one inside it, imports."""
-    found: set[tuple[str, str | None]] = set()
-    steps = list(dis.get_instructions(code))
-    for before, step, after in zip(steps, steps[1:], steps[2:], strict=False):
-        if step.opname == "IMPORT_NAME" and before.argval:  # from a.b import names
-            found |= {(step.argval, name) for name in before.argval}
-        elif step.opname == "IMPORT_NAME":  # import a.b, which binds a, or import a.b as c
-            bound = step.argval if after.opname == "IMPORT_FROM" else step.argval.partition(".")[0]
-            found |= {_split(step.argval), (bound, None)}
-    return found.union(*map(_imports_of, _inner(code)))
-
-
-def _inner(code: types.CodeType) -> list[types.CodeType]:
-    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 # Keys and records
@@ -789,14 +619,16 @@ def key_of(value: Any, ignore: Iterable[str] = ()) -> Key:
     return Key(inputs, {**code, **reading.cells}, versions(), reading.data)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of an artefact's folder; nothing where there is none, or none that can be read."""
-    kinds = {"name": str, "hash": str, "key": dict, "files": dict, "seconds": (int, float), "finished": str}
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record in a file; nothing where there is none, or none that can be read."""
+    kinds = {"key": dict, "files": dict, "seconds": (int, float), "finished": str}
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if all(isinstance(record[name], kind) for name, kind in kinds.items()) else {}
+        record = json.loads(path.read_text("utf-8"))
+        whole = all(isinstance(record[name], kind) for name, kind in kinds.items())
+        whole = whole and all(isinstance(record["key"][name], dict) for name in ("code", "versions", "data"))
     except (OSError, ValueError, LookupError, TypeError):
         return {}
+    return record if whole else {}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -804,20 +636,20 @@ def hashes(folder: Path) -> dict[str, str]:
     return {name: file_hash(folder / name) for name, _ in sorted(_walk(str(folder))) if name != RECORD}
 
 
-def damaged(folder: Path, recorded: Mapping[str, str]) -> list[str]:
-    """Return the files below a folder that are missing or not what the record says."""
-    found = []
+def faults(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Return which files below a folder are missing or not what the record says, and what is wrong with each."""
+    found = {}
     for name, expected in recorded.items():
+        path = folder / name
         try:
-            intact = file_hash(folder / name) == expected
+            if file_hash(path) != expected:
+                found[name] = "was changed since" if path.stat().st_size else "is empty"
         except OSError:
-            intact = False
-        if not intact:
-            found.append(name)
+            found[name] = "is missing"
     return found
 
 
-def differences(old: Any, new: Any, most: int = 3) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 3) -> str:
     """Return in words what differs between two keys (as dictionaries); empty where nothing does."""
     found = list(_differences(old, new, ()))
     more = f" and {len(found) - most} more" if len(found) > most else ""
@@ -835,9 +667,9 @@ def _differences(old: Any, new: Any, place: tuple[str, ...]) -> Iterator[str]:
         for name in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(name), new.get(name), (*place, name))
         return
-    top, *rest = place or ("it",)
-    named = ".".join(rest)
-    match top:
+    part, *rest = place
+    named = ".".join(rest) or part
+    match part:
         case "code" if named == "cells":
             yield "the notebook's cells changed"
         case "code":
@@ -848,11 +680,6 @@ def _differences(old: Any, new: Any, place: tuple[str, ...]) -> Iterator[str]:
             yield f"the files of {named} changed"
         case "needs":
             yield f"{named} ran again"
-        case _ if _is_short(old) and _is_short(new):
-            yield f"{named or top} was {old!r}, is {new!r}"
         case _:
-            yield f"{named or top} changed"
-
-
-def _is_short(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) < 40)
+            short = all(not isinstance(value, (list, dict)) and len(str(value)) < 40 for value in (old, new))
+            yield f"{named} was {old!r}, is {new!r}" if short else f"{named} changed"

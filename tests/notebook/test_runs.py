@@ -53,7 +53,7 @@ def test_the_root_is_found_from_any_place(root, tmp_path_factory, monkeypatch):
 def test_start_makes_the_folders(run, root):
     assert run.folder == root / "outputs" / "test"
     assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "figures", "metrics", "notebooks"]
-    assert run.seed == 7
+    assert run.provenance()["seed"] == 7
     assert runs.start("a", {}).folder == root / "outputs" / "mini"
     assert runs.start("a", {"run_folder": "x"}, folder=root / "y").folder == root / "y"
 

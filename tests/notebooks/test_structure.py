@@ -87,7 +87,7 @@ def test_papermill_reads_the_same_of_what_it_can_read(path, root):
 
 def test_every_rule_is_of_some_parameter(root):
     names = {name for path in NOTEBOOKS for name in params.notebook_parameters(path)}
-    for patterns in (params._FILLED, *(names_ for _, names_ in params._RULES.values())):
+    for patterns in (params._FILLED, *(names_ for *_, names_ in params._RULES.values())):
         for pattern in patterns.split():
             assert fnmatch.filter(names, pattern), pattern
 

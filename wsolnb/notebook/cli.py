@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -14,6 +11,10 @@ from wsolnb.errors import WsolnbError
 # Everything else is imported by the command that needs it, so that `--help` answers at once.
 
 Profile = Annotated[str, typer.Option(help="a folder of params/: mini, smoke, pets, ...")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="goes to every notebook that declares NAME"),
+]
 Outputs = Annotated[str, typer.Option(help="folder of the run folders; a relative path starts at the repository")]
 
 
@@ -37,29 +38,10 @@ app = typer.Typer(
 )
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Take a request to end and the end of the terminal as Ctrl-C. What is ignored, as under nohup, stays ignored."""
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 @app.command()
 def reproduce(
     profile: Profile = "mini",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="goes to every notebook that declares NAME"),
-    ] = None,
+    parameter: Overrides = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NOTEBOOK", help="this notebook and what it needs; can be repeated")
     ] = None,
@@ -73,32 +55,26 @@ def reproduce(
     when one failed, with 2 when a parameter is wrong (then nothing was run), with 130 when interrupted (Ctrl-C,
     SIGTERM or SIGHUP).
     """
-    with _interruptible():
+    try:
         from wsolnb.notebook import pipeline
 
         summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
 
 @app.command()
-def status(
-    profile: Profile = "mini",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="as `reproduce` would be given it"),
-    ] = None,
-    outputs: Outputs = "outputs",
-) -> None:
+def status(profile: Profile = "mini", parameter: Overrides = None, outputs: Outputs = "outputs") -> None:
     """Tell what `reproduce` would run or train again, and why. Ends with 0 when all is fresh, with 1 when not."""
     from wsolnb.notebook import pipeline
 
-    for what, found in zip(("notebooks", "artefacts"), pipeline.status(profile, parameter or (), outputs), strict=True):
+    notebooks, artefacts = pipeline.status(profile, parameter or (), outputs)
+    for what, found in {"notebooks": notebooks, "artefacts": artefacts}.items():
         typer.echo(f"{what}: {sum(not why for why in found.values())} of {len(found)} fresh")
         for name, why in found.items():
             typer.echo(f"  {name}: {f'stale, {why}' if why else 'fresh'}")
-        if what == "notebooks":
-            stale = any(found.values())
-    raise typer.Exit(int(stale))
+    raise typer.Exit(int(any(notebooks.values())))
 
 
 @app.command()
@@ -122,7 +98,7 @@ def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
     folder = pipeline.run_folder(profile, outputs)
     if not any((folder / "metrics").glob("*.json")):
         raise RunError(f"{folder} holds no metrics", f"run `wsolnb reproduce --profile {profile}` first")
-    pipeline.show_metrics(folder)
+    pipeline.show_tables(pipeline.tables(folder))
 
 
 @app.command()

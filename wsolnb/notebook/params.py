@@ -17,9 +17,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import inf, ulp
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,28 +34,22 @@ _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
 _EXAMPLE = "write one per line, as `epochs: int = 30  # passes over the training images`"
 
-# What a type cannot say, of which names; the first line that has a name counts. Rules go by name, so that a cell stays
-# plain Python and a name means the same in every notebook. What may be 0 or empty on purpose is allowed to be.
-_RULES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "0 or more": (
-        lambda n: n >= 0,
-        "literal_epochs *seed* shift num_workers heads *weight_decay steps *_per_class "
-        "images generator_images tuning_images",
-    ),
-    "1 or more": (
-        lambda n: n >= 1,
-        "*epochs *batch_size batch repeats *_images clusters iterations dilations *channels ppd_hidden irn_width",
-    ),
-    "above 0": (lambda n: n > 0, "*lr rates *scale *scales segmenter_power crf_colour crf_distance"),
-    "0 to 1": (
-        lambda n: 0 <= n <= 1,
-        "body_cue cues context_correlation tau mu_? grid_mu* floors dampings *_threshold momentum label_smoothing",
-    ),
-    "2 to 42": (lambda n: 2 <= n <= 42, "classes"),
-    "2 or more": (lambda n: n >= 2, "label_radius walk_radius"),
-    "32 or more": (lambda n: n >= 32, "image_size irn_size segmenter_size"),
-    "8 to 160": (lambda n: 8 <= n <= 160, "crf_side"),
-}
+# What a type cannot say: from where to where, of which names; the first line that has a name counts. Rules go by name,
+# so that a cell stays plain Python and a name means the same in every notebook. What may be 0 or empty on purpose is
+# allowed to be.
+_RULES = {
+    "0 or more": (0, inf, "literal_epochs *seed* shift num_workers heads *weight_decay steps *_per_class images "
+                          "generator_images tuning_images"),
+    "1 or more": (1, inf, "*epochs *batch_size batch repeats *_images clusters iterations dilations *channels "
+                          "ppd_hidden irn_width"),
+    "above 0": (ulp(0.0), inf, "*lr rates *scale *scales segmenter_power crf_colour crf_distance"),
+    "0 to 1": (0, 1, "body_cue cues context_correlation tau mu_? grid_mu* floors dampings *_threshold momentum "
+                     "label_smoothing"),
+    "2 to 42": (2, 42, "classes"),
+    "2 or more": (2, inf, "label_radius walk_radius"),
+    "32 or more": (32, inf, "image_size irn_size segmenter_size"),
+    "8 to 160": (8, 160, "crf_side"),
+}  # fmt: skip
 _FILLED = "seeds claim_seeds pair_seeds study_seeds grid_mu_? floors steps dampings dilations scales test_scales"
 
 
@@ -93,10 +88,9 @@ class Parameter:
         items = value if isinstance(value, list) else [value]
         if not items and _named(self.name, _FILLED):
             return "a list of at least one value"
-        rules = ((words, holds) for words, (holds, names) in _RULES.items() if _named(self.name, names))
-        words, holds = next(rules, ("", bool))
-        numbers = (item for item in items if isinstance(item, int | float))
-        return "" if all(map(holds, numbers)) else words
+        rules = ((rule, ends) for rule, (*ends, names) in _RULES.items() if _named(self.name, names))
+        rule, (low, high) = next(rules, ("", (-inf, inf)))
+        return "" if all(low <= item <= high for item in items if isinstance(item, int | float)) else rule
 
     def parse(self, text: str) -> Any:
         """Return the value that `text`, as typed on the command line, has for the declared type.
@@ -108,15 +102,14 @@ class Parameter:
             value = yaml.load(text, _Numbers)
         except yaml.YAMLError:
             value = text
-        if isinstance(value, str):
-            value = text  # YAML would drop what looks like a comment
-        try:
-            return self.check(value)
-        except ParameterError as error:
+        problem = ""
+        # A text as it was typed, as YAML would drop what looks like a comment; and `name=12` is a fine text.
+        for given in (text if isinstance(value, str) else value, text):
             try:
-                return self.check(text)  # `name=12` is a fine text
-            except ParameterError:
-                raise ParameterError(error.problem, f"write `-p {self.name}=...` with a value of that type") from None
+                return self.check(given)
+            except ParameterError as error:
+                problem = problem or error.problem
+        raise ParameterError(problem, f"write `-p {self.name}=...` with a value of that type")
 
 
 def _named(name: str, patterns: str) -> bool:
@@ -223,13 +216,11 @@ def _parse(source: str, name: str) -> dict[str, Parameter]:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
             continue  # Literal has to come from somewhere
         where = f"the parameters cell of {name}, line {statement.lineno}"
-        match statement:
-            case ast.AnnAssign(target=ast.Name(id=parameter), value=ast.expr() as value) if (
-                value.lineno == statement.end_lineno  # only a long list of choices may span lines
-            ):
-                pass
-            case _:
-                raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
+        value = getattr(statement, "value", None)
+        named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if not named or not value or value.lineno != statement.end_lineno:  # only a long list of choices may span lines
+            raise ParameterError(f"{where}: `{ast.unparse(statement)}` declares no parameter", _EXAMPLE)
+        parameter = statement.target.id
         code, _, comment = lines[statement.end_lineno - 1][statement.end_col_offset :].decode().partition("#")
         if code.strip() or not comment.strip("# "):
             raise ParameterError(f"{where}: {parameter!r} has no comment, or shares its line", _EXAMPLE)

@@ -24,17 +24,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from wsolnb import files, keys
 from wsolnb.errors import ParameterError, WsolnbError, nearest
@@ -53,33 +53,19 @@ class NotebookError(WsolnbError):
     """A notebook did not run to its end."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """A notebook to run, with every value that differs from its defaults."""
+class Step(BaseModel, extra="forbid", strict=True):
+    """A notebook to run, with values that differ from its defaults: those of the pipeline's file, or of `plan` all."""
 
-    notebook: str
-    needs: tuple[str, ...]
-    parameters: dict[str, Any]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
     notebook: str
     needs: list[str] = []
     parameters: dict[str, Any] = {}
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    steps: list[_Entry]
+class _File(BaseModel, extra="forbid", strict=True):
+    steps: list[Step]
 
 
 # What to run
-
-
-def profiles() -> list[str]:
-    """Return the names of the profiles: the folders of `params/` with a `pipeline.yaml`."""
-    return sorted(path.parent.name for path in (repository_root() / "params").glob("*/pipeline.yaml"))
 
 
 def run_folder(profile: str, outputs: str | os.PathLike[str] = "outputs") -> Path:
@@ -105,61 +91,58 @@ def plan(
         ParameterError: the profile, a notebook, a need or a parameter is unknown, a value has another type than the
             notebook declares, needs run in a circle, or an override belongs to no notebook.
     """
-    if profile not in (known := profiles()):
+    known = sorted(path.parent.name for path in (repository_root() / "params").glob("*/pipeline.yaml"))
+    if profile not in known:
         problem = f"there is no profile {profile!r}{nearest(profile, known)}"
         raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
     folder = repository_root() / "params" / profile
-    entries = _select(_ordered(_entries(folder / "pipeline.yaml"), folder), only)
+    selected = _select(_ordered(folder), only)
 
-    place = run_folder(profile, outputs)
-    root = repository_root()
+    place, root = run_folder(profile, outputs), repository_root()
     # Relative where it can be, so that a run folder that moves with its repository stays up to date.
-    injected = place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix()
+    injected = (place.relative_to(root) if place.is_relative_to(root) else place).as_posix()
 
     texts = params.parse_overrides(overrides)
     if "run_folder" in texts:
         raise ParameterError("`-p run_folder=...` would part the notebooks from their outputs", "use `--outputs DIR`")
-    declared = {entry.notebook: params.notebook_parameters(entry.notebook) for entry in entries}
-    names = {name for parameters in declared.values() for name in parameters}
+    declared = {step.notebook: params.notebook_parameters(step.notebook) for step in selected}
+    names = set().union(*declared.values())
     for name in texts:
         if name not in names:
             problem = f"no notebook of this run has a parameter {name!r}{nearest(name, names)}"
             raise ParameterError(problem, "`wsolnb parameters NOTEBOOK` lists those of a notebook")
 
     steps = []
-    for entry in entries:
-        name, file = entry.notebook, folder / f"{entry.notebook}.yaml"
+    for step in selected:
+        name, file = step.notebook, folder / f"{step.notebook}.yaml"
         values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
-        values |= params.check_parameters(name, entry.parameters, str(folder / "pipeline.yaml"))
+        values |= params.check_parameters(name, step.parameters, str(folder / "pipeline.yaml"))
         values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}
         values |= params.check_parameters(name, {"run_folder": injected}, "every notebook of a pipeline needs it")
-        steps.append(Step(name, tuple(entry.needs), values))
+        steps.append(Step(notebook=name, needs=step.needs, parameters=values))
     return steps
 
 
-def _entries(path: Path) -> list[_Entry]:
+def _ordered(folder: Path) -> list[Step]:
+    """Return the steps of a profile so that each comes after those it needs, and otherwise in the order of the file."""
+    path = folder / "pipeline.yaml"
     try:
-        return _File.model_validate(params.load_parameter_file(path)).steps
+        steps = _File.model_validate(params.load_parameter_file(path)).steps
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         remedy = "write a list `steps:` of `{notebook: ..., needs: [...], parameters: {...}}`"
         raise ParameterError(f"{path}, {where}: {first['msg']}", remedy) from None
-
-
-def _ordered(entries: list[_Entry], folder: Path) -> list[_Entry]:
-    """Return the steps so that each comes after those it needs, and otherwise in the order of the file."""
-    path = folder / "pipeline.yaml"
-    names = [entry.notebook for entry in entries]
-    for entry in entries:
-        if names.count(entry.notebook) > 1:
-            raise ParameterError(f"{path}: {entry.notebook!r} is listed twice", "keep one of them")
-        for need in entry.needs:
+    names = [step.notebook for step in steps]
+    for step in steps:
+        if names.count(step.notebook) > 1:
+            raise ParameterError(f"{path}: {step.notebook!r} is listed twice", "keep one of them")
+        for need in step.needs:
             if need not in names:
-                problem = f"{path}: {entry.notebook} needs {need!r}, which is no step{nearest(need, names)}"
+                problem = f"{path}: {step.notebook} needs {need!r}, which is no step{nearest(need, names)}"
                 raise ParameterError(problem, "list it as a step, or drop the need")
     try:
-        graphlib.TopologicalSorter({entry.notebook: entry.needs for entry in entries}).prepare()
+        graphlib.TopologicalSorter({step.notebook: step.needs for step in steps}).prepare()
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise ParameterError(f"{path}: these steps need each other: {circle}", "drop one of these needs") from None
@@ -168,32 +151,27 @@ def _ordered(entries: list[_Entry], folder: Path) -> list[_Entry]:
         if file != path and file.stem not in notebooks:  # it would silently change nothing
             raise ParameterError(f"{file} belongs to no notebook{nearest(file.stem, notebooks)}", "rename or delete it")
 
-    ordered: list[_Entry] = []
-    while entries:
-        done = {entry.notebook for entry in ordered}
-        following = next(entry for entry in entries if done.issuperset(entry.needs))
-        entries = [entry for entry in entries if entry is not following]
-        ordered.append(following)
-    return ordered
+    ordered: dict[str, Step] = {}
+    while len(ordered) < len(steps):
+        following = next(s for s in steps if s.notebook not in ordered and ordered.keys() >= set(s.needs))
+        ordered[following.notebook] = following
+    return list(ordered.values())
 
 
-def _select(entries: list[_Entry], only: Sequence[str]) -> list[_Entry]:
-    if not only:
-        return entries
-    names = [entry.notebook for entry in entries]
-    wanted = {_stem(name) for name in only}
-    for name in sorted(wanted):
-        if name not in names:
-            problem = f"{name!r} is no step of this profile{nearest(name, names)}"
-            raise ParameterError(problem, f"use one of: {', '.join(names)}")
-    for entry in reversed(entries):  # needs come before the steps that need them
-        if entry.notebook in wanted:
-            wanted.update(entry.needs)
-    return [entry for entry in entries if entry.notebook in wanted]
+def _select(steps: list[Step], only: Sequence[str]) -> list[Step]:
+    names = [step.notebook for step in steps]
+    wanted = _stems(only) or set(names)
+    for name in sorted(wanted - set(names)):
+        problem = f"{name!r} is no step of this profile{nearest(name, names)}"
+        raise ParameterError(problem, f"use one of: {', '.join(names)}")
+    for step in reversed(steps):  # needs come before the steps that need them
+        if step.notebook in wanted:
+            wanted.update(step.needs)
+    return [step for step in steps if step.notebook in wanted]
 
 
-def _stem(notebook: str) -> str:
-    return Path(notebook).name.removesuffix(".ipynb")
+def _stems(notebooks: Sequence[str]) -> set[str]:
+    return {Path(notebook).name.removesuffix(".ipynb") for notebook in notebooks}
 
 
 # Running
@@ -235,7 +213,7 @@ def reproduce(
     steps = plan(profile, overrides, only, outputs)
     if jobs < 1:
         raise ParameterError(f"{jobs} notebooks at once", "give `--jobs` 1 or more")
-    named = {_stem(name) for name in only} or {step.notebook for step in steps}
+    forced = (_stems(only) or {step.notebook for step in steps}) if force else set()
     folder = run_folder(profile, outputs)
     runs.start("pipeline", {}, folder)
     token = uuid.uuid4().hex
@@ -245,28 +223,34 @@ def reproduce(
         workers = _Workers(jobs, lock, f"{token} {folder}", {runs.REMAKE: token} if force else {})
         with _interrupts_go_to(workers.stop):
             summary = {"profile": profile, "overrides": list(overrides)}
-            summary |= _run_steps(steps, named if force else set(), folder, workers)
+            summary |= _run_steps(steps, forced, folder, workers)
             found = tables(folder)
             summary["tables"] = {name: table.to_dict(orient="records") for name, table in found.items()}
             write_atomically(folder / "summary.json", to_json(summary))
-    _show_tables(found)
+    show_tables(found)
     _show_steps(summary)
     return summary
 
 
 @contextlib.contextmanager
 def _interrupts_go_to(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on the signals that would raise KeyboardInterrupt, which could end up between any two statements."""
-    taken: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():  # no other thread gets signals, or may set them
-        taken = [one for one in signal.valid_signals() if signal.getsignal(one) is signal.default_int_handler]
+    """Call `stop` on Ctrl-C, on a request to end and at the end of the terminal; what is ignored stays ignored.
+
+    A KeyboardInterrupt could end up between any two statements.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        usual[signal.SIGHUP] = signal.SIG_DFL
+    taken = {one: handler for one, handler in usual.items() if signal.getsignal(one) == handler}
+    if threading.current_thread() is not threading.main_thread():  # no other thread gets signals, or may set them
+        taken = {}
     for one in taken:
         signal.signal(one, lambda *_: stop())
     try:
         yield
     finally:
-        for one in taken:
-            signal.signal(one, signal.default_int_handler)
+        for one, handler in taken.items():
+            signal.signal(one, handler)
 
 
 def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _Workers) -> dict[str, Any]:
@@ -274,44 +258,31 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
     started, clock, jobs = runs.now(), time.perf_counter(), workers.jobs
     at_once = f", {jobs} at once" if jobs > 1 else ""
     _say(f"{len(steps)} notebooks{at_once}, run folder {folder}")
-    results: dict[str, dict[str, Any]] = {
-        step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
-    }
-    width = max((len(name) for name in results), default=0)
-    heads = {
-        step.notebook: f"[{number}/{len(steps)}] {step.notebook:<{width}}  " for number, step in enumerate(steps, 1)
-    }
+    results = {s.notebook: {"notebook": s.notebook, "status": "not run", "seconds": None} for s in steps}
+    width = max(map(len, results), default=0)
     good = ("done", "up to date")
     waiting, over = list(steps), set[str]()
-    running: dict[Future[dict[str, Any]], tuple[str, _Line]] = {}
+    running: dict[Future[dict[str, Any]], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             ready = (step for step in waiting if over.issuperset(step.needs))
             if len(running) < jobs and not workers.stopped and (step := next(ready, None)):
                 waiting.remove(step)
-                line = _Line(heads[step.notebook], whole=jobs > 1)
+                name, number = step.notebook, steps.index(step) + 1
+                line = _Line(f"[{number}/{len(steps)}] {name:<{width}}  ", whole=jobs > 1)
                 if missing := [need for need in step.needs if results[need]["status"] not in good]:
                     line.end(f"not run: it needs {', '.join(missing)}")
-                    over.add(step.notebook)
+                    over.add(name)
                 else:
-                    force = step.notebook in forced
-                    future = pool.submit(_run_step, step, folder, force, line, workers.execute)
-                    running[future] = (step.notebook, line)
+                    running[pool.submit(_run_step, step, folder, name in forced, line, workers.execute)] = name
                 continue
             if not running:
                 break
             # Every second, as a signal that another thread has taken wakes this one only when it runs.
             for future in wait(running, 1, FIRST_COMPLETED).done:
-                name, line = running.pop(future)
+                name = running.pop(future)
                 over.add(name)
-                try:
-                    results[name] |= future.result()
-                except KeyboardInterrupt:
-                    results[name]["status"] = "interrupted"
-                    line.end("interrupted")
-                except Exception as error:  # a disk that is full, a file that is gone: the other steps can still run
-                    results[name] |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                    line.end(f"failed\n{_indent(results[name]['error'])}")
+                results[name] |= future.result()
     return {
         "complete": all(result["status"] in good for result in results.values()),
         "interrupted": workers.stopped,
@@ -334,7 +305,7 @@ class _Workers:
     def __init__(self, jobs: int, lock: TextIO, token: str, environment: Mapping[str, str]):
         self.jobs = jobs
         self.stopped = False
-        share = {"OMP_NUM_THREADS": str(max(1, len(runs.cores()) // jobs))} if jobs > 1 else {}
+        share = {"OMP_NUM_THREADS": str(max(1, runs.cores() // jobs))} if jobs > 1 else {}
         self._environment = {**share, **os.environ, **environment, runs.TOKEN: token}
         self._files = (lock.fileno(),) if runs.fcntl else ()  # Windows has neither the lock nor a way to pass it
         self._processes: set[subprocess.Popen] = set()
@@ -452,30 +423,29 @@ def _kill_children(pid: int) -> None:
     psutil.wait_procs(found, timeout=10)
 
 
-def _key(step: Step, folder: Path, data: Iterable[str]) -> dict[str, Any]:
-    """Return what the result of a step depends on; data: the files and folders that its last run has read."""
-    cells = json.loads(params.notebook_path(step.notebook).read_text("utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return {
-        "parameters": step.parameters,
-        "code": keys.code_of_cells(sources),
-        "versions": keys.versions(),
-        "needs": {need: _record(_record_file(folder, need)).get("run") for need in step.needs},
-        "data": {path: keys.tree(resolve(path)) for path in data},
-    }
-
-
 def _record_file(folder: Path, notebook: str) -> Path:
     return folder / "notebooks" / f"{notebook}.json"
 
 
-def _stale(step: Step, folder: Path) -> str:
-    """Return in words why a step has to run; empty where its result is what running it again would give."""
-    record = _record(_record_file(folder, step.notebook))
+def _judge(step: Step, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return in words why a step has to run, empty where it would give the result that is there, and its key as of now.
+
+    The key holds the files and folders that the last run has read, and no others: this one's are known when it is over.
+    """
+    record = keys.read_record(_record_file(folder, step.notebook))
+    old = record.get("key", {"data": {}})
+    cells = json.loads(params.notebook_path(step.notebook).read_text("utf-8"))["cells"]
+    key = {
+        "parameters": step.parameters,
+        "code": keys.code_of_cells("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"),
+        "versions": keys.versions(),
+        "needs": {need: keys.read_record(_record_file(folder, need)).get("run") for need in step.needs},
+        "data": {path: keys.tree(resolve(path)) for path in old["data"]},
+    }
     if not record:
-        return "it has not run to its end here"
-    old = record["key"]
-    return keys.differences(old, _key(step, folder, old["data"])) or _fault(record, folder, step.notebook)
+        return "it has not run to its end here", key
+    faults = keys.faults(folder, record["files"])
+    return keys.differences(old, key) or next((f"{name} {fault}" for name, fault in faults.items()), ""), key
 
 
 def _run_step(step: Step, folder: Path, force: bool, line: _Line, execute: Callable[..., Any]) -> dict[str, Any]:
@@ -483,44 +453,37 @@ def _run_step(step: Step, folder: Path, force: bool, line: _Line, execute: Calla
     output = folder / "notebooks" / f"{step.notebook}.ipynb"
     metrics = folder / "metrics" / f"{step.notebook}.json"
     record_file = _record_file(folder, step.notebook)
-    record = _record(record_file)
-    why = "as was asked for" if force else _stale(step, folder)
-    if not why:
-        line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
-        return {"status": "up to date", "seconds": record["seconds"]}
-
-    # From here on neither the record nor the numbers of the last run hold.
-    again = f"; again: {why}" if record else ""
-    record_file.unlink(missing_ok=True)
-    metrics.unlink(missing_ok=True)
-    key = _key(step, folder, ())  # before it runs: what is edited meanwhile is not what ran
     clock = time.perf_counter()
     try:
+        record = keys.read_record(record_file)
+        why, key = _judge(step, folder)  # before it runs: what is edited meanwhile is not what ran
+        if not why and not force:
+            line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
+            return {"status": "up to date", "seconds": record["seconds"]}
+        again = f"; again: {'as was asked for' if force else why}" if record else ""
+        # From here on neither the record nor the numbers of the last run hold.
+        record_file.unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
+        clock = time.perf_counter()
         execute(params.notebook_path(step.notebook), output, step.parameters, line.cell)
+        seconds = round(time.perf_counter() - clock, 1)
+        key["data"] = runs.read_provenance(metrics).get("data", {})
+        record = {"key": key, "run": uuid.uuid4().hex, "files": _products(folder, step.notebook)}
+        write_atomically(record_file, to_json({**record, "seconds": seconds, "finished": runs.now()}))
     except NotebookError as error:
         seconds = round(time.perf_counter() - clock, 1)
-        told = _indent(f"{error}\nThe notebook up to there: {output}")
-        line.end(f"failed after {_duration(seconds)}{again}\n{told}")
+        told = f"{error}\nThe notebook up to there: {output}"
+        line.end(f"failed after {_duration(seconds)}{again}\n{textwrap.indent(told, '    ')}")
         return {"status": "failed", "seconds": seconds, "error": error.problem}
-    seconds = round(time.perf_counter() - clock, 1)
-    record = {
-        "key": {**key, "data": _read_by(metrics)},
-        "run": uuid.uuid4().hex,
-        "files": _products(folder, step.notebook),
-        "seconds": seconds,
-        "finished": runs.now(),
-    }
-    write_atomically(record_file, to_json(record))
+    except KeyboardInterrupt:
+        line.end("interrupted")
+        return {"status": "interrupted"}
+    except Exception as error:  # a disk that is full, a file that is gone: the other steps can still run
+        problem = f"{type(error).__name__}: {error}"
+        line.end(f"failed\n{textwrap.indent(problem, '    ')}")
+        return {"status": "failed", "error": problem}
     line.end(f"{_duration(seconds)}{again}")
     return {"status": "done", "seconds": seconds}
-
-
-def _read_by(metrics: Path) -> dict[str, str]:
-    """Return the fingerprints of the files that a notebook has read, as its provenance has them."""
-    try:
-        return json.loads(metrics.read_text("utf-8"))["provenance"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # a notebook that stores no numbers
 
 
 def status(
@@ -531,25 +494,13 @@ def status(
     An artefact that no notebook has used in its last run is among them. Arguments and errors as of `reproduce`.
     """
     folder = run_folder(profile, outputs)
-    steps = {step.notebook: _stale(step, folder) for step in plan(profile, overrides, (), outputs)}
-    used: set[str] = set()
-    for path in (folder / "metrics").glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            used |= json.loads(path.read_text("utf-8"))["provenance"]["artefacts"].keys()
+    steps = {step.notebook: _judge(step, folder)[0] for step in plan(profile, overrides, (), outputs)}
+    metrics = map(runs.read_provenance, (folder / "metrics").glob("*.json"))
+    used = {name for provenance in metrics for name in provenance.get("artefacts", ())}
     artefacts = {}
     for path in sorted(folder.glob("checkpoints/*/")):
         artefacts[path.name] = runs.stale(path) or ("" if path.name in used else "no notebook uses it any more")
     return steps, artefacts
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        whole = isinstance(record["files"], dict) and isinstance(record["seconds"], (int, float))
-        whole = whole and isinstance(record["key"]["data"], dict)
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-    return record if whole else {}
 
 
 def _products(folder: Path, notebook: str) -> dict[str, str]:
@@ -560,22 +511,11 @@ def _products(folder: Path, notebook: str) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): keys.file_hash(path) for path in found if path.is_file()}
 
 
-def _fault(record: Mapping[str, Any], folder: Path, notebook: str) -> str:
-    """Return what is wrong with the files that a record vouches for; empty where nothing is."""
-    for name, digest in {f"notebooks/{notebook}.ipynb": None, **record["files"]}.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if keys.file_hash(path) != digest:
-            return f"{name} was changed since" if path.stat().st_size else f"{name} is empty"
-    return ""
-
-
 def _execute(
     source: Path,
     output: Path | None,
     parameters: Mapping[str, Any],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
     **options: Any,
 ) -> NotebookNode:
     """Execute a notebook with papermill in its own folder, and return it.
@@ -596,14 +536,13 @@ def _execute(
     def on_cell(cell_index: int, **_: Any) -> None:
         nonlocal position
         position = cell_index + 1
-        if progress:
-            progress(position, count)
+        progress(position, count)
 
     try:
         return papermill.execute_notebook(
             source,
             output,
-            parameters=_lists(dict(parameters)),
+            parameters=parameters,
             kernel_name="python3",
             language="python",
             progress_bar=False,
@@ -619,13 +558,6 @@ def _execute(
     except Exception as error:  # a dead kernel, a full disk: whatever it is, the other notebooks can still run
         problem = f"{source.stem}, cell {position} of {count}: {type(error).__name__}: {error}"
         raise NotebookError(problem, "a kernel that dies has most often run out of memory") from error
-
-
-def _lists(value: Any) -> Any:
-    """Return `value` with lists for its tuples, which papermill would write into the notebook as text."""
-    if isinstance(value, dict):
-        return {name: _lists(item) for name, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Line:
@@ -664,10 +596,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
 # Results
 
 
@@ -692,12 +620,8 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     return found
 
 
-def show_metrics(folder: str | os.PathLike[str]) -> None:
-    """Print the metrics table of each notebook in a run folder, those of `tables`."""
-    _show_tables(tables(folder))
-
-
-def _show_tables(found: Mapping[str, pd.DataFrame]) -> None:
+def show_tables(found: Mapping[str, pd.DataFrame]) -> None:
+    """Print metrics tables, those of `tables`."""
     for name, table in found.items():
         _say(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
 

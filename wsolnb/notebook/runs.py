@@ -28,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import psutil
+
 from wsolnb import keys
 from wsolnb.errors import RunError
 from wsolnb.files import repository_root, resolve, to_json, write_atomically
@@ -52,22 +54,20 @@ TOKEN = "WSOLNB_RUN_TOKEN"
 # Provenance
 
 
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
 def commit() -> dict[str, Any]:
     """Return `{"commit": hash, "dirty": bool}` of the checkout, both None where there is no git or no history."""
     root = repository_root()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
+    git = ("git", "--no-optional-locks", "-C", str(root))
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        top, head = _said(*git, "rev-parse", "--show-toplevel", "HEAD").splitlines()
         # A copy without history inside somebody else's checkout must not be given their commit.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return {"commit": None, "dirty": None}
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        if Path(top).resolve() == root.resolve():
+            return {"commit": head, "dirty": bool(_said(*git, "status", "--porcelain", "--untracked-files=no"))}
+    return {"commit": None, "dirty": None}
 
 
 def cpu_model() -> str:
@@ -77,8 +77,7 @@ def cpu_model() -> str:
             if line.startswith(("model name", "Model")):
                 return line.partition(":")[2].strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return _said("sysctl", "-n", "machdep.cpu.brand_string")
     return platform.processor() or platform.machine()
 
 
@@ -92,6 +91,10 @@ def device_name() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _made_on() -> dict[str, Any]:
+    return {**commit(), "device": device_name(), "processor": cpu_model()}
+
+
 def environment_report() -> dict[str, Any]:
     """Return what a reader needs to compare numbers and times: versions, devices, memory."""
     import torch
@@ -100,15 +103,13 @@ def environment_report() -> dict[str, Any]:
     report: dict[str, Any] = {**keys.versions(), "system": system, "device": device_name()}
     if torch.cuda.is_available():
         report["device memory (GiB)"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    report |= {"processor": cpu_model(), "cores": len(cores()), "torch threads": torch.get_num_threads()}
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
-        report["memory (GiB)"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return report
+    report |= {"processor": cpu_model(), "cores": cores(), "torch threads": torch.get_num_threads()}
+    return {**report, "memory (GiB)": round(psutil.virtual_memory().total / 2**30, 1)}
 
 
-def cores() -> Sequence[int]:
-    """Return the cores that this process may use, which in a container are often fewer than the machine has."""
-    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+def cores() -> int:
+    """Return how many cores this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:
@@ -131,14 +132,14 @@ def start(notebook: str, parameters: Mapping[str, Any], folder: str | os.PathLik
         RunError: the folder cannot be made or written.
     """
     run = Run(notebook, dict(parameters), resolve(folder or parameters.get("run_folder") or DEFAULT_RUN_FOLDER))
-    for name in ("notebooks", "metrics", "figures", "checkpoints"):
+    for folder in (run.folder / name for name in ("notebooks", "metrics", "figures", "checkpoints")):
         try:
-            (run.folder / name).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = f"the run folder {run.folder} cannot be made: {error.strerror or error}"
             raise RunError(problem, "name a writable folder in the parameter `run_folder`") from error
-        if not os.access(run.folder / name, os.W_OK):
-            raise RunError(f"{run.folder / name} cannot be written", "change its permissions, or the `run_folder`")
+        if not os.access(folder, os.W_OK):
+            raise RunError(f"{folder} cannot be written", "change its permissions, or the `run_folder`")
     return run
 
 
@@ -158,11 +159,6 @@ class Run:
     _clock: float = dataclasses.field(default_factory=time.perf_counter, repr=False)
 
     @property
-    def seed(self) -> int | None:
-        """The parameter `seed`."""
-        return self.parameters.get("seed")
-
-    @property
     def checkpoints(self) -> Path:
         """The folder for checkpoints, shared by the notebooks of the run."""
         return self.folder / "checkpoints"
@@ -172,11 +168,9 @@ class Run:
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
-            "seed": self.seed,
+            "seed": self.parameters.get("seed"),
             "versions": keys.versions(),
-            **commit(),
-            "device": device_name(),
-            "processor": cpu_model(),
+            **_made_on(),
             "artefacts": self.artefacts,
             "data": _relative(self.data),
             "started": self.started,
@@ -193,25 +187,23 @@ class Run:
         Raises:
             RunError: a value cannot be stored as JSON, the folder cannot be written, or the run was superseded.
         """
-        content = {**metrics, "provenance": self.provenance()}
-        check_current(self.folder)
-        write_atomically(self.folder / "metrics" / f"{self.notebook}.json", to_json(content))
+        self._save(f"metrics/{self.notebook}.json", to_json({**metrics, "provenance": self.provenance()}))
 
     def save_table(self, table: Any, name: str) -> None:
         """Write a pandas table to `metrics/<notebook>/<name>.csv`, without its index."""
-        check_current(self.folder)
-        write_atomically(self.folder / "metrics" / self.notebook / f"{name}.csv", table.to_csv(index=False))
+        self._save(f"metrics/{self.notebook}/{name}.csv", table.to_csv(index=False))
 
     def save_figure(self, figure: Any, name: str) -> None:
         """Write a Matplotlib figure to `figures/<notebook>/<name>.png`; equal figures give equal files."""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-        check_current(self.folder)
-        write_atomically(self.folder / "figures" / self.notebook / f"{name}.png", image.getvalue())
+        self._save(f"figures/{self.notebook}/{name}.png", image.getvalue())
 
-    def cached(
-        self, name: str, build: Callable[[Path], Any], uses: Sequence[Any] = (), ignore: Sequence[str] = HARMLESS
-    ) -> Path:
+    def _save(self, name: str, content: bytes | str) -> None:
+        check_current(self.folder)
+        write_atomically(self.folder / name, content)
+
+    def cached(self, name: str, build: Callable[[Path], Any], uses: Sequence[Any] = ()) -> Path:
         """Return the folder `checkpoints/<name>-<hash>`, filled by `build(folder)` unless it is complete already.
 
         The hash is that of `keys.key_of(build)`: of all that the builder captures (values, data sets, trained models,
@@ -226,13 +218,12 @@ class Run:
             name: start of the folder's name.
             build: called with the folder; fills it.
             uses: what the builder needs besides what it captures: classes that it finds by name.
-            ignore: names of captured values that cannot change the result.
 
         Raises:
             ParameterError: the builder captures a value of which no key can be made.
             RunError: the folder cannot be written.
         """
-        key = keys.key_of([build, *uses], ignore)
+        key = keys.key_of([build, *uses], HARMLESS)
         folder = self.checkpoints / f"{name}-{key.hash[:12]}"
         self.data |= key.data
         if self._reuse(name, folder, key):  # before the lock, which a run folder that is only read could not give
@@ -240,50 +231,57 @@ class Run:
         with locked(folder / ".lock", f"building {name}"):
             if self._reuse(name, folder, key):  # another process has built it meanwhile
                 return folder
-            why = _reason(self.checkpoints, name, folder, key)
-            self._clear(folder)
+            why = self._clear(name, folder, key)
             clock = time.perf_counter()
             build(folder)
             seconds = round(time.perf_counter() - clock, 1)
-            done = {"name": name, "hash": key.hash, "key": _for_record(key), "files": keys.hashes(folder)}
-            done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **commit()}
-            done |= {"device": device_name(), "processor": cpu_model()}
-            check_current(self.folder)
-            write_atomically(folder / keys.RECORD, to_json(done))
+            done = {"name": name, "hash": key.hash, "key": _stored(key), "files": keys.hashes(folder)}
+            done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **_made_on()}
+            self._save(folder / keys.RECORD, to_json(done))
         self.artefacts[folder.name] = key.hash
         print(f"built {name} in {seconds:.0f} s{why}", flush=True)
         return folder
 
     def _reuse(self, name: str, folder: Path, key: keys.Key) -> bool:
-        record = keys.read_record(folder)
-        if record.get("hash") != key.hash or _is_to_remake(record) or keys.damaged(folder, record["files"]):
+        record = keys.read_record(folder / keys.RECORD)
+        if record.get("hash") != key.hash or _is_to_remake(record) or keys.faults(folder, record["files"]):
             return False
         self.artefacts[folder.name] = key.hash
         print(f"reusing {name} (built in {record['seconds']:.0f} s; all that it depends on is unchanged)", flush=True)
         return True
 
-    @staticmethod
-    def _clear(folder: Path) -> None:
-        """Take away what a builder must not go on from: what is damaged, and all of it if it is to be made again."""
-        record = keys.read_record(folder)
-        all_of_it = record and _is_to_remake(record)
-        for file in keys.hashes(folder) if all_of_it else keys.damaged(folder, record.get("files", {})):
-            (folder / file).unlink(missing_ok=True)
-        (folder / keys.RECORD).unlink(missing_ok=True)
+    def _clear(self, name: str, folder: Path, key: keys.Key) -> str:
+        """Take away what a builder must not go on from: what is damaged, or all of it if it is to be made again.
 
-    def cached_rows(
-        self, name: str, measure: Callable[[], Any], uses: Sequence[Any] = (), ignore: Sequence[str] = HARMLESS
-    ) -> list[dict[str, Any]]:
+        Returns in words why the artefact cannot be reused; empty where there is none of the name yet.
+        """
+        record = keys.read_record(folder / keys.RECORD)
+        faults = keys.faults(folder, record.get("files", {}))
+        for file in keys.hashes(folder) if record and _is_to_remake(record) else faults:
+            (folder / file).unlink(missing_ok=True)
+        if (folder / keys.RECORD).exists():
+            (folder / keys.RECORD).unlink()
+            if record.get("hash") != key.hash:
+                return f", again: {keys.RECORD} damaged"
+            return f", again: {_named(faults)}" if faults else ", again: as was asked for"
+        others = (keys.read_record(path) for path in self.checkpoints.glob(f"{glob.escape(name)}-*/{keys.RECORD}"))
+        others = [record for record in others if record.get("name") == name]
+        if not others:
+            return ""
+        last = max(others, key=lambda record: record["finished"])["key"]
+        return f"; unlike the one before: {keys.differences(last, json.loads(to_json(_stored(key))))}"
+
+    def cached_rows(self, name: str, measure: Callable[[], Any]) -> list[dict[str, Any]]:
         """Return `measure()`, rows of plain numbers and text, kept as `cached` keeps what a builder makes."""
 
         def build(folder: Path) -> None:
             write_atomically(folder / "rows.json", to_json(list(measure())))
 
-        return json.loads((self.cached(name, build, uses, ignore) / "rows.json").read_text(encoding="utf-8"))
+        return json.loads((self.cached(name, build) / "rows.json").read_text("utf-8"))
 
     def seconds_of(self, folder: Path) -> float:
         """Return how long a folder of `cached` took to build."""
-        return keys.read_record(folder)["seconds"]
+        return keys.read_record(folder / keys.RECORD)["seconds"]
 
     def used(self, notebook: str, **expected: Any) -> dict[str, Any]:
         """Return the parameters that another notebook was run with in this run folder: what its models are named by.
@@ -294,15 +292,13 @@ class Run:
             RunError: the notebook has no result here, or was run with other values than expected.
         """
         command = f"`wsolnb reproduce --only {notebook}`, or open {notebook} and run it"
-        try:
-            text = (self.folder / "metrics" / f"{notebook}.json").read_text(encoding="utf-8")
-            used = json.loads(text)["provenance"]["parameters"]
-        except FileNotFoundError:
+        path = self.folder / "metrics" / f"{notebook}.json"
+        used = read_provenance(path).get("parameters")
+        if used is None and path.exists():
+            raise RunError(f"the result of {notebook} in {self.folder} is damaged", f"make it again: {command}")
+        if used is None:
             problem = f"{self.notebook} goes on from {notebook}, which has no result in {self.folder}"
-            raise RunError(problem, f"make it first: {command}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"the result of {notebook} in {self.folder} is damaged: {type(error).__name__}"
-            raise RunError(problem, f"make it again: {command}") from None
+            raise RunError(problem, f"make it first: {command}")
         for name, value in expected.items():
             if used.get(name) != value:
                 problem = f"{notebook} was run with {name}={used.get(name)!r}, {self.notebook} with {value!r}"
@@ -324,8 +320,17 @@ class Run:
         """Nothing: a run says where results lie, not what they are."""
 
 
-def _for_record(key: keys.Key) -> dict[str, Any]:
-    return {"inputs": key.inputs, "code": key.code, "versions": key.versions, "data": _relative(key.data)}
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Return what a file of metrics says its numbers were made with; nothing where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text("utf-8"))["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stored(key: keys.Key) -> dict[str, Any]:
+    return {**vars(key), "data": _relative(key.data)}
 
 
 def _relative(data: Mapping[str, str]) -> dict[str, str]:
@@ -338,22 +343,8 @@ def _is_to_remake(record: Mapping[str, Any]) -> bool:
     return REMAKE in os.environ and record.get("made_for") != os.environ[REMAKE]
 
 
-def _reason(checkpoints: Path, name: str, folder: Path, key: keys.Key) -> str:
-    """Return in words why an artefact of that name cannot be reused; empty where there is none yet."""
-    record = keys.read_record(folder)
-    if record.get("hash") == key.hash:
-        bad = keys.damaged(folder, record["files"])
-        return f", again: {', '.join(bad[:3])} missing or damaged" if bad else ", again: as was asked for"
-    if (folder / keys.RECORD).exists():
-        return f", again: {keys.RECORD} damaged"
-    others = [keys.read_record(path) for path in checkpoints.glob(f"{glob.escape(name)}-{'?' * 12}")]
-    others = sorted((record for record in others if record.get("name") == name), key=lambda record: record["finished"])
-    if not others:
-        return ""
-    parts = ("inputs", "code", "versions")
-    old = {part: others[-1]["key"].get(part) for part in parts}
-    new = json.loads(to_json({part: getattr(key, part) for part in parts}))
-    return f"; unlike the one before: {keys.differences(old, new)}"
+def _named(faults: Mapping[str, str]) -> str:
+    return f"{', '.join(list(faults)[:3])} missing or damaged"
 
 
 def check_current(folder: str | os.PathLike[str]) -> None:
@@ -379,17 +370,15 @@ def stale(folder: Path) -> str:
 
     What can be told from outside of its notebook counts: its files, the package's code, the libraries, the data.
     """
-    record = keys.read_record(folder)
+    record = keys.read_record(folder / keys.RECORD)
     if not record:
         return "it was not finished"
-    if bad := keys.damaged(folder, record["files"]):
-        return f"{', '.join(bad[:3])} missing or damaged"
-    modules = [name for name in record["key"]["code"] if name.partition(".")[0] == keys.PACKAGE]
-    old = {"code": {name: record["key"]["code"][name] for name in modules}}
-    new = {"code": {name: keys.module_digest(name) for name in modules}}
-    old |= {part: record["key"][part] for part in ("versions", "data")}
-    new |= {"versions": keys.versions(), "data": {path: keys.tree(resolve(path)) for path in old["data"]}}
-    return keys.differences(old, new)
+    if faults := keys.faults(folder, record["files"]):
+        return _named(faults)
+    own = {n: found for n, found in record["key"]["code"].items() if n.partition(".")[0] == keys.PACKAGE}
+    code, old = keys.code_of(own), {**record["key"], "code": own, "inputs": None}
+    new = {"code": {name: code.get(name) for name in own}, "versions": keys.versions(), "inputs": None}
+    return keys.differences(old, {**new, "data": {path: keys.tree(resolve(path)) for path in old["data"]}})
 
 
 @contextlib.contextmanager
@@ -430,8 +419,6 @@ def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
 
 
 def _holder(file: TextIO) -> str:
-    import psutil
-
     file.seek(0)
     number = next(iter(file.read().split()), "?")
     if number.isdigit() and not psutil.pid_exists(int(number)):

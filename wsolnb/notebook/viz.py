@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -31,21 +31,13 @@ PART_NAMES = {DISCRIMINATIVE: "discriminative part", REST: "rest of the object",
 
 def set_style() -> None:
     """Set fonts, colours, resolution and file size of all figures; call it once at the top of a notebook."""
-    plt.rcParams.update(
-        {
-            "figure.dpi": 80,
-            "savefig.dpi": 120,
-            "figure.constrained_layout.use": True,
-            "font.size": 10,
-            "axes.titlesize": 10,
-            "axes.grid": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.prop_cycle": plt.cycler(color=SERIES),
-            "legend.frameon": False,
-            "image.cmap": MAP_COLOURS,
-        }
-    )
+    plt.rc("figure", dpi=80, **{"constrained_layout.use": True})
+    plt.rc("savefig", dpi=120)
+    plt.rc("font", size=10)
+    plt.rc("axes", titlesize=10, grid=False, prop_cycle=plt.cycler(color=SERIES))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("legend", frameon=False)
+    plt.rc("image", cmap=MAP_COLOURS)
     shell = get_ipython()
     if shell is not None:
         # The inline backend sets its own formatter after the cell in which it is loaded: load it now, come after it.
@@ -89,8 +81,7 @@ def mask_colours(mask: np.ndarray) -> np.ndarray:
     """
     names = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
     table = np.zeros((256, 3), np.uint8)
-    for value in range(1, IGNORE):
-        table[value] = [round(255 * part) for part in to_rgb(names[(value - 1) % len(names)])]
+    table[1:IGNORE] = np.resize([to_rgba_array(names)[:, :3] * 255], (IGNORE - 1, 3)).round()
     table[IGNORE] = 255
     return table[mask]
 
@@ -113,10 +104,8 @@ def grid(rows: int, columns: int, side: float = 1.7) -> tuple[Figure, np.ndarray
     """Return a figure of rows x columns square axes without ticks, `side` inches each; axes as (rows, columns)."""
     figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows + 0.3), squeeze=False)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     return figure, axes
 
 

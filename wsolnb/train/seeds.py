@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import numpy as np
@@ -156,11 +157,10 @@ class RegionFeatures(NamedTuple):
 
     def similarity(self) -> dict[str, float]:
         """Return the mean cosine of two local features by pair of regions (`head, rest`), averaged over classes."""
-        names = list(REGIONS)
-        pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+        pairs = combinations_with_replacement(enumerate(REGIONS), 2)
         # The mean of all cosines between two sets is the product of their mean unit vectors.
-        products = {(i, j): (self.unit[:, i] * self.unit[:, j]).sum(dim=1) for i, j in pairs}
-        return {f"{names[i]}, {names[j]}": float(value.nanmean()) for (i, j), value in products.items()}
+        found = {f"{one}, {other}": (self.unit[:, i] * self.unit[:, j]).sum(dim=1) for (i, one), (j, other) in pairs}
+        return {pair: float(value.nanmean()) for pair, value in found.items()}
 
 
 def region_features(source: FeatureSource, dataset: LocalizationDataset) -> RegionFeatures:
