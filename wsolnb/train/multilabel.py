@@ -50,8 +50,4 @@ def mean_average_precision(model: LocalizationModel, dataset: LocalizationDatase
 
 def validator(dataset: LocalizationDataset, image_size: int) -> Callable[[LocalizationModel], dict[str, float]]:
     """Return what `fit` calls after every epoch: the mean average precision on validation images, `map`."""
-
-    def validate(model: LocalizationModel) -> dict[str, float]:
-        return {"map": mean_average_precision(model, dataset, image_size)}
-
-    return validate
+    return lambda model: {"map": mean_average_precision(model, dataset, image_size)}
