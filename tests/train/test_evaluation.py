@@ -73,7 +73,7 @@ def cv_resize(cells):
 
 
 def test_one_pass_equals_the_metrics_image_by_image(splits):
-    found = evaluation.evaluate(Brightness(), splits["test"], TRANSFORM, batch_size=5)
+    found = evaluation.score(evaluation.predict(Brightness(), splits["test"], TRANSFORM, batch_size=5))
     localization, v1, pixels, parts = by_hand(splits["test"])
     assert list(found.localization) == ["red", "mirrored"]
     got = found.localization["red"]

@@ -7,7 +7,7 @@
     claim = lpcam.Claim(**parameters)                      # notebook 22: LPCAM against CAM over seeds
     settings = lpcam.Segmentation(**parameters)            # notebook 23
     stages = lpcam.Pipeline(run, host, base, settings).stages["lpcam"]
-    stages.seeds, stages.labels, stages.irn, stages.pseudo_masks, stages.segmenter
+    stages.seeds, stages.irn, stages.pseudo_masks, stages.segmenter
 
 Everything expensive is made once per run folder. Notebooks that describe the same classifier share it.
 """
@@ -28,38 +28,22 @@ from torch import Tensor, nn
 
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.readers import open_dataset
-from wsolnb.data.sample import IGNORE
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.files import resolve
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
-from wsolnb.methods.irn import IRN, IRNConfig, irn_labels, walk_steps, write_irn_labels, write_pseudo_masks
+from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
 from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.methods.mctformer import MCTformer, PatchTokens
-from wsolnb.methods.prototypes import (
-    KINDS,
-    ClassPrototypes,
-    clustering,
-    directions,
-    directions_by_kind,
-    fit_prototypes,
-    write_maps,
-)
+from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.train import multilabel
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
-from wsolnb.train.seeds import (
-    best_threshold,
-    best_thresholds,
-    evaluate,
-    region_features,
-    score_stored,
-    score_variants,
-)
-from wsolnb.train.segmentation import Inference, class_mask, score_masks, score_model, write_true_masks
+from wsolnb.train.seeds import best_threshold, best_thresholds, evaluate, region_features, score_stored, score_variants
+from wsolnb.train.segmentation import Inference, score_masks, score_model, write_true_masks
 
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
 
@@ -208,6 +192,9 @@ def scored(
     return dict(zip(by_name, run.cached_rows(f"scores-{host.number}", measure), strict=True))
 
 
+Grids = Mapping[str, list[LPCAMConfig]]
+
+
 def grid(config: LPCAMConfig, **values: Sequence[float]) -> list[LPCAMConfig]:
     """Return a configuration with every combination of some fields' values; the last field changes first."""
     combinations = itertools.product(*values.values())
@@ -215,19 +202,14 @@ def grid(config: LPCAMConfig, **values: Sequence[float]) -> list[LPCAMConfig]:
 
 
 def choose(
-    run: Run,
-    host: Host,
-    source: LiveFeatures,
-    prototypes: Sequence[ClassPrototypes],
-    grids: Mapping[str, Sequence[LPCAMConfig]],
-    config: LPCAMConfig,
+    run: Run, host: Host, source: LiveFeatures, prototypes: list[ClassPrototypes], grids: Grids, config: LPCAMConfig
 ) -> dict[str, LPCAMConfig]:
     """Return for each kind of map that configuration of its grid which has the highest mIoU on a source's images.
 
     config: says scales and flips.
     """
     by_name = {
-        f"{kind} {index}": directions(prototypes, host.weight, one, kind == "lpcam", missing="zero")
+        f"{kind} {index}": directions_by_kind(prototypes, host.weight, one, [kind], "zero")[kind]
         for kind, configs in grids.items()
         for index, one in enumerate(configs)
     }
@@ -423,31 +405,24 @@ class Segmentation(BaseModel):
 
         What is not of either (device, seed, published weights) is the classifier's.
         """
+        loop = {name: getattr(self, f"{part}_{name}") for name in ("epochs", "optimizer")}
+        loop |= {"schedule": "poly", "warmup": 0.0, "seed": classifier.train_seed}
+        own = {name: getattr(self, f"{part}_{name}") for name in ("backbone", "batch_size")}
+        own |= {
+            "image_size": getattr(self, f"{part}_size"),
+            "scale": getattr(self, f"{part}_scale") or None,
+            "shift": 8,
+        }
         if part == "irn":
-            rates = {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
-            options = {"width": self.irn_width, "label_radius": self.label_radius}
-        else:
-            rates = {"lr": self.segmenter_lr, "head_lr": self.segmenter_head_lr, "power": self.segmenter_power}
-            rates["weight_decay"] = self.segmenter_weight_decay
-            options = {"dilations": self.dilations} if self.segmenter == "deeplabv2" else {}
-        shared = ("epochs", "optimizer", "backbone", "size", "scale", "batch_size")
-        epochs, optimizer, backbone, size, scale, batch_size = (getattr(self, f"{part}_{name}") for name in shared)
-        loop = {"epochs": epochs, "optimizer": optimizer, "schedule": "poly", "warmup": 0.0, **rates}
-        return classifier.recipe_of(
-            loop | {"seed": classifier.train_seed},
-            method="irn" if part == "irn" else self.segmenter,
-            backbone=backbone,
-            options=options,
-            output_stride=16 if part == "irn" else 8,
-            image_size=size,
-            scale=scale or None,
-            batch_size=batch_size,
-            shift=8,
-        )
+            loop |= {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
+            options: dict[str, Any] = {"width": self.irn_width, "label_radius": self.label_radius}
+            return classifier.recipe_of(loop, method="irn", options=options, output_stride=16, **own)
+        loop |= {name: getattr(self, f"segmenter_{name}") for name in ("lr", "head_lr", "power", "weight_decay")}
+        options = {"dilations": self.dilations} if self.segmenter == "deeplabv2" else {}
+        return classifier.recipe_of(loop, method=self.segmenter, options=options, output_stride=8, **own)
 
 
-def first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
-    """Return the first images of a data set; 0 = all."""
+def _first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
     return dataset.subset(range(min(count, len(dataset)))) if count else dataset
 
 
@@ -470,12 +445,12 @@ class Pipeline:
     @cached_property
     def train(self) -> LocalizationDataset:
         """The images that IRN and the segmenters learn from."""
-        return first(self.host.splits.train, self.settings.images)
+        return _first(self.host.splits.train, self.settings.images)
 
     @cached_property
     def tune(self) -> LocalizationDataset:
         """The validation images that everything is chosen on."""
-        return first(self.host.splits.val, self.settings.tuning_images)
+        return _first(self.host.splits.val, self.settings.tuning_images)
 
     @cached_property
     def config(self) -> LPCAMConfig:
@@ -573,22 +548,18 @@ class Stages:
         """IRN's configuration around the seeds' threshold."""
         return self.pipeline.settings.margins(self.seeds["threshold"])
 
-    def _labels(self, name: str, config: IRNConfig) -> WithMasks:
+    def labels(self, name: str, config: IRNConfig) -> WithMasks:
+        """Return the training images with IRN's labels: confident classes and background, 255 elsewhere."""
         own = self.pipeline
         arguments = (self.maps[0], own.train, config, own.settings.refinement)
         return own.masks(f"{name}-{self.kind}", write_irn_labels, *arguments)
 
     @cached_property
-    def labels(self) -> WithMasks:
-        """What IRN learns from: confident classes and background, 255 elsewhere."""
-        return self._labels("labels", self.around)
-
-    @cached_property
     def irn(self) -> tuple[IRN, Path]:
-        """IRN trained on the labels, and its folder."""
-        own = self.pipeline
+        """IRN trained on the labels `around` the seeds' threshold, and its folder."""
+        own, labels = self.pipeline, self.labels("labels", self.around)
         recipe = own.settings.recipe("irn", own.host.classifier)
-        return fit(own.run, f"irn-{self.kind}-{own.host.number}", recipe, self.labels, progress=False)
+        return fit(own.run, f"irn-{self.kind}-{own.host.number}", recipe, labels, progress=False)
 
     @cached_property
     def walks(self) -> list[dict[str, float]]:
@@ -628,7 +599,7 @@ class Stages:
             return _row(stage, self.kind, "test", np.nan, self.segmenter.scores)
         threshold, scores = self.seeds["threshold"], self.seeds
         if stage == "seeds, CRF":
-            masks = self._labels("crf", IRNConfig(foreground=threshold, background=threshold))
+            masks = self.labels("crf", IRNConfig(foreground=threshold, background=threshold))
             scores = self.pipeline.measured(f"scores-crf-{self.kind}", score_masks, masks)[0]
         elif stage == "pseudo masks":
             threshold = self.walk.mask_background
@@ -643,18 +614,3 @@ def score_walks(
     walked = walk_steps(model, maps.all_maps(dataset.image_ids), dataset, config, steps, size)
     found = evaluate(walked, dataset, parts=False)
     return [{"damping": config.damping, "steps": e, **best_threshold(found[e].segmentation)} for e in steps]
-
-
-def label_quality(
-    maps: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig
-) -> dict[str, float]:
-    """Return shares of the pixels of `irn_labels`, background and foreground, and how much of each is right."""
-    total = np.zeros(5)
-    for index, found in enumerate(maps.all_maps(dataset.image_ids)):
-        sample = dataset[index]
-        label = irn_labels(found, sample.image, config, refinement)
-        truth = class_mask(sample, dataset.multi_label)
-        back, front = label == 0, (label > 0) & (label < IGNORE)
-        total += [label.size, back.sum(), (truth[back] == 0).sum(), front.sum(), (truth[front] == label[front]).sum()]
-    shares = {"background": total[1] / total[0], "of it right": total[2] / max(1, total[1])}
-    return shares | {"foreground": total[3] / total[0], "of that right": total[4] / max(1, total[3])}

@@ -20,6 +20,7 @@ from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage,
 from wsolnb.metrics.boxes import ground_truth
 from wsolnb.metrics.localization import BoxAccuracy, Localization, PixelPrecision
 from wsolnb.metrics.parts import Coverage
+from wsolnb.train.loop import Validate
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """Thresholds of the curves: a validation threshold needs no finer grid than 0.01."""
@@ -131,14 +132,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: LocalizationModel,
-    dataset: LocalizationDataset,
-    transform: Transform | None,
-    batch_size: int = 50,
-    quick: bool = False,
+    model: LocalizationModel, dataset: LocalizationDataset, transform: Transform | None, quick: bool = False
 ) -> Evaluation:
     """Score every map of a single-label model on a data set, in one pass; see `score`."""
-    return score(predict(model, dataset, transform, batch_size), quick)
+    return score(predict(model, dataset, transform), quick)
 
 
 def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
@@ -167,7 +164,7 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
     return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in metrics.values()))
 
 
-def validator(dataset: LocalizationDataset, transform: Transform) -> Callable[[LocalizationModel], dict[str, float]]:
+def validator(dataset: LocalizationDataset, transform: Transform) -> Validate:
     """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
     return lambda model: evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
 
@@ -190,15 +187,6 @@ def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, 
     scores = [box_accuracy(box, samples) for box in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
-
-
-def centre_gt_known(
-    validation: LocalizationDataset, test: LocalizationDataset, transform: Transform
-) -> tuple[np.ndarray, float]:
-    """Return the box in the middle that is best on the validation images, (4,), and its GT-known on the test images."""
-    val, rest = ([transform(part[i]) for i in range(len(part))] for part in (validation, test))
-    box, _ = centre_box([sample for sample in val if len(sample.boxes)])
-    return box, box_accuracy(box, [sample for sample in rest if len(sample.boxes)])
 
 
 def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:

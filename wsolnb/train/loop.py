@@ -32,6 +32,9 @@ from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
 
+Validate = Callable[[Trainable], dict[str, float]]
+"""What is called after every epoch: gives the columns of the history for a model, from validation images."""
+
 
 class TrainingConfig(BaseModel):
     """Hyperparameters of the loop.
@@ -126,7 +129,7 @@ def train(
     loader: Iterable[dict],
     config: TrainingConfig,
     folder: str | Path,
-    evaluate: Callable[[Trainable], dict[str, float]] | None = None,
+    evaluate: Validate | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place by its own `loss` and return the history, one row per epoch.
@@ -150,7 +153,6 @@ def train(
     batches = accelerator.prepare(loader)
     _require_batches(loader, batches, accelerator.num_processes)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)  # what a killed run was writing
     precision = pick_precision(config.precision, device)
     # Dropout differs between processes, as it does between the images of a batch.
@@ -170,11 +172,10 @@ def train(
     settings |= {"steps of an epoch": len(batches), "processes": accelerator.num_processes}
     state_file = folder / "state.pt"
     rows = _resume(state_file, settings, plain, optimizer, schedule, accelerator) if state_file.exists() else []
+    hidden, done = not (progress and accelerator.is_main_process), len(rows) * len(batches)
     # Once a second: every refresh is a message of the kernel, and a client that reads none while a cell runs (nbval)
     # loses what its queue cannot hold, the word that the cell is done among it.
-    shown = progress and accelerator.is_main_process
-    done = len(rows) * len(batches)
-    bar = tqdm(total=steps, initial=done, disable=not shown, unit="step", leave=False, mininterval=1.0)
+    bar = tqdm(total=steps, initial=done, disable=hidden, unit="step", leave=False, mininterval=1.0)
     for epoch in range(len(rows), config.epochs):
         # Accelerate's copy of a loader counts epochs by itself, from zero also when a training is resumed.
         for order in (loader, batches):

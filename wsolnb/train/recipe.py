@@ -10,7 +10,7 @@ folder and reads it back. Classifiers, map decoders, IRN and segmentation networ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +27,7 @@ from wsolnb.files import resolve
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
-from wsolnb.train.loop import TrainingConfig, load_checkpoint, pick_device, set_seed, train
+from wsolnb.train.loop import TrainingConfig, Validate, load_checkpoint, pick_device, set_seed, train
 
 
 class Recipe(BaseModel):
@@ -178,7 +178,7 @@ def fit(
     name: str,
     recipe: Recipe,
     data: LocalizationDataset,
-    validate: Callable[[Trainable], dict[str, float]] | None = None,
+    validate: Validate | None = None,
     progress: bool = True,
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.

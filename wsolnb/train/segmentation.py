@@ -68,9 +68,7 @@ def predict(
     mean, std = normalisation(model)
     for index in range(len(dataset)):
         sample = dataset[index]
-        seen = sample
-        if inference.image_size:
-            seen = resize(sample, (inference.image_size, inference.image_size))
+        seen = resize(sample, (inference.image_size,) * 2) if inference.image_size else sample
         image = to_tensor(seen.image, mean, std)
         if held and (len(held) == batch_size or held[0][1].shape != image.shape):
             yield from _predict(model, held, inference)
@@ -88,23 +86,21 @@ def _predict(model, held: list[tuple[Sample, Tensor]], inference: Inference) -> 
         yield sample, own.argmax(axis=0).astype(np.uint8)
 
 
-def evaluate(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> Segmentation:
-    """Score predicted masks against the true ones of a data set, image by image; those without a mask are left out."""
-    scores = SegmentationScores(len(dataset.class_names) + 1)
-    for sample, mask in predict(model, dataset, inference):
-        if sample.mask is not None:
-            scores.update(mask, class_mask(sample, dataset.multi_label))
-    return scores.compute()
-
-
 def means(found: Segmentation) -> dict[str, float]:
     """Return `miou` and the means of `fp`, `fn`, `precision` and `recall` over all classes that occur."""
     return {"miou": found.miou} | {name: found.mean(name) for name in ("fp", "fn", "precision", "recall")}
 
 
 def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> list[dict[str, float]]:
-    """Return one row: the `means` of `evaluate`."""
-    return [means(evaluate(model, dataset, inference))]
+    """Return one row: the `means` of predicted masks against a data set's true ones; images without one are left out.
+
+    Scored image by image.
+    """
+    scores = SegmentationScores(len(dataset.class_names) + 1)
+    for sample, mask in predict(model, dataset, inference):
+        if sample.mask is not None:
+            scores.update(mask, class_mask(sample, dataset.multi_label))
+    return [means(scores.compute())]
 
 
 def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
