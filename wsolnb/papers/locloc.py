@@ -26,10 +26,8 @@ from joblib import Parallel, delayed
 from pydantic import BaseModel, ConfigDict
 
 from wsolnb.backbones import TransformerBackbone, create_backbone
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import IGNORE, LocalizationDataset, Sample, open_dataset
 from wsolnb.data.loading import make_loader
-from wsolnb.data.readers import open_dataset
-from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.data.transforms import Transform, resize

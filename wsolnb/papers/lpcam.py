@@ -26,8 +26,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.readers import open_dataset
+from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.files import resolve
@@ -407,12 +406,8 @@ class Segmentation(BaseModel):
         """
         loop = {name: getattr(self, f"{part}_{name}") for name in ("epochs", "optimizer")}
         loop |= {"schedule": "poly", "warmup": 0.0, "seed": classifier.train_seed}
-        own = {name: getattr(self, f"{part}_{name}") for name in ("backbone", "batch_size")}
-        own |= {
-            "image_size": getattr(self, f"{part}_size"),
-            "scale": getattr(self, f"{part}_scale") or None,
-            "shift": 8,
-        }
+        own = {name: getattr(self, f"{part}_{name}") for name in ("backbone", "batch_size")} | {"shift": 8}
+        own |= {"image_size": getattr(self, f"{part}_size"), "scale": getattr(self, f"{part}_scale") or None}
         if part == "irn":
             loop |= {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
             options: dict[str, Any] = {"width": self.irn_width, "label_radius": self.label_radius}
@@ -469,11 +464,11 @@ class Pipeline:
     def maps(self) -> tuple[Path, ...]:
         """Folders with the maps of training and of validation images, a store for each kind."""
         by_name = directions_by_kind(self.prototypes, self.host.weight, self.config, COMPARED, "zero")
-        number, sources = self.host.number, {"train": self.host.source(self.train), "val": self.host.source(self.tune)}
-        return tuple(
-            self.run.cached(f"maps-{part}-{number}", partial(write_maps, source, by_name, self.base))
-            for part, source in sources.items()
-        )
+        folders = []
+        for part, dataset in (("train", self.train), ("val", self.tune)):
+            write = partial(write_maps, self.host.source(dataset), by_name, self.base)
+            folders.append(self.run.cached(f"maps-{part}-{self.host.number}", write))
+        return tuple(folders)
 
     def masks(self, name: str, write: Callable[..., None], *arguments: Any) -> WithMasks:
         """Return the training images with masks that `write(*arguments, folder)` makes, once per run folder."""

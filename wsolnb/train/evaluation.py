@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from wsolnb import maps as score_maps
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import LocalizationDataset, Sample
 from wsolnb.data.loading import make_loader
-from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import Transform
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP, box_iou
 from wsolnb.metrics.boxes import ground_truth
 from wsolnb.metrics.localization import BoxAccuracy, Localization, PixelPrecision
 from wsolnb.metrics.parts import Coverage
-from wsolnb.train.loop import Validate
+from wsolnb.train.loop import Scorer
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """Thresholds of the curves: a validation threshold needs no finer grid than 0.01."""
@@ -164,7 +163,7 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
     return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in metrics.values()))
 
 
-def validator(dataset: LocalizationDataset, transform: Transform) -> Validate:
+def validator(dataset: LocalizationDataset, transform: Transform) -> Scorer:
     """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
     return lambda model: evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
 

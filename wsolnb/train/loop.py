@@ -32,8 +32,8 @@ from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
 
-Validate = Callable[[Trainable], dict[str, float]]
-"""What is called after every epoch: gives the columns of the history for a model, from validation images."""
+Scorer = Callable[[Trainable], dict[str, float]]
+"""What is called after every epoch: gives columns of the history for a model, from validation images."""
 
 
 class TrainingConfig(BaseModel):
@@ -129,7 +129,7 @@ def train(
     loader: Iterable[dict],
     config: TrainingConfig,
     folder: str | Path,
-    evaluate: Validate | None = None,
+    evaluate: Scorer | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place by its own `loss` and return the history, one row per epoch.

@@ -11,7 +11,7 @@ from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Resize
 from wsolnb.errors import MapError
 from wsolnb.methods.base import LocalizationModel
-from wsolnb.train.loop import Validate
+from wsolnb.train.loop import Scorer
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -47,6 +47,6 @@ def mean_average_precision(model: LocalizationModel, dataset: LocalizationDatase
     return float(np.nanmean(average_precision(*predict(model, dataset, image_size))))
 
 
-def validator(dataset: LocalizationDataset, image_size: int) -> Validate:
+def validator(dataset: LocalizationDataset, image_size: int) -> Scorer:
     """Return what `fit` calls after every epoch: the mean average precision on validation images, `map`."""
     return lambda model: {"map": mean_average_precision(model, dataset, image_size)}

@@ -27,7 +27,7 @@ from wsolnb.files import resolve
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
-from wsolnb.train.loop import TrainingConfig, Validate, load_checkpoint, pick_device, set_seed, train
+from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, set_seed, train
 
 
 class Recipe(BaseModel):
@@ -178,7 +178,7 @@ def fit(
     name: str,
     recipe: Recipe,
     data: LocalizationDataset,
-    validate: Validate | None = None,
+    validate: Scorer | None = None,
     progress: bool = True,
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.

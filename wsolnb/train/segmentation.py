@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from wsolnb.backbones import normalisation
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import IGNORE, LocalizationDataset, Sample
 from wsolnb.data.loading import to_tensor
-from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.data.transforms import resize
 from wsolnb.metrics import SegmentationScores
