@@ -495,9 +495,14 @@ class Pipeline:
         return Segmenter(model, inference, scores)
 
     @cached_property
+    def true_masks(self) -> WithMasks:
+        """The training images with their true masks: full supervision."""
+        return self.masks("truth", write_true_masks, self.train)
+
+    @cached_property
     def fully_supervised(self) -> Segmenter:
         """The segmenter that learns from true masks."""
-        return self.segmenter("true masks", self.masks("truth", write_true_masks, self.train))
+        return self.segmenter("true masks", self.true_masks)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""

@@ -285,14 +285,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 """What paper and released code set differently, one at a time."""
 
+SCALES = (("alpha", 0.001), ("alpha", 0.004), ("beta", 0.25), ("beta", 1.0), ("lam", 0.8))
+
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "switches": SWITCHES,
     "steps": {f"p = {p}": {"steps": p, "first_steps": p} for p in (1, 2, 4, 6, 8)},
-    "scales": {
-        f"{name} = {v}": {name: v}
-        for name, values in {"alpha": (0.001, 0.004), "beta": (0.25, 1.0), "lam": (0.8,)}.items()
-        for v in values
-    },
+    "scales": {f"{name} = {v}": {name: v} for name, v in SCALES},
     "blocks": {f"{n} blocks": {"blocks": n} for n in (1, 2, 4, 6)},
 }
 """Studies of SCM alone: by study and variant, changes of its `SCMConfig`."""
