@@ -342,11 +342,12 @@ def test_class_scores_and_studies(run, splits, taught):
     assert list(scores["map"][:2]) == ["generated", "classifier"]
     whole = LocLoc(generator.frozen.backbone, 4, generator.generator, classifier.classifier)
     assert scores.top1[0] == locloc.top1(whole, splits.test, experiment.test_transform())
-    table = pd.DataFrame(locloc.class_study(run, experiment, splits, generator, taught, locloc.CLASS_VARIANTS, [0]))
-    assert list(table.variant) == list(locloc.CLASS_VARIANTS)
+    variants = ["LFDM", "LFDM, plain images", "linear probe"]
+    table = pd.DataFrame(locloc.study(run, experiment, splits, variants, [0], generator))
+    assert list(table.variant) == variants
     assert table.top1[0] == scores.top1[0]
     assert table.top1_enhanced[0] == scores.top1[3]
-    maps = pd.DataFrame(locloc.map_study(run, experiment, splits, ["GEG", "GEG, attention >= 0.07"], [0]))
+    maps = pd.DataFrame(locloc.study(run, experiment, splits, ["GEG", "GEG, attention >= 0.07"], [0]))
     assert list(maps.variant) == ["GEG", "GEG, attention >= 0.07"]
     assert not {"map", "top1", "top1_loc"} & set(maps)
 
@@ -360,9 +361,9 @@ def test_a_classifier_alone_is_shown_plain_images(run, splits, taught):
 
 
 def test_the_variants_of_the_studies_are_those_that_the_notebooks_offer():
-    studies = (locloc.MAP_VARIANTS, locloc.CLASS_VARIANTS)
-    for declared, variants in zip(list(DECLARED.values())[1:], studies, strict=True):
-        assert all(repr(name) in declared["variants"].type for name in variants)
+    offered = "".join(DECLARED[notebook]["variants"].type for notebook in NOTEBOOKS[1:])
+    assert offered.count("'") == 2 * len(locloc.VARIANTS)
+    assert all(repr(name) in offered for name in locloc.VARIANTS)
 
 
 def test_paired_differences_over_seeds():

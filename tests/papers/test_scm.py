@@ -76,13 +76,17 @@ def test_a_method_of_ones_own_is_trained_beside_the_others(run, monkeypatch):
     monkeypatch.setitem(wsolnb.methods._METHODS, "own", Own)
     options = {"own": {"power": 2.0}, "acol": {"hidden": 8}}
     baselines = scm.Baselines(**defaults("03_cam_and_tscam", **FEW, cam_epochs=1, method_options=options))
-    rows = scm.compared(run, baselines, ["own", "acol"], [0], baselines.splits())
-    assert [(row["method"], row["map"]) for row in rows] == [
+    splits = baselines.splits()
+    with pytest.raises(ParameterError, match="did you mean 'acol'"):
+        baselines.fit_all(run, ["own", "acoll"], [0], splits)
+    assert not any(run.checkpoints.iterdir()), "an unknown method is an error before the first training"
+    table, _ = scm.score_all(baselines.fit_all(run, ["own", "acol"], [0], splits), splits, ("last",))
+    assert [(row.method, row.map) for row in table.itertuples()] == [
         ("own", "cam"),
         ("own", "layercam"),
         *(("acol", name) for name in ("acol", "first", "second")),
     ]
-    assert {row["epoch"] for row in rows} == {"last"}
+    assert set(table.epoch) == {"last"}
 
 
 def test_scores_are_those_of_the_epoch_and_the_models_end_at_the_last(trained):

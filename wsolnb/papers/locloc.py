@@ -12,6 +12,7 @@ Everything expensive is made once per run folder.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +24,10 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from wsolnb.backbones import TransformerBackbone, create_backbone
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import IGNORE, LocalizationDataset, Sample, open_dataset
 from wsolnb.data.loading import make_loader
-from wsolnb.data.readers import open_dataset
-from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.data.transforms import Transform, resize
@@ -43,11 +41,16 @@ from wsolnb.methods.locloc import LocLoc, LocLocConfig
 from wsolnb.methods.ppd import PPD
 from wsolnb.notebook.runs import Run
 from wsolnb.train.evaluation import Prediction, beside, evaluate, predict, score
-from wsolnb.train.loop import TrainingConfig, pick_device
-from wsolnb.train.recipe import Recipe, fit
+from wsolnb.train.loop import pick_device
+from wsolnb.train.recipe import Recipe, TrainingSettings, evenly, fit
 
 Part = Literal["generator", "decoder", "classifier", "probe"]
 """What is trained alone: LocLoc's generator and classifier, PPD's decoder and probe."""
+USED = {"generator": {"third_level", "base", "channels", "momentum"}, "classifier": {"enhance_training", "rectangle"}}
+"""What the training of each part of LocLoc depends on in its configuration."""
+
+Models = Mapping[str, LocalizationModel]
+Task = Callable[[], Any]
 
 # Settings
 
@@ -99,14 +102,12 @@ class Masks(DataSettings):
         return WithMasks(dataset, self.store(run, dataset, config))
 
 
-class Decoders(BaseModel):
+class Decoders(TrainingSettings):
     """Notebook 31: the generator, and PPD's decoder. The fields are the notebook's parameters.
 
     preset: of `LocLocConfig`. generator_images: what both decoders see, evenly spaced; 0 = all. ppd_threshold: 0 = soft
     targets. batch_size, shift, weight_decay, num_workers: of the classifiers' training, too.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     preset: Literal["paper", "released"]
     channels: int
@@ -119,13 +120,6 @@ class Decoders(BaseModel):
     ppd_threshold: float
     decoder_epochs: int
     decoder_lr: float
-    weight_decay: float
-    batch_size: int
-    shift: int
-    seeds: tuple[int, ...]
-    precision: Literal["auto", "bf16", "fp32"]
-    device: str
-    num_workers: int
 
 
 class Classifiers(BaseModel):
@@ -164,33 +158,23 @@ class Experiment(BaseModel):
         A recipe holds nothing that its part does not depend on, so that other parameters do not train it again.
         Raises ParameterError for the classifier or the probe without the settings of notebook 32.
         """
-        own = self.decoders if part in ("generator", "decoder") else self.classifiers
+        decoders, own, images = self.decoders, self.classifiers, 0
+        if part in ("generator", "decoder"):
+            own, images = decoders, decoders.generator_images
         if own is None:
             raise ParameterError(f"the {part} has no settings", "give those of notebook 32 as `classifiers`")
-        options: dict[str, Any] = {"part": part, **changes}
-        if part == "decoder":
-            sizes = {"hidden": self.decoders.ppd_hidden, "channels": self.decoders.ppd_channels}
-            options = {**sizes, "threshold": self.decoders.ppd_threshold or None, **options}
-        elif part == "generator":
-            used = {"third_level", "base", "channels", "momentum"}
-            options = {"part": part, "config": self.config(**changes).model_dump(include=used)}
-        elif part == "classifier":
-            used = {"enhance_training", "rectangle"}
-            options = {"part": part, "config": self.config(**changes).model_dump(include=used)}
-            options["drop_path"] = self.classifiers.drop_path
         loop = {"epochs": getattr(own, f"{part}_epochs"), "lr": getattr(own, f"{part}_lr"), "seed": seed}
-        loop |= {"weight_decay": self.decoders.weight_decay, "precision": own.precision, "device": own.device}
-        if part == "classifier":
-            loop["head_lr"] = self.classifiers.classifier_head_lr
-        return Recipe(
-            method="locloc" if part in ("generator", "classifier") else "ppd",
-            options=options,
-            checkpoint=self.masks.checkpoint or None,
-            images=self.decoders.generator_images if part in ("generator", "decoder") else 0,
-            training=TrainingConfig(**loop),
-            **self.masks.model_dump(include={"backbone", "pretrained", "image_size", "protocol"}),
-            **self.decoders.model_dump(include={"batch_size", "shift", "num_workers"}),
-        )
+        loop |= {"precision": own.precision, "device": own.device}
+        options: dict[str, Any] = {"part": part}
+        if part == "decoder":
+            options |= {"hidden": decoders.ppd_hidden, "channels": decoders.ppd_channels}
+            options["threshold"] = decoders.ppd_threshold or None
+        elif part == "classifier":
+            options["drop_path"], loop["head_lr"] = own.drop_path, own.classifier_head_lr
+        options |= {"config": self.config(**changes).model_dump(include=USED[part])} if part in USED else changes
+        fields = self.masks.model_dump(include={"backbone", "pretrained", "image_size", "protocol"})
+        fields |= {"checkpoint": self.masks.checkpoint or None, "images": images, "options": options}
+        return decoders.recipe_of(loop, method="locloc" if part in USED else "ppd", **fields)
 
     def test_transform(self) -> Transform:
         """The deterministic transform of the protocol."""
@@ -242,11 +226,6 @@ def mask_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     return both / max(1, either)
 
 
-def evenly(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
-    """Return `count` evenly spaced images of a data set, or all where there are fewer."""
-    return dataset.subset(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
-
-
 class Guided(NamedTuple):
     """An image, its mask and its attention at the masks' size: a sample, (h, w) as it was, (H, W)."""
 
@@ -263,30 +242,9 @@ def guided(dataset: LocalizationDataset, attend: Attend, size: int, chunk: int =
             yield Guided(resize(sample, (size, size)), guide, grabcut.enlarge(guide, (size, size)))
 
 
-def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame:
-    """Return the mean IoU of `search_images` images by thresholds: of the attention alone, and of GrabCut's cuts.
-
-    Where a data set has no masks (ILSVRC) nothing is searched: the given thresholds stand, with IoU NaN.
-    """
-    some, attend, size, jobs = evenly(dataset, masks.search_images), masks.attend(), masks.size, masks.jobs
-    options = {"iterations": masks.iterations, "seed": masks.seed}
-
-    def measure() -> Iterator[dict[str, Any]]:
-        if some[0].mask is None:
-            return
-        images = list(guided(some, attend, size, len(some)))
-        for threshold in np.round([*np.arange(0.01, 0.1, 0.01), *np.arange(0.1, 0.7, 0.05)], 2):
-            iou = np.mean([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
-            yield {"by": "attention", "fg": threshold, "bg": np.nan, "iou": iou}
-        for side in ("none", "background"):
-            for fg, bg in [(f, b) for f in FG for b in BG]:
-                iou, outcomes = cut_all(images, fg, bg, jobs, uncertain=side, **options)
-                fell_back = 1 - np.mean([outcome == "enhanced" for outcome in outcomes])
-                yield {"by": f"GrabCut, {side}", "fg": fg, "bg": bg, "iou": np.mean(iou), "fell_back": fell_back}
-
-    given = {"fg": masks.fg_threshold, "bg": masks.bg_threshold, "iou": np.nan}
-    found = run.cached_rows("grabcut-search", measure)
-    return pd.DataFrame(found or [{"by": "attention", **given}, {"by": "GrabCut", **given}]).astype({"bg": float})
+def attention_iou(images: Sequence[Guided], threshold: float) -> np.ndarray:
+    """Return the IoU with the truth (n,) of each image's attention from a threshold on."""
+    return np.array([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
 
 
 def cut_all(images: Sequence[Guided], fg: float, bg: float, jobs: int, **options: Any) -> tuple[np.ndarray, list[str]]:
@@ -295,6 +253,31 @@ def cut_all(images: Sequence[Guided], fg: float, bg: float, jobs: int, **options
     cuts = pool(delayed(grabcut.enhance)(one.square.image, one.guide, fg, bg, **options) for one in images)
     iou = [mask_iou(cut.mask, one.square.mask) for cut, one in zip(cuts, images, strict=True)]
     return np.array(iou), [cut.outcome for cut in cuts]
+
+
+def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame:
+    """Return the mean IoU of `search_images` images by thresholds: of the attention alone, and of GrabCut's cuts.
+
+    Where a data set has no masks (ILSVRC) nothing is searched: the given thresholds stand, with IoU NaN.
+    """
+    some, attend, size, jobs = evenly(dataset, masks.search_images), masks.attend(), masks.size, masks.jobs
+    options = masks.model_dump(include={"iterations", "seed"})
+
+    def measure() -> Iterator[dict[str, Any]]:
+        if some[0].mask is None:
+            return
+        images = list(guided(some, attend, size, len(some)))
+        for threshold in np.round([*np.arange(0.01, 0.1, 0.01), *np.arange(0.1, 0.7, 0.05)], 2):
+            iou = attention_iou(images, threshold).mean()
+            yield {"by": "attention", "fg": threshold, "bg": np.nan, "iou": iou}
+        for side, fg, bg in itertools.product(("none", "background"), FG, BG):
+            iou, outcomes = cut_all(images, fg, bg, jobs, uncertain=side, **options)
+            fell_back = 1 - np.mean([outcome == "enhanced" for outcome in outcomes])
+            yield {"by": f"GrabCut, {side}", "fg": fg, "bg": bg, "iou": iou.mean(), "fell_back": fell_back}
+
+    given = {"fg": masks.fg_threshold, "bg": masks.bg_threshold, "iou": np.nan}
+    found = run.cached_rows("grabcut-search", measure)
+    return pd.DataFrame(found or [{"by": "attention", **given}, {"by": "GrabCut", **given}]).astype({"bg": float})
 
 
 def pairs(
@@ -322,24 +305,18 @@ def photographs(masks: Masks, root: str) -> pd.DataFrame:
 
     root: a folder in the Oxford-IIIT Pet layout. Own thresholds are those of `search_images` training photographs.
     """
-    attend, options = masks.attend(), {"uncertain": masks.uncertain, "iterations": masks.iterations, "seed": masks.seed}
+    attend, options = masks.attend(), masks.model_dump(include={"jobs", "uncertain", "iterations", "seed"})
     train, held = (open_dataset("pets", resolve(root), split, seed=masks.seed) for split in ("train", "test"))
     train, held = (list(guided(part, attend, masks.size)) for part in (evenly(train, masks.search_images), held))
-
-    def plain(images: Sequence[Guided], threshold: float) -> np.ndarray:
-        return np.array([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
-
-    def cut(images: Sequence[Guided], fg: float, bg: float) -> np.ndarray:
-        return cut_all(images, fg, bg, masks.jobs, **options)[0]
-
-    threshold = max(np.round(np.arange(0.01, 0.7, 0.01), 2), key=lambda t: plain(train, t).mean())
-    own = max([(f, b) for f in FG for b in BG], key=lambda pair: cut(train, *pair).mean())
-    before = plain(held, threshold)
-    rows = [{"map": "everything", "fg": 0, "bg": np.nan, "iou": plain(held, 0.0).mean()}]
+    grid = np.round(np.arange(0.01, 0.7, 0.01), 2)
+    threshold = max(grid, key=lambda t: attention_iou(train, t).mean())
+    own = max(itertools.product(FG, BG), key=lambda pair: cut_all(train, *pair, **options)[0].mean())
+    before = attention_iou(held, threshold)
+    rows = [{"map": "everything", "fg": 0, "bg": np.nan, "iou": attention_iou(held, 0.0).mean()}]
     rows += [{"map": "attention", "fg": threshold, "bg": np.nan, "iou": before.mean()}]
     tried = {"of the birds": (masks.fg_threshold, masks.bg_threshold), "of training photographs": own}
     for name, (fg, bg) in {**tried, "published": (0.1, 0.03)}.items():
-        after = cut(held, fg, bg)
+        after, _ = cut_all(held, fg, bg, **options)
         gain = {"gain": (after - before).mean(), "gain_se": (after - before).std() / np.sqrt(len(after))}
         shares = {"better": (after > before + 0.05).mean(), "worse": (after < before - 0.05).mean()}
         rows.append({"map": f"GrabCut, thresholds {name}", "fg": fg, "bg": bg, "iou": after.mean(), **gain, **shares})
@@ -373,11 +350,7 @@ def titled(predictions: Iterable[Prediction], title: str) -> Iterator[Prediction
 
 
 def four_maps(
-    attend: Attend,
-    store: Store,
-    models: Mapping[str, LocalizationModel],
-    dataset: LocalizationDataset,
-    transform: Transform,
+    attend: Attend, store: Store, models: Models, dataset: LocalizationDataset, transform: Transform
 ) -> Iterator[Prediction]:
     """Yield each image with its attention, its stored mask and each model's own map, by the names of the models.
 
@@ -387,9 +360,7 @@ def four_maps(
     yield from beside(attention_maps(attend, dataset, transform), mask_maps(store, dataset, transform), *drawn)
 
 
-def map_scores(
-    run: Run, experiment: Experiment, splits: Splits, models: Mapping[str, LocalizationModel]
-) -> pd.DataFrame:
+def map_scores(run: Run, experiment: Experiment, splits: Splits, models: Models) -> pd.DataFrame:
     """Return what `four_maps` score on test images at thresholds of the validation images; no class is asked for."""
     attend, transform = experiment.masks.attend(), experiment.test_transform()
     held = [(part, experiment.masks.store(run, part)) for part in (splits.val, splits.test)]
@@ -399,48 +370,6 @@ def map_scores(
         return test.table(val)
 
     return pd.DataFrame(run.cached_rows("generator-scores", measure)).drop(columns=["top1", "top1_loc", "top5_loc"])
-
-
-class Variant(NamedTuple):
-    """One variant of a study: the part, changes of its recipe, and whether plain attention replaces GrabCut's masks."""
-
-    part: Part
-    changes: dict[str, Any]
-    attention: bool = False
-
-
-BEST_PLAIN = 0.07
-"""The attention's best threshold (notebook 30): what it is without GrabCut."""
-
-MAP_VARIANTS = {
-    "GEG": Variant("generator", {}),
-    "GEG, third level alive": Variant("generator", {"third_level": True}),
-    "GEG, attention >= 0.07": Variant("generator", {}, attention=True),
-    "PPD": Variant("decoder", {}),
-    "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
-}
-
-
-def map_study(
-    run: Run, experiment: Experiment, splits: Splits, variants: Sequence[str], seeds: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """Train some of `MAP_VARIANTS` with each seed; yields the scores of each on test images."""
-    if not variants:
-        return
-    transform, masks = experiment.test_transform(), experiment.masks
-    # No uncertain pixel: the mask is the thresholded attention.
-    plain = masks.grabcut(fg_threshold=BEST_PLAIN, bg_threshold=BEST_PLAIN)
-    cut, attended = masks.taught(run, splits.train), masks.taught(run, splits.train, plain)
-    for seed in seeds:
-        for name in variants:
-            part, changes, by_attention = MAP_VARIANTS[name]
-            model, _ = experiment.fit(run, part, seed, attended if by_attention else cut, False, **changes)
-            val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
-            print(name, seed, flush=True)
-            row = test.table(val)[0]
-            yield {"variant": name, "seed": seed} | {
-                column: value for column, value in row.items() if not column.startswith("top") and column != "map"
-            }
 
 
 def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> str:
@@ -461,23 +390,17 @@ def top1(model: LocalizationModel, dataset: LocalizationDataset, transform: Tran
     return float(np.mean([np.argmax(one.logits) == one.sample.label for one in predict(model, dataset, transform)]))
 
 
-class EnhancedAtTest(NamedTuple):
-    """Top-1 on test images that are masked by the generator's map, and the map's threshold, chosen on validation."""
-
-    threshold: float
-    top1: float
-
-
 def enhanced_at_test(
-    joint: Callable[..., LocLoc],
-    splits: Splits,
-    transform: Transform,
-    thresholds: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3),
-) -> EnhancedAtTest:
-    """Score a classifier on masked test images. joint: gives it with a generator, by changes of their configuration."""
-    by = {t: top1(joint(enhance_test=True, mask_threshold=t), splits.val, transform) for t in thresholds}
-    best = max(by, key=by.get)
-    return EnhancedAtTest(best, top1(joint(enhance_test=True, mask_threshold=best), splits.test, transform))
+    generator: LocLoc, classifier: LocLoc, config: LocLocConfig, splits: Splits, transform: Transform
+) -> dict[str, float]:
+    """Return `top1` on test images masked by a generator's map, and the map's `threshold`, chosen on validation."""
+
+    def masked(threshold: float, dataset: LocalizationDataset) -> float:
+        changed = config.model_copy(update={"enhance_test": True, "mask_threshold": threshold})
+        return top1(joined(generator, classifier, changed), dataset, transform)
+
+    best = max((0.02, 0.05, 0.1, 0.2, 0.3), key=lambda threshold: masked(threshold, splits.val))
+    return {"threshold": best, "top1": masked(best, splits.test)}
 
 
 def class_scores(
@@ -486,66 +409,83 @@ def class_scores(
     """Return what LocLoc's classifier and the linear probe score on test images, and the maps of the first."""
     config, transform = experiment.config(), experiment.test_transform()
 
-    def joint(**changes: Any) -> LocLoc:
-        return joined(generator, classifier, config.model_copy(update=changes))
-
     def measure() -> Iterator[dict[str, Any]]:
-        val, test = (evaluate(joint(), part, transform) for part in (splits.val, splits.test))
+        whole = joined(generator, classifier, config)
+        val, test = (evaluate(whole, part, transform) for part in (splits.val, splits.test))
         yield from ({"classifier": "LFDM", **row} for row in test.table(val))
         yield {"classifier": "linear probe", "map": "none", "top1": top1(probe, splits.test, transform)}
-        masked = enhanced_at_test(joint, splits, transform)
-        yield {"classifier": "LFDM, enhanced at test", "map": "none", **masked._asdict()}
+        masked = enhanced_at_test(generator, classifier, config, splits, transform)
+        yield {"classifier": "LFDM, enhanced at test", "map": "none", **masked}
 
     return pd.DataFrame(run.cached_rows("classifier-scores", measure))
 
 
-CLASS_VARIANTS = {
+# The studies of notebooks 31 and 32
+
+
+class Variant(NamedTuple):
+    """One variant of a study: the part, changes of its recipe, and whether plain attention replaces GrabCut's masks."""
+
+    part: Part
+    changes: dict[str, Any]
+    attention: bool = False
+
+
+BEST_PLAIN = 0.07
+"""The attention's best threshold (notebook 30): what it is without GrabCut."""
+
+VARIANTS = {
+    "GEG": Variant("generator", {}),
+    "GEG, third level alive": Variant("generator", {"third_level": True}),
+    "GEG, attention >= 0.07": Variant("generator", {}, attention=True),
+    "PPD": Variant("decoder", {}),
+    "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
     "LFDM": Variant("classifier", {}),
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
     "linear probe": Variant("probe", {}),
 }
 
 
-def class_study(
+def study(
     run: Run,
     experiment: Experiment,
     splits: Splits,
-    generator: LocLoc,
-    train: LocalizationDataset,
     variants: Sequence[str],
     seeds: Sequence[int],
+    generator: LocLoc | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Train some of `CLASS_VARIANTS` with each seed; yields top-1, with a classifier also on enhanced test images.
+    """Train some of `VARIANTS` with each seed; yields the scores of each on test images, of a probe top-1 alone.
 
-    generator: whose maps enhance them. train: as of `Experiment.fit`.
+    generator: whose maps enhance the test images that a classifier is also scored on.
     """
-    transform = experiment.test_transform()
-    for seed in seeds:
-        for name in variants:
-            part, changes, _ = CLASS_VARIANTS[name]
-            model, _ = experiment.fit(run, part, seed, train, False, **changes)
-            row = {"variant": name, "seed": seed, "top1": top1(model, splits.test, transform)}
-            if part == "classifier":
-
-                def joint(classifier: LocLoc = model, **update: Any) -> LocLoc:
-                    return joined(generator, classifier, experiment.config().model_copy(update=update))
-
-                masked = enhanced_at_test(joint, splits, transform)
-                val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
-                own = test.table(val)[0]
-                row |= {"top1_enhanced": masked.top1, "mask_threshold": masked.threshold}
-                row["gt_known_class_map"] = own["gt_known"]
-                row |= {c: own[c] for c in ("covers_discriminative", "covers_rest", "covers_context") if c in own}
-            print(row, flush=True)
-            yield row
+    transform, masks = experiment.test_transform(), experiment.masks
+    # No uncertain pixel: the mask is the thresholded attention.
+    plain = masks.grabcut(fg_threshold=BEST_PLAIN, bg_threshold=BEST_PLAIN)
+    asked = {VARIANTS[name].attention for name in variants}
+    taught = {attention: masks.taught(run, splits.train, plain if attention else None) for attention in asked}
+    for seed, name in itertools.product(seeds, variants):
+        part, changes, attention = VARIANTS[name]
+        model, _ = experiment.fit(run, part, seed, taught[attention], False, **changes)
+        row: dict[str, Any] = {"variant": name, "seed": seed}
+        if part in ("classifier", "probe"):
+            row["top1"] = top1(model, splits.test, transform)
+        if part != "probe":
+            val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
+            own = test.table(val)[0]
+        if part == "classifier":
+            masked = enhanced_at_test(generator, model, experiment.config(), splits, transform)
+            row |= {"top1_enhanced": masked["top1"], "mask_threshold": masked["threshold"]}
+            row |= {"gt_known_class_map": own["gt_known"]} | {c: own[c] for c in own if c.startswith("covers")}
+        elif part != "probe":
+            row |= {c: own[c] for c in own if not c.startswith("top") and c != "map"}
+        print(row, flush=True)
+        yield row
 
 
 # Notebook 33: the whole
 
 
-def whole_scores(
-    run: Run, experiment: Experiment, splits: Splits, models: Mapping[str, LocalizationModel], seed: int
-) -> list[dict[str, Any]]:
+def whole_scores(run: Run, experiment: Experiment, splits: Splits, models: Models, seed: int) -> list[dict[str, Any]]:
     """Return what whole models (`Experiment.assemble`) score on test images, class and box; a row for each."""
     transform = experiment.test_transform()
 
@@ -559,11 +499,7 @@ def whole_scores(
     return run.cached_rows("whole-scores", measure)
 
 
-def computations(
-    models: Mapping[str, LocalizationModel],
-    load: Callable[[], Tensor],
-    load_for_class: Callable[[], Tensor] | None = None,
-) -> dict[str, dict[str, Callable[[], Any]]]:
+def computations(models: Models, load: Task, load_for_class: Task | None = None) -> dict[str, dict[str, Task]]:
     """Return what LocLoc and PPD compute for a batch, by model: `classifier`, `generator` and the `total`.
 
     models: as of `Experiment.assemble`. load: gives the images (B, 3, H, W), anew for each call: loading counts.
@@ -585,7 +521,7 @@ def computations(
     }
 
 
-def seconds(task: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def seconds(task: Task, device: torch.device, repeats: int) -> float:
     """Return the median time of a computation over `repeats` runs, after one that is not counted."""
     times = []
     with torch.inference_mode():

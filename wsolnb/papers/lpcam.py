@@ -7,7 +7,7 @@
     claim = lpcam.Claim(**parameters)                      # notebook 22: LPCAM against CAM over seeds
     settings = lpcam.Segmentation(**parameters)            # notebook 23
     stages = lpcam.Pipeline(run, host, base, settings).stages["lpcam"]
-    stages.seeds, stages.labels, stages.irn, stages.pseudo_masks, stages.segmenter
+    stages.seeds, stages.irn, stages.pseudo_masks, stages.segmenter
 
 Everything expensive is made once per run folder. Notebooks that describe the same classifier share it.
 """
@@ -15,7 +15,7 @@ Everything expensive is made once per run folder. Notebooks that describe the sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,45 +26,28 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.readers import open_dataset
-from wsolnb.data.sample import IGNORE
+from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.files import resolve
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
-from wsolnb.methods.irn import IRN, IRNConfig, irn_labels, walk_steps, write_irn_labels, write_pseudo_masks
+from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
 from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.methods.mctformer import MCTformer, PatchTokens
-from wsolnb.methods.prototypes import (
-    ClassPrototypes,
-    clustering,
-    directions,
-    directions_by_kind,
-    fit_prototypes,
-    write_maps,
-)
+from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.train import multilabel
-from wsolnb.train.loop import TrainingConfig
-from wsolnb.train.recipe import Recipe, fit
-from wsolnb.train.seeds import (
-    best_threshold,
-    best_thresholds,
-    evaluate,
-    region_features,
-    score_stored,
-    score_variants,
-)
-from wsolnb.train.segmentation import Inference, class_mask, score_masks, score_model, write_true_masks
+from wsolnb.train.recipe import Recipe, TrainingSettings, fit
+from wsolnb.train.seeds import best_threshold, best_thresholds, evaluate, region_features, score_stored, score_variants
+from wsolnb.train.segmentation import Inference, score_masks, score_model, write_true_masks
 
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
 
 
-class Classifier(DataSettings):
+class Classifier(TrainingSettings, DataSettings):
     """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters."""
 
     train_list: str
@@ -78,17 +61,7 @@ class Classifier(DataSettings):
     optimizer: Literal["adamw", "sgd"]
     lr: float
     head_lr: float
-    weight_decay: float
-    batch_size: int
-    shift: int
     train_seed: int
-    precision: Literal["auto", "bf16", "fp32"]
-    device: str
-    num_workers: int
-
-    def changed(self, **changes: Any) -> Classifier:
-        """Return the settings with other values of some fields, which are checked."""
-        return Classifier(**self.model_dump() | changes)
 
     def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
         """Open the data set.
@@ -107,18 +80,14 @@ class Classifier(DataSettings):
         loop: dict[str, Any] = {"seed": self.train_seed, "select": "map"}
         if self.optimizer == "sgd":  # as the lineage trains: plain steps whose rate falls as (1 - progress) ** 0.9
             loop |= {"momentum": 0.0, "schedule": "poly", "warmup": 0.0, "clip": 0.0}
-        names = {"epochs", "lr", "head_lr", "weight_decay", "precision", "device", "optimizer"}
-        training = TrainingConfig(**loop, **self.model_dump(include=names))
-        names = {"method", "backbone", "pretrained", "image_size", "output_stride", "batch_size", "shift"}
-        shared = self.model_dump(include={*names, "num_workers"})
-        return Recipe(**shared, long_side=self.long_side or None, training=training)
+        return self.recipe_of(loop, long_side=self.long_side or None)
 
     def host(self, run: Run, progress: bool = False) -> Host:
         """Return the trained classifier as a host of maps; trained once per run folder."""
-        splits, recipe = self.splits(), self.recipe()
+        splits = self.splits()
         validate = multilabel.validator(splits.val, self.image_size)
-        model, folder = fit(run, f"classifier-{self.train_seed}", recipe, splits.train, validate, progress)
-        return Host(self, splits, model, folder)
+        name = f"classifier-{self.train_seed}"
+        return Host(self, splits, *fit(run, name, self.recipe(), splits.train, validate, progress))
 
 
 class Sources(NamedTuple):
@@ -161,10 +130,6 @@ class Host:
     def sources(self) -> Sources:
         """Local features of the three splits."""
         return Sources(*map(self.source, self.splits))
-
-    def scores(self, split: Literal["train", "val", "test"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits and labels of a split, each (images, C)."""
-        return multilabel.predict(self.model, getattr(self.splits, split), self.classifier.image_size)
 
     @cached_property
     def mean_average_precision(self) -> float:
@@ -226,6 +191,32 @@ def scored(
     return dict(zip(by_name, run.cached_rows(f"scores-{host.number}", measure), strict=True))
 
 
+Grids = Mapping[str, list[LPCAMConfig]]
+
+
+def grid(config: LPCAMConfig, **values: Sequence[float]) -> list[LPCAMConfig]:
+    """Return a configuration with every combination of some fields' values; the last field changes first."""
+    combinations = itertools.product(*values.values())
+    return [config.model_copy(update=dict(zip(values, chosen, strict=True))) for chosen in combinations]
+
+
+def choose(
+    run: Run, host: Host, source: LiveFeatures, prototypes: list[ClassPrototypes], grids: Grids, config: LPCAMConfig
+) -> dict[str, LPCAMConfig]:
+    """Return for each kind of map that configuration of its grid which has the highest mIoU on a source's images.
+
+    config: says scales and flips.
+    """
+    by_name = {
+        f"{kind} {index}": directions_by_kind(prototypes, host.weight, one, [kind], "zero")[kind]
+        for kind, configs in grids.items()
+        for index, one in enumerate(configs)
+    }
+    found = run.cached_rows(f"choice-{host.number}", partial(best_thresholds, source, by_name, config))
+    miou = iter([row["miou"] for row in found])
+    return {kind: max(configs, key=lambda _: next(miou)) for kind, configs in grids.items()}
+
+
 class Claim(BaseModel):
     """Notebook 22: the studies over training seeds. The fields are the notebook's parameters."""
 
@@ -245,19 +236,9 @@ class Claim(BaseModel):
         self, run: Run, host: Host, prototypes: list[ClassPrototypes], config: LPCAMConfig
     ) -> dict[str, LPCAMConfig]:
         """Return the configurations with mu_f and mu_b of the highest validation mIoU, of LPCAM-F and of LPCAM."""
-        grid: dict[str, list[LPCAMConfig]] = {"lpcam-f": [], "lpcam": []}
-        for f in self.grid_mu_f:
-            grid["lpcam-f"].append(config.model_copy(update={"mu_f": f}))
-            grid["lpcam"] += [config.model_copy(update={"mu_f": f, "mu_b": b}) for b in self.grid_mu_b]
-        by_name = {
-            f"{kind} {index}": directions(prototypes, host.weight, changed, kind == "lpcam", missing="zero")
-            for kind, changes in grid.items()
-            for index, changed in enumerate(changes)
-        }
-        found = run.cached_rows(f"choice-{host.number}", partial(best_thresholds, host.sources.val, by_name, config))
-        miou = dict(zip(by_name, (row["miou"] for row in found), strict=True))
-        best = {kind: max(range(len(g)), key=lambda i, k=kind: miou[f"{k} {i}"]) for kind, g in grid.items()}
-        return {kind: changes[best[kind]] for kind, changes in grid.items()}
+        grids = {"lpcam-f": grid(config, mu_f=self.grid_mu_f)}
+        grids["lpcam"] = grid(config, mu_f=self.grid_mu_f, mu_b=self.grid_mu_b)
+        return choose(run, host, host.sources.val, prototypes, grids, config)
 
     def measured(
         self, run: Run, classifier: Classifier, base: LPCAMConfig, study: str, where: Mapping[str, Any]
@@ -270,57 +251,56 @@ class Claim(BaseModel):
         prototypes, _ = cached_prototypes(run, host, base)
         chosen = self.choose(run, host, prototypes, base)
         floor = chosen["lpcam"].model_copy(update=FLOOR)
-        configs = {(kind, "paper"): base for kind in ("cam", "lpcam-f", "lpcam")}
-        configs |= {(kind, "chosen"): config for kind, config in chosen.items()}
-        by_name = {
-            f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
-            for (kind, hyper), config in configs.items()
-        }
-        rows = dict(zip(configs, scored(run, host, by_name, base).values(), strict=True))
-        name, configs[name] = ("lpcam", "chosen, floor"), floor
-        by_name = {"floor": directions(prototypes, host.weight, floor, missing="zero")}
-        rows[name] = scored(run, host, by_name, floor)["floor"]
+        variants = [(kind, "paper", base) for kind in KINDS]
+        variants += [(kind, "chosen", config) for kind, config in chosen.items()]
         alike = {}
         if host.splits.val[0].parts is not None:
             alike = region_features(host.sources.val, host.splits.val).similarity()
-        for (kind, hyper), row in rows.items():
-            config = configs[kind, hyper]
-            own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
-            own["mAP"] = host.mean_average_precision
-            yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
+        # The floor's ReLU is another one, so that its maps are made apart.
+        for made_by, some in ((base, variants), (floor, [("lpcam", "chosen, floor", floor)])):
+            by_name = {
+                f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
+                for kind, hyper, config in some
+            }
+            rows = scored(run, host, by_name, made_by).values()
+            for (kind, hyper, config), row in zip(some, rows, strict=True):
+                own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
+                own["mAP"] = host.mean_average_precision
+                yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
 
-    def claim(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
-        """Yield `measured` of every case and training seed."""
-        sizes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in ("train", "val", "test")}
-        for cue, context, epochs in self.cases:
-            where = {"body_cue": cue, "context_correlation": context, "epochs": epochs}
-            for seed in self.claim_seeds:
-                changed = classifier.changed(**where, **sizes, train_seed=seed)
-                yield from self.measured(run, changed, base, "claim", where)
+    def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
 
-    def photographs(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
-        """Yield `measured` of every training seed on Oxford-IIIT Pet."""
-        its = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
-        for seed in self.claim_seeds:
-            changed = classifier.changed(**its, train_seed=seed)
-            yield from self.measured(run, changed, base, "photographs", {"epochs": self.photo_epochs})
-
-    def hosts(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
-        """Yield `measured` of MCTformer."""
-        its = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
-        yield from self.measured(run, classifier.changed(**its), base, "hosts", {"epochs": classifier.epochs})
+        study: `claim`; `photographs`, on Oxford-IIIT Pet; `hosts`, which is MCTformer. Others train nothing.
+        """
+        cases: list[dict[str, Any]] = []
+        changes: dict[str, Any] = {}
+        seeds = self.claim_seeds
+        if study == "claim":
+            cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in self.cases]
+            changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
+        elif study == "photographs":
+            cases, changes = [{"epochs": self.photo_epochs}], {"dataset": "pets", "data_root": self.photos_root}
+        elif study == "hosts":
+            cases, seeds = [{"epochs": classifier.epochs}], (classifier.train_seed,)
+            changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+        yield from ((case, {**changes, **case, "train_seed": seed}) for case in cases for seed in seeds)
 
     def tables(
         self, run: Run, studies: Sequence[str], host: Host, base: LPCAMConfig, chosen: LPCAMConfig
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the recorded tables of the paired studies, and of those of `CHECKED`, with some made here.
 
-        studies: to make: `claim`, `photographs`, `hosts`, or of `CHECKED`. chosen: what `CHECKED` varies.
+        studies: to make: of `trainings`, or of `CHECKED`. chosen: what `CHECKED` varies.
         """
-        paired = {"claim": self.claim, "photographs": self.photographs, "hosts": self.hosts}
-        rows = (row for name in studies if name in paired for row in paired[name](run, host.classifier, base))
+        rows = (
+            row
+            for study in studies
+            for where, changes in self.trainings(study, host.classifier)
+            for row in self.measured(run, host.classifier.changed(**changes), base, study, where)
+        )
         claims = with_recorded(run, "22_claim", rows, "study")
-        rows = (row for name in studies if name in CHECKED for row in checked(run, host, chosen, name))
+        rows = (row for study in studies if study in CHECKED for row in checked(run, host, chosen, study))
         return claims, with_recorded(run, "22_checked", rows, "study")
 
 
@@ -412,11 +392,6 @@ class Segmentation(BaseModel):
         """Side of the square that images are resized to before IRN; None keeps their own size."""
         return self.irn_size if self.resize else None
 
-    @property
-    def inference(self) -> Inference:
-        """How the segmenter is asked."""
-        return Inference(image_size=self.segmenter_size if self.resize else None, scales=self.test_scales)
-
     def margins(self, threshold: float, foreground: float | None = None, background: float | None = None) -> IRNConfig:
         """Return IRN's configuration around a threshold of seeds; the margins' defaults are those of the settings."""
         high = threshold + (self.margin_foreground if foreground is None else foreground)
@@ -424,47 +399,25 @@ class Segmentation(BaseModel):
         around = {"foreground": float(min(high, 0.95)), "background": float(max(low, 0.02))}
         return IRNConfig(**around, label_radius=self.label_radius, radius=self.walk_radius)
 
-    def irn_recipe(self, classifier: Classifier) -> Recipe:
-        """Return how IRN is trained; what is not of IRN (device, seed, published weights) is the classifier's."""
-        rates = {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
-        training = _poly(classifier, epochs=self.irn_epochs, optimizer=self.irn_optimizer, **rates)
-        return Recipe(
-            method="irn",
-            backbone=self.irn_backbone,
-            options={"width": self.irn_width, "label_radius": self.label_radius},
-            output_stride=16,
-            image_size=self.irn_size,
-            scale=self.irn_scale or None,
-            batch_size=self.irn_batch_size,
-            training=training,
-            **classifier.model_dump(include={"pretrained", "num_workers"}),
-        )
+    def recipe(self, part: Literal["irn", "segmenter"], classifier: Classifier) -> Recipe:
+        """Return how IRN or the segmentation network is trained.
 
-    def segmenter_recipe(self, classifier: Classifier) -> Recipe:
-        """Return how the segmentation network is trained; the rest as of `irn_recipe`."""
-        rates = {"lr": self.segmenter_lr, "head_lr": self.segmenter_head_lr, "power": self.segmenter_power}
-        rates |= {"weight_decay": self.segmenter_weight_decay}
-        training = _poly(classifier, epochs=self.segmenter_epochs, optimizer=self.segmenter_optimizer, **rates)
-        return Recipe(
-            method=self.segmenter,
-            backbone=self.segmenter_backbone,
-            options={"dilations": self.dilations} if self.segmenter == "deeplabv2" else {},
-            output_stride=8,
-            image_size=self.segmenter_size,
-            scale=self.segmenter_scale or None,
-            batch_size=self.segmenter_batch_size,
-            training=training,
-            **classifier.model_dump(include={"pretrained", "num_workers"}),
-        )
+        What is not of either (device, seed, published weights) is the classifier's.
+        """
+        loop = {name: getattr(self, f"{part}_{name}") for name in ("epochs", "optimizer")}
+        loop |= {"schedule": "poly", "warmup": 0.0, "seed": classifier.train_seed}
+        own = {name: getattr(self, f"{part}_{name}") for name in ("backbone", "batch_size")} | {"shift": 8}
+        own |= {"image_size": getattr(self, f"{part}_size"), "scale": getattr(self, f"{part}_scale") or None}
+        if part == "irn":
+            loop |= {"lr": self.irn_boundary_lr, "head_lr": self.irn_displacement_lr, "weight_decay": 1e-4}
+            options: dict[str, Any] = {"width": self.irn_width, "label_radius": self.label_radius}
+            return classifier.recipe_of(loop, method="irn", options=options, output_stride=16, **own)
+        loop |= {name: getattr(self, f"segmenter_{name}") for name in ("lr", "head_lr", "power", "weight_decay")}
+        options = {"dilations": self.dilations} if self.segmenter == "deeplabv2" else {}
+        return classifier.recipe_of(loop, method=self.segmenter, options=options, output_stride=8, **own)
 
 
-def _poly(classifier: Classifier, **loop: Any) -> TrainingConfig:
-    loop |= classifier.model_dump(include={"precision", "device"})
-    return TrainingConfig(seed=classifier.train_seed, schedule="poly", warmup=0.0, **loop)
-
-
-def first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
-    """Return the first images of a data set; 0 = all."""
+def _first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
     return dataset.subset(range(min(count, len(dataset)))) if count else dataset
 
 
@@ -487,53 +440,44 @@ class Pipeline:
     @cached_property
     def train(self) -> LocalizationDataset:
         """The images that IRN and the segmenters learn from."""
-        return first(self.host.splits.train, self.settings.images)
+        return _first(self.host.splits.train, self.settings.images)
 
     @cached_property
     def tune(self) -> LocalizationDataset:
         """The validation images that everything is chosen on."""
-        return first(self.host.splits.val, self.settings.tuning_images)
+        return _first(self.host.splits.val, self.settings.tuning_images)
 
     @cached_property
     def config(self) -> LPCAMConfig:
         """LPCAM with mu_f, mu_b and the floor of the highest mIoU on validation images."""
-        base, settings = self.base, self.settings
-        pairs = itertools.product(settings.grid_mu, repeat=2) if settings.grid_mu else [(base.mu_f, base.mu_b)]
-        grid = [
-            base.model_copy(update={"mu_f": f, "mu_b": b, "mu_b_least": least})
-            for (f, b), least in itertools.product(pairs, settings.floors)
-        ]
-        by_name = {str(index): self._directions(config) for index, config in enumerate(grid)}
-        measure = partial(best_thresholds, self.host.source(self.tune), by_name, base)
-        found = self.run.cached_rows(f"mu-{self.host.number}", measure)
-        return grid[max(range(len(grid)), key=lambda index: found[index]["miou"])]
+        settings = self.settings
+        values = {"mu_f": settings.grid_mu or [self.base.mu_f], "mu_b": settings.grid_mu or [self.base.mu_b]}
+        grids = {"lpcam": grid(self.base, **values, mu_b_least=settings.floors)}
+        return choose(self.run, self.host, self.host.source(self.tune), self.prototypes, grids, self.base)["lpcam"]
 
     @cached_property
     def prototypes(self) -> list[ClassPrototypes]:
         """The prototypes of notebook 21, of all training images."""
         return cached_prototypes(self.run, self.host, self.base)[0]
 
-    def _directions(self, config: LPCAMConfig) -> Directions:
-        return directions(self.prototypes, self.host.weight, config, missing="zero")
-
     @cached_property
-    def maps(self) -> tuple[Path, Path]:
+    def maps(self) -> tuple[Path, ...]:
         """Folders with the maps of training and of validation images, a store for each kind."""
-        by_name = {"cam": None, "lpcam": self._directions(self.config)}
-        sources = {"train": self.host.source(self.train), "val": self.host.source(self.tune)}
-        made = (
-            self.run.cached(f"maps-{part}-{self.host.number}", partial(write_maps, source, by_name, self.base))
-            for part, source in sources.items()
-        )
-        return tuple(made)
+        by_name = directions_by_kind(self.prototypes, self.host.weight, self.config, COMPARED, "zero")
+        folders = []
+        for part, dataset in (("train", self.train), ("val", self.tune)):
+            write = partial(write_maps, self.host.source(dataset), by_name, self.base)
+            folders.append(self.run.cached(f"maps-{part}-{self.host.number}", write))
+        return tuple(folders)
 
-    @cached_property
-    def true_masks(self) -> WithMasks:
-        """The training images with their true masks: full supervision."""
-        return self._masks(f"truth-{self.host.number}", partial(write_true_masks, self.train))
+    def masks(self, name: str, write: Callable[..., None], *arguments: Any) -> WithMasks:
+        """Return the training images with masks that `write(*arguments, folder)` makes, once per run folder."""
+        folder = self.run.cached(f"{name}-{self.host.number}", partial(write, *arguments))
+        return WithMasks(self.train, Store(folder))
 
-    def _masks(self, name: str, build: partial) -> WithMasks:
-        return WithMasks(self.train, Store(self.run.cached(name, build)))
+    def measured(self, name: str, measure: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
+        """Return the rows that `measure(*arguments)` gives, once per run folder."""
+        return self.run.cached_rows(f"{name}-{self.host.number}", partial(measure, *arguments))
 
     @cached_property
     def stages(self) -> dict[str, Stages]:
@@ -542,12 +486,18 @@ class Pipeline:
 
     def segmenter(self, kind: str, masks: WithMasks) -> Segmenter:
         """Return the segmentation network trained on masks, and the scores of what it predicts for test images."""
-        classifier, number = self.host.classifier, self.host.number
-        name, inference = f"{kind.replace(' ', '-')}-{number}", self.settings.inference
-        recipe = self.settings.segmenter_recipe(classifier)
-        model, _ = fit(self.run, f"segmenter-{name}", recipe, masks, progress=False)
-        measure = partial(score_model, model, self.host.splits.test, inference)
-        return Segmenter(model, inference, self.run.cached_rows(f"segmentation-{name}", measure)[0])
+        name, settings = kind.replace(" ", "-"), self.settings
+        recipe = settings.recipe("segmenter", self.host.classifier)
+        model, _ = fit(self.run, f"segmenter-{name}-{self.host.number}", recipe, masks, progress=False)
+        size = settings.segmenter_size if settings.resize else None
+        inference = Inference(image_size=size, scales=settings.test_scales)
+        scores = self.measured(f"segmentation-{name}", score_model, model, self.host.splits.test, inference)[0]
+        return Segmenter(model, inference, scores)
+
+    @cached_property
+    def true_masks(self) -> WithMasks:
+        """The training images with their true masks: full supervision."""
+        return self.masks("truth", write_true_masks, self.train)
 
     @cached_property
     def fully_supervised(self) -> Segmenter:
@@ -557,8 +507,7 @@ class Pipeline:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""
         for stage in ("seeds", "seeds, CRF", "pseudo masks", "segmentation"):
-            for own in self.stages.values():
-                yield own.row(stage)
+            yield from (own.row(stage) for own in self.stages.values())
         yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
 
 
@@ -583,12 +532,8 @@ class Stages:
     pipeline: Pipeline
     kind: str
 
-    @property
-    def _name(self) -> str:
-        return f"{self.kind}-{self.pipeline.host.number}"
-
     @cached_property
-    def maps(self) -> tuple[Store, Store]:
+    def maps(self) -> tuple[Store, ...]:
         """The maps of training and of validation images."""
         return tuple(Store(folder / self.kind) for folder in self.pipeline.maps)
 
@@ -596,36 +541,25 @@ class Stages:
     def seeds(self) -> dict[str, float]:
         """The `threshold` that validation chose, the `val_miou` there, and the scores of the training images."""
         own = self.pipeline
-        measure = partial(score_stored, self.maps[0], own.train, self.maps[1], own.tune)
-        return own.run.cached_rows(f"seeds-{self._name}", measure)[0]
+        return own.measured(f"seeds-{self.kind}", score_stored, self.maps[0], own.train, self.maps[1], own.tune)[0]
 
     @property
     def around(self) -> IRNConfig:
         """IRN's configuration around the seeds' threshold."""
         return self.pipeline.settings.margins(self.seeds["threshold"])
 
-    def _labels(self, name: str, config: IRNConfig) -> WithMasks:
-        refinement = self.pipeline.settings.refinement
-        build = partial(write_irn_labels, self.maps[0], self.pipeline.train, config, refinement)
-        return self.pipeline._masks(f"{name}-{self._name}", build)
-
-    @cached_property
-    def labels(self) -> WithMasks:
-        """What IRN learns from: confident classes and background, 255 elsewhere."""
-        return self._labels("labels", self.around)
-
-    @cached_property
-    def crf_masks(self) -> WithMasks:
-        """Seed masks after the CRF alone: IRN's labels without a margin."""
-        threshold = self.seeds["threshold"]
-        return self._labels("crf", IRNConfig(foreground=threshold, background=threshold))
+    def labels(self, name: str, config: IRNConfig) -> WithMasks:
+        """Return the training images with IRN's labels: confident classes and background, 255 elsewhere."""
+        own = self.pipeline
+        arguments = (self.maps[0], own.train, config, own.settings.refinement)
+        return own.masks(f"{name}-{self.kind}", write_irn_labels, *arguments)
 
     @cached_property
     def irn(self) -> tuple[IRN, Path]:
-        """IRN trained on the labels, and its folder."""
-        own = self.pipeline
-        recipe = own.settings.irn_recipe(own.host.classifier)
-        return fit(own.run, f"irn-{self._name}", recipe, self.labels, progress=False)
+        """IRN trained on the labels `around` the seeds' threshold, and its folder."""
+        own, labels = self.pipeline, self.labels("labels", self.around)
+        recipe = own.settings.recipe("irn", own.host.classifier)
+        return fit(own.run, f"irn-{self.kind}-{own.host.number}", recipe, labels, progress=False)
 
     @cached_property
     def walks(self) -> list[dict[str, float]]:
@@ -633,10 +567,8 @@ class Stages:
         own, rows = self.pipeline, []
         for damping in own.settings.dampings:
             config = self.around.model_copy(update={"damping": damping})
-            measure = partial(
-                score_walks, self.irn[0], self.maps[1], own.tune, config, own.settings.steps, own.settings.walk_size
-            )
-            rows += own.run.cached_rows(f"walks-{self._name}", measure)
+            arguments = (self.irn[0], self.maps[1], own.tune, config, own.settings.steps, own.settings.walk_size)
+            rows += own.measured(f"walks-{self.kind}", score_walks, *arguments)
         return rows
 
     @cached_property
@@ -650,35 +582,29 @@ class Stages:
     def pseudo_masks(self) -> WithMasks:
         """The training images with the masks of the maps that walked; `store` holds these maps, too."""
         own = self.pipeline
-        build = partial(write_pseudo_masks, self.irn[0], self.maps[0], own.train, self.walk, own.settings.walk_size)
-        return own._masks(f"pseudo-{self._name}", build)
+        arguments = (self.irn[0], self.maps[0], own.train, self.walk, own.settings.walk_size)
+        return own.masks(f"pseudo-{self.kind}", write_pseudo_masks, *arguments)
 
     @cached_property
     def segmenter(self) -> Segmenter:
         """The segmenter that learns from the pseudo masks."""
         return self.pipeline.segmenter(self.kind, self.pseudo_masks)
 
-    @cached_property
-    def crf_scores(self) -> dict[str, float]:
-        """Scores of `crf_masks`."""
-        return self.pipeline.run.cached_rows(f"scores-crf-{self._name}", partial(score_masks, self.crf_masks))[0]
-
-    @cached_property
-    def pseudo_scores(self) -> dict[str, float]:
-        """Scores of `pseudo_masks`."""
-        return self.pipeline.run.cached_rows(f"scores-pseudo-{self._name}", partial(score_masks, self.pseudo_masks))[0]
-
     def row(self, stage: str) -> dict[str, Any]:
         """Return the scores of a stage, with the threshold of its masks and the images that it is scored on.
 
-        stage: `seeds`, `seeds, CRF`, `pseudo masks` or `segmentation`.
+        stage: `seeds`, `seeds, CRF` (IRN's labels without a margin), `pseudo masks` or `segmentation`.
         """
         if stage == "segmentation":
             return _row(stage, self.kind, "test", np.nan, self.segmenter.scores)
-        if stage == "pseudo masks":
-            return _row(stage, self.kind, "train", self.walk.mask_background, self.pseudo_scores)
-        scores = self.seeds if stage == "seeds" else self.crf_scores
-        return _row(stage, self.kind, "train", self.seeds["threshold"], scores)
+        threshold, scores = self.seeds["threshold"], self.seeds
+        if stage == "seeds, CRF":
+            masks = self.labels("crf", IRNConfig(foreground=threshold, background=threshold))
+            scores = self.pipeline.measured(f"scores-crf-{self.kind}", score_masks, masks)[0]
+        elif stage == "pseudo masks":
+            threshold = self.walk.mask_background
+            scores = self.pipeline.measured(f"scores-pseudo-{self.kind}", score_masks, self.pseudo_masks)[0]
+        return _row(stage, self.kind, "train", threshold, scores)
 
 
 def score_walks(
@@ -688,18 +614,3 @@ def score_walks(
     walked = walk_steps(model, maps.all_maps(dataset.image_ids), dataset, config, steps, size)
     found = evaluate(walked, dataset, parts=False)
     return [{"damping": config.damping, "steps": e, **best_threshold(found[e].segmentation)} for e in steps]
-
-
-def label_quality(
-    maps: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig
-) -> dict[str, float]:
-    """Return shares of the pixels of `irn_labels`, background and foreground, and how much of each is right."""
-    total = np.zeros(5)
-    for index, found in enumerate(maps.all_maps(dataset.image_ids)):
-        sample = dataset[index]
-        label = irn_labels(found, sample.image, config, refinement)
-        truth = class_mask(sample, dataset.multi_label)
-        back, front = label == 0, (label > 0) & (label < IGNORE)
-        total += [label.size, back.sum(), (truth[back] == 0).sum(), front.sum(), (truth[front] == label[front]).sum()]
-    shares = {"background": total[1] / total[0], "of it right": total[2] / max(1, total[1])}
-    return shares | {"foreground": total[3] / total[0], "of that right": total[4] / max(1, total[3])}

@@ -27,12 +27,12 @@ from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.transforms import Transform
 from wsolnb.methods import get_method
 from wsolnb.methods.base import LocalizationModel, pick
-from wsolnb.methods.scm import SCM, Maps, SCMConfig
+from wsolnb.methods.scm import SCM, SCMConfig
 from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
 from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
-from wsolnb.train.loop import TrainingConfig, history, load_checkpoint
-from wsolnb.train.recipe import Recipe, fit
+from wsolnb.train.loop import history, load_checkpoint
+from wsolnb.train.recipe import Recipe, TrainingSettings, fit
 
 Epoch = Literal["best", "last"]
 PAIR = {"tscam": "TS-CAM", "scm": "SCM"}
@@ -56,7 +56,7 @@ class Trained(NamedTuple):
         return load_checkpoint(self.model, self.folder, epoch)
 
 
-class _Experiment(DataSettings):
+class _Experiment(TrainingSettings, DataSettings):
     """What both experiments share: how a single-label model is trained, and kept."""
 
     prefix: ClassVar[str] = ""
@@ -64,20 +64,6 @@ class _Experiment(DataSettings):
     protocol: Literal["resize", "crop_resize", "crop"]
     pretrained: bool
     padding: Literal["zeros", "replicate"]
-    batch_size: int
-    weight_decay: float
-    shift: int
-    precision: Literal["auto", "bf16", "fp32"]
-    device: str
-    num_workers: int
-
-    def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how a method is trained with a seed."""
-        raise NotImplementedError
-
-    def changed(self, **changes: Any) -> Self:
-        """Return the experiment with other values of some fields; pydantic's ValidationError for a wrong one."""
-        return type(self)(**{**self.model_dump(), **changes})
 
     def fit(self, run: Run, method: str, seed: int, splits: Splits, progress: bool = True, **changes: Any) -> Trained:
         """Return the trained model of a method at its last epoch; trained once per run folder.
@@ -85,24 +71,18 @@ class _Experiment(DataSettings):
         The best epoch is chosen on the validation images. changes: as of `recipe`.
         """
         recipe = self.recipe(method, seed, **changes)
-        validate = validator(splits.val, recipe.test_transform())
-        model, folder = fit(run, f"{self.prefix}{method}-{seed}", recipe, splits.train, validate, progress)
-        return Trained(model, folder, recipe.test_transform())
+        transform = recipe.test_transform()
+        name, validate = f"{self.prefix}{method}-{seed}", validator(splits.val, transform)
+        return Trained(*fit(run, name, recipe, splits.train, validate, progress), transform)
 
     def fit_all(
         self, run: Run, methods: Iterable[str], seeds: Sequence[int], splits: Splits
     ) -> dict[tuple[str, int], Trained]:
         """Return the trained models of several methods by method and seed, seed after seed."""
-        methods = list(methods)
-        return {(method, seed): self.fit(run, method, seed, splits) for seed in seeds for method in methods}
-
-    def _recipe(self, method: str, backbone: str, options: dict[str, Any], seed: int, **loop: Any) -> Recipe:
-        shared = {"pretrained", "image_size", "protocol", "batch_size", "shift", "num_workers"}
-        loop |= self.model_dump(include={"weight_decay", "precision", "device"}) | {"seed": seed}
-        training = TrainingConfig(**loop)
-        return Recipe(
-            method=method, backbone=backbone, options=options, training=training, **self.model_dump(include=shared)
-        )
+        pairs = [(method, seed) for seed in seeds for method in methods]
+        for pair in pairs:
+            self.recipe(*pair)  # an unknown method is an error before the first training
+        return {pair: self.fit(run, *pair, splits) for pair in pairs}
 
 
 class Baselines(_Experiment):
@@ -135,14 +115,14 @@ class Baselines(_Experiment):
         """
         changes = self.method_options.get(method, {}) | changes
         takes = get_type_hints(get_method(method).__init__).get("backbone", ConvBackbone)
-        if isinstance(takes, type) and issubclass(takes, TransformerBackbone):
-            if issubclass(get_method(method), TSCAM):
-                changes = {"padding": self.padding} | changes
-            loop = {"epochs": self.tscam_epochs, "lr": self.tscam_lr, "head_lr": self.tscam_head_lr}
-            return self._recipe(method, self.transformer, changes, seed, select="top1_loc", **loop)
-        loop = {"epochs": self.cam_epochs, "lr": self.cam_lr, "select": "top1_loc"}
-        recipe = self._recipe(method, self.cnn, changes, seed, **loop)
-        return recipe.model_copy(update={"output_stride": self.output_stride})
+        loop: dict[str, Any] = {"seed": seed, "select": "top1_loc"}
+        if not (isinstance(takes, type) and issubclass(takes, TransformerBackbone)):
+            loop |= {"epochs": self.cam_epochs, "lr": self.cam_lr}
+            return self.recipe_of(loop, method=method, backbone=self.cnn, options=changes)
+        if issubclass(get_method(method), TSCAM):
+            changes = {"padding": self.padding} | changes
+        loop |= {"epochs": self.tscam_epochs, "lr": self.tscam_lr, "head_lr": self.tscam_head_lr}
+        return self.recipe_of(loop, method=method, backbone=self.transformer, options=changes)
 
 
 class Pair(_Experiment):
@@ -163,11 +143,10 @@ class Pair(_Experiment):
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
         """Return how `tscam` or `scm` is trained. changes: of the preset's `SCMConfig`."""
-        options: dict[str, Any] = {"padding": self.padding, "head_init": self.head_init}
+        options = self.model_dump(include={"padding", "head_init"})
         if method == "scm":
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
-        loop = self.model_dump(include={"epochs", "lr", "head_lr", "schedule", "betas"}) | {"select": "gt_known"}
-        return self._recipe(method, self.backbone, options, seed, **loop)
+        return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options)
 
     def start(self, seed: int, like: TSCAM) -> TSCAM:
         """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
@@ -193,16 +172,6 @@ def score_all(
     return pd.DataFrame(rows), found
 
 
-def compared(
-    run: Run, baselines: Baselines, methods: Sequence[str], seeds: Sequence[int], splits: Splits
-) -> list[dict]:
-    """Train further methods as CAM or TS-CAM; return the rows of `score_all` at their last epoch."""
-    for method in methods:
-        baselines.recipe(method, 0)  # an unknown method is an error before the first training
-    table, _ = score_all(baselines.fit_all(run, methods, seeds, splits), splits, ("last",))
-    return table.to_dict("records")
-
-
 # How far training moves the attention, and which factor of the product a difference lies in
 
 
@@ -222,39 +191,45 @@ def drift(model: TSCAM, start: TSCAM, dataset: LocalizationDataset, transform: T
     return float(torch.cat(moved).mean() / 2)
 
 
-class _Products(NamedTuple):
-    """logits: (B, C) of the first trained model. attention, semantic: by model, (B, h, w) and (B, C, h, w)."""
+class _Factors(NamedTuple):
+    """logits: (B, C). attention, semantic: by name, (B, h, w) and (B, C, h, w)."""
 
     logits: Tensor
     attention: dict[str, Tensor]
     semantic: dict[str, Tensor]
 
 
-class Products(Reader):
+class _Products(Reader):
+    """Products of attention and semantic maps. pairs: names of both factors, by the name of their product."""
+
+    def __init__(self, pairs: Mapping[str, tuple[str, str]]):
+        super().__init__()
+        self.pairs, self.maps = pairs, tuple(pairs)
+
+    def localize(self, output: _Factors, classes: Tensor) -> dict[str, Tensor]:
+        """Return every product for one class per image, each (B, h, w)."""
+        semantic = {name: pick(found, classes).float() for name, found in output.semantic.items()}
+        return {name: output.attention[a] * semantic[s] for name, (a, s) in self.pairs.items()}
+
+
+class Products(_Products):
     """Products of one model's attention with another's semantic map; the map `a x s` takes them from models a and s.
 
     trained: TS-CAM or SCM by name. start: the model before training, of which the attention only is taken.
     """
 
     def __init__(self, trained: Mapping[str, TSCAM], start: TSCAM):
-        super().__init__()
+        super().__init__({f"{a} x {s}": (a, s) for a in ("start", *trained) for s in trained})
         self.trained, self.start = nn.ModuleDict(trained), start
-        self.pairs = [(a, s) for a in ("start", *trained) for s in trained]
-        self.maps = tuple(f"{a} x {s}" for a, s in self.pairs)
 
-    def forward(self, images: Tensor) -> _Products:
-        """Run all models on (B, 3, H, W) normalised images."""
+    def forward(self, images: Tensor) -> _Factors:
+        """Run all models on (B, 3, H, W) normalised images; the logits are those of the first trained one."""
         outputs = {name: model(images) for name, model in self.trained.items()}
         rows = {"start": self.start.backbone(images).attention} | {n: out.attention for n, out in outputs.items()}
         grid = self.start.backbone.grid
         attention = {name: found.float().mean(dim=(1, 2)).unflatten(1, grid) for name, found in rows.items()}
         logits = next(iter(outputs.values())).logits
-        return _Products(logits, attention, {name: out.semantic_map for name, out in outputs.items()})
-
-    def localize(self, output: _Products, classes: Tensor) -> dict[str, Tensor]:
-        """Return every product for one class per image, each (B, h, w)."""
-        semantic = {name: pick(found, classes).float() for name, found in output.semantic.items()}
-        return {f"{a} x {s}": output.attention[a] * semantic[s] for a, s in self.pairs}
+        return _Factors(logits, attention, {name: out.semantic_map for name, out in outputs.items()})
 
 
 def swapped(
@@ -266,35 +241,27 @@ def swapped(
     at = val.thresholds()
     return [
         {"attention of": a, "semantic map of": s, "gt_known": test.localization[name].at(at[name])["gt_known"]}
-        for (a, s), name in zip(products.pairs, products.maps, strict=True)
+        for name, (a, s) in products.pairs.items()
     ]
 
 
-class _Cascade(NamedTuple):
-    """logits: (B, C). levels: the maps in front of the first block, between the blocks, and behind the last one."""
+class Couplings(_Products):
+    """SCM's products of the semantic map of one level with the attention of another: `S0 F0`, `S0 F1`, ... (fig. 9).
 
-    logits: Tensor
-    levels: list[Maps]
-
-
-class Couplings(Reader):
-    """SCM's products of the semantic map of one level with the attention of another: `S0 F0`, `S0 F1`, ... (fig. 9)."""
+    Levels lie in front of the first block, between the blocks, and behind the last one.
+    """
 
     def __init__(self, model: SCM):
-        super().__init__()
-        self.model, self.levels = model, 1 + len(model.calibration.blocks)
-        self.maps = tuple(f"S{i} F{j}" for i in range(self.levels) for j in range(self.levels))
+        levels = range(1 + len(model.calibration.blocks))
+        super().__init__({f"S{i} F{j}": (f"F{j}", f"S{i}") for i in levels for j in levels})
+        self.model, self.levels = model, len(levels)
 
-    def forward(self, images: Tensor) -> _Cascade:
+    def forward(self, images: Tensor) -> _Factors:
         """Run the model and its blocks on (B, 3, H, W) normalised images."""
         output = self.model(images)
-        return _Cascade(output.logits, self.model.calibration(output.attention, output.semantic_map))
-
-    def localize(self, output: _Cascade, classes: Tensor) -> dict[str, Tensor]:
-        """Return every coupling for one class per image, each (B, h, w)."""
-        semantic = [pick(maps.semantic, classes) for maps in output.levels]
-        attention = [maps.attention for maps in output.levels]
-        return {f"S{i} F{j}": s * f for i, s in enumerate(semantic) for j, f in enumerate(attention)}
+        levels = list(enumerate(self.model.calibration(output.attention, output.semantic_map)))
+        attention = {f"F{level}": maps.attention for level, maps in levels}
+        return _Factors(output.logits, attention, {f"S{level}": maps.semantic for level, maps in levels})
 
 
 # The studies of notebook 12
@@ -318,14 +285,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 """What paper and released code set differently, one at a time."""
 
+SCALES = (("alpha", 0.001), ("alpha", 0.004), ("beta", 0.25), ("beta", 1.0), ("lam", 0.8))
+
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "switches": SWITCHES,
     "steps": {f"p = {p}": {"steps": p, "first_steps": p} for p in (1, 2, 4, 6, 8)},
-    "scales": {
-        f"{name} = {v}": {name: v}
-        for name, values in {"alpha": (0.001, 0.004), "beta": (0.25, 1.0), "lam": (0.8,)}.items()
-        for v in values
-    },
+    "scales": {f"{name} = {v}": {name: v} for name, v in SCALES},
     "blocks": {f"{n} blocks": {"blocks": n} for n in (1, 2, 4, 6)},
 }
 """Studies of SCM alone: by study and variant, changes of its `SCMConfig`."""
@@ -370,25 +335,23 @@ class Studies(BaseModel):
         seeds = self.pair_seeds if study in ("pairs", "photographs") else self.study_seeds
         for variant, changes, module in self._variants(study):
             pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
-            for seed in seeds:
-                yield from (Trial(study, variant, method, seed, pair, module) for method in methods)
+            yield from (Trial(study, variant, method, seed, pair, module) for seed in seeds for method in methods)
 
-    def _variants(self, study: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """Yield name, changes of the pair, and changes of the module."""
+    def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Return name, changes of the pair, and changes of the module."""
         own = {"backbone": self.study_start}
-        if study == "pairs":
-            yield from (("-", {"backbone": b, "body_cue": cue}, {}) for cue in self.cues for b in self.starts)
-        elif study == "photographs":
-            where = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
-            yield from (("-", {"backbone": b, **where}, {}) for b in self.starts)
-        elif study == "rates":
-            yield from (("-", {"backbone": b, "lr": rate}, {}) for b in self.starts for rate in self.rates)
-        elif study == "regimes":
-            yield from ((name, {**own, **changes}, {}) for name, changes in REGIMES.items())
-        else:
-            yield from ((name, own, module) for name, module in VARIANTS[study].items())
-        if study == "switches":  # trained for one epoch, since it does not learn
-            yield "paper", {**own, "preset": "paper", "epochs": 1}, {}
+        photographs = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
+        changes = {
+            "pairs": [("-", {"backbone": b, "body_cue": cue}) for cue in self.cues for b in self.starts],
+            "photographs": [("-", {"backbone": b, **photographs}) for b in self.starts],
+            "rates": [("-", {"backbone": b, "lr": rate}) for b in self.starts for rate in self.rates],
+            "regimes": [(name, {**own, **regime}) for name, regime in REGIMES.items()],
+        }
+        if study in changes:
+            return [(name, changed, {}) for name, changed in changes[study]]
+        # What the paper prints is trained for one epoch, since it does not learn.
+        paper = [("paper", {**own, "preset": "paper", "epochs": 1}, {})] if study == "switches" else []
+        return [(name, own, module) for name, module in VARIANTS[study].items()] + paper
 
     def rows(self, run: Run, studies: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Train the models of some studies, or find them; yield the rows of `measured`."""

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wsolnb import maps as score_maps
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import LocalizationDataset, Sample
 from wsolnb.data.loading import make_loader
-from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import Transform
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP, box_iou
 from wsolnb.metrics.boxes import ground_truth
 from wsolnb.metrics.localization import BoxAccuracy, Localization, PixelPrecision
 from wsolnb.metrics.parts import Coverage
+from wsolnb.train.loop import Scorer
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """Thresholds of the curves: a validation threshold needs no finer grid than 0.01."""
+
+METRICS: dict[str, Callable[[], Any]] = {
+    "localization": partial(LocalizationAccuracy, THRESHOLDS),
+    "v1": partial(MaxBoxAcc, THRESHOLDS),
+    "v2": partial(MaxBoxAcc, THRESHOLDS, multi_contour=True),
+    "pixels": PxAP,
+    "parts": partial(PartCoverage, THRESHOLDS),
+}
+"""What makes each field of `Evaluation`."""
 
 
 class Reader(LocalizationModel):
@@ -39,22 +49,16 @@ class Prediction(NamedTuple):
     sample: transformed as the model saw it. logits: (C,), or None where nothing was classified: every image then counts
     as rightly classified. ranking: (C,) classes from most to least likely, or None.
     maps: by name, (H, W) float32 in [0, 1], of the true class.
-    predicted: of the method's own map, for the five most likely classes, (5, H, W); None unless asked for.
     """
 
     sample: Sample
     logits: np.ndarray | None
     ranking: np.ndarray | None
     maps: dict[str, np.ndarray]
-    predicted: np.ndarray | None = None
 
 
 def predict(
-    model: LocalizationModel,
-    dataset: LocalizationDataset,
-    transform: Transform | None,
-    batch_size: int = 50,
-    top5: bool = False,
+    model: LocalizationModel, dataset: LocalizationDataset, transform: Transform | None, batch_size: int = 50
 ) -> Iterator[Prediction]:
     """Run a single-label model over a data set; yields a `Prediction` per image, in order.
 
@@ -65,24 +69,14 @@ def predict(
     for batch in make_loader(dataset, transform, batch_size, truth=True, mean=model.mean, std=model.std):
         with torch.inference_mode():
             output = model(batch["image"].to(device))
+            found = model.localize(output, batch["label"].to(device))
             size = batch["image"].shape[2:]
-            ranking = output.logits.float().argsort(dim=1, descending=True, stable=True)
-            named = _maps(model, output, batch["label"].to(device), size)
-            ranked = None
-            if top5:
-                # The method's own map of each of the five most likely classes, (5, B, H, W).
-                ranked = np.stack(
-                    [_maps(model, output, column, size)[model.maps[0]] for column in ranking[:, :5].unbind(1)]
-                )
-        logits, ranking = output.logits.float().cpu().numpy(), ranking.cpu().numpy()
+            named = {name: score_maps.upsample(values, size).cpu().numpy() for name, values in found.items()}
+            logits = output.logits.float()
+            ranking = logits.argsort(dim=1, descending=True, stable=True).cpu().numpy()
+        logits = logits.cpu().numpy()
         for i, sample in enumerate(batch["samples"]):
-            own = {name: values[i] for name, values in named.items()}
-            yield Prediction(sample, logits[i], ranking[i], own, None if ranked is None else ranked[:, i])
-
-
-def _maps(model: LocalizationModel, output: Any, classes: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    found = model.localize(output, classes)
-    return {name: score_maps.upsample(values, size).cpu().numpy() for name, values in found.items()}
+            yield Prediction(sample, logits[i], ranking[i], {name: values[i] for name, values in named.items()})
 
 
 class Evaluation(NamedTuple):
@@ -124,12 +118,8 @@ class Evaluation(NamedTuple):
             row = {"map": name, "threshold": threshold, "top1": scores["top1_cls"], "gt_known": scores["gt_known"]}
             row |= {"oracle": found.best("gt_known")[1], "top1_loc": scores["top1_loc"], "top5_loc": scores["top5_loc"]}
             if name in self.v1:
-                box_thresholds = [
-                    validation.v1[name].best["iou_0.5"][0],
-                    [t for t, _ in validation.v2[name].best.values()],
-                ]
-                row["maxboxacc_v1"] = self.v1[name].at(box_thresholds[0])["iou_0.5"]
-                row["maxboxacc_v2"] = self.v2[name].at(box_thresholds[1])["mean"]
+                row["maxboxacc_v1"] = self.v1[name].at(validation.v1[name].best["iou_0.5"][0])["iou_0.5"]
+                row["maxboxacc_v2"] = self.v2[name].at([t for t, _ in validation.v2[name].best.values()])["mean"]
             if name in self.pixels:
                 row["pxap"] = self.pixels[name].average_precision
                 row["mask_iou"] = self.pixels[name].at(validation.pixels[name].best("iou")[0])["iou"]
@@ -141,14 +131,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: LocalizationModel,
-    dataset: LocalizationDataset,
-    transform: Transform | None,
-    batch_size: int = 50,
-    quick: bool = False,
+    model: LocalizationModel, dataset: LocalizationDataset, transform: Transform | None, quick: bool = False
 ) -> Evaluation:
     """Score every map of a single-label model on a data set, in one pass; see `score`."""
-    return score(predict(model, dataset, transform, batch_size), quick)
+    return score(predict(model, dataset, transform), quick)
 
 
 def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
@@ -159,37 +145,27 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
 
     Raises MapError when the maps hold NaN, or no image has a box.
     """
-    boxed: dict[str, dict[str, Any]] = {"localization": {}, "v1": {}, "v2": {}}
-    pixels: dict[str, PxAP] = {}
-    parts: dict[str, PartCoverage] = {}
+    metrics: dict[str, dict[str, Any]] = {kind: {} for kind in Evaluation._fields}
     for found in predictions:
         sample = found.sample
+        logits = np.eye(sample.label + 1)[sample.label] if found.logits is None else found.logits
+        truth = {"localization": (sample.boxes, sample.label, logits)}
+        if not quick:
+            truth |= {"v1": (sample.boxes,), "v2": (sample.boxes,), "pixels": (sample.mask,), "parts": (sample.parts,)}
         for name, score_map in found.maps.items():
-            if name not in boxed["localization"]:
-                boxed["localization"][name] = LocalizationAccuracy(THRESHOLDS)
-                if not quick:
-                    boxed["v1"][name] = MaxBoxAcc(THRESHOLDS)
-                    boxed["v2"][name] = MaxBoxAcc(THRESHOLDS, multi_contour=True)
-            if len(sample.boxes):
-                logits = np.eye(sample.label + 1)[sample.label] if found.logits is None else found.logits
-                boxed["localization"][name].update(score_map, sample.boxes, sample.label, logits)
-                for kind in ("v1", "v2") if not quick else ():
-                    boxed[kind][name].update(score_map, sample.boxes)
-            if not quick and sample.mask is not None:
-                pixels.setdefault(name, PxAP()).update(score_map, sample.mask)
-            if not quick and sample.parts is not None:
-                parts.setdefault(name, PartCoverage(THRESHOLDS)).update(score_map, sample.parts)
-    groups = (*boxed.values(), pixels, parts)
-    return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in groups))
+            for kind, known in truth.items():
+                if known[0] is None:
+                    continue
+                if name not in metrics[kind]:
+                    metrics[kind][name] = METRICS[kind]()
+                if len(known[0]):
+                    metrics[kind][name].update(score_map, *known)
+    return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in metrics.values()))
 
 
-def validator(dataset: LocalizationDataset, transform: Transform) -> Callable[[LocalizationModel], dict[str, float]]:
+def validator(dataset: LocalizationDataset, transform: Transform) -> Scorer:
     """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
-
-    def validate(model: LocalizationModel) -> dict[str, float]:
-        return evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
-
-    return validate
+    return lambda model: evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
 
 
 def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
@@ -210,15 +186,6 @@ def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, 
     scores = [box_accuracy(box, samples) for box in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
-
-
-def centre_gt_known(
-    validation: LocalizationDataset, test: LocalizationDataset, transform: Transform
-) -> tuple[np.ndarray, float]:
-    """Return the box in the middle that is best on the validation images, (4,), and its GT-known on the test images."""
-    val, rest = ([transform(part[i]) for i in range(len(part))] for part in (validation, test))
-    box, _ = centre_box([sample for sample in val if len(sample.boxes)])
-    return box, box_accuracy(box, [sample for sample in rest if len(sample.boxes)])
 
 
 def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:

@@ -11,28 +11,29 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, set_seed
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from wsolnb.errors import ParameterError, TrainingError
+from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
+
+Scorer = Callable[[Trainable], dict[str, float]]
+"""What is called after every epoch: gives columns of the history for a model, from validation images."""
 
 
 class TrainingConfig(BaseModel):
@@ -75,9 +76,8 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises ParameterError when the device is unknown or not present.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -94,13 +94,6 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch, so that weights made next are reproducible on the same machine."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries that draw from the global state
-    torch.manual_seed(seed)
 
 
 def parameter_groups(model: Trainable, config: TrainingConfig) -> list[dict]:
@@ -131,16 +124,12 @@ def rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-FILES = ("last.safetensors", "best.safetensors", "history.csv", "state.pt")
-"""What a training writes into its folder; each first under the same name behind a dot."""
-
-
 def train(
     model: Trainable,
     loader: Iterable[dict],
     config: TrainingConfig,
     folder: str | Path,
-    evaluate: Callable[[Trainable], dict[str, float]] | None = None,
+    evaluate: Scorer | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place by its own `loss` and return the history, one row per epoch.
@@ -164,9 +153,7 @@ def train(
     batches = accelerator.prepare(loader)
     _require_batches(loader, batches, accelerator.num_processes)
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # what a killed run was writing
-            (folder / f".{name}").unlink(missing_ok=True)
+        sweep(folder)  # what a killed run was writing
     precision = pick_precision(config.precision, device)
     # Dropout differs between processes, as it does between the images of a batch.
     set_seed(config.seed + accelerator.process_index)
@@ -181,22 +168,14 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     # A resumed training must have all of these unchanged. Device and precision count as what `auto` picks: both change
     # rounding, and the device also dropout. How they were asked for, and the index of a GPU, change nothing.
-    settings = config.model_dump() | {
-        "device": device.type,
-        "precision": precision,
-        "steps of an epoch": len(batches),
-        "processes": accelerator.num_processes,
-    }
-
-    rows: list[dict[str, float]] = []
+    settings = config.model_dump() | {"device": device.type, "precision": precision}
+    settings |= {"steps of an epoch": len(batches), "processes": accelerator.num_processes}
     state_file = folder / "state.pt"
-    if state_file.exists():
-        rows = _resume(state_file, settings, plain, optimizer, schedule, accelerator)
+    rows = _resume(state_file, settings, plain, optimizer, schedule, accelerator) if state_file.exists() else []
+    hidden, done = not (progress and accelerator.is_main_process), len(rows) * len(batches)
     # Once a second: every refresh is a message of the kernel, and a client that reads none while a cell runs (nbval)
     # loses what its queue cannot hold, the word that the cell is done among it.
-    shown = progress and accelerator.is_main_process
-    done = len(rows) * len(batches)
-    bar = tqdm(total=steps, initial=done, disable=not shown, unit="step", leave=False, mininterval=1.0)
+    bar = tqdm(total=steps, initial=done, disable=hidden, unit="step", leave=False, mininterval=1.0)
     for epoch in range(len(rows), config.epochs):
         # Accelerate's copy of a loader counts epochs by itself, from zero also when a training is resumed.
         for order in (loader, batches):
@@ -204,8 +183,7 @@ def train(
                 order.set_epoch(epoch)
         started = time.perf_counter()
         model.train()
-        total = torch.zeros((), device=accelerator.device)
-        seen = 0
+        total, seen = torch.zeros((), device=accelerator.device), 0
         for step, batch in enumerate(batches):
             loss = _step(accelerator, plain, model, optimizer, schedule, batch, config, precision)
             total += loss.detach() * len(batch["image"])
@@ -215,11 +193,9 @@ def train(
                 value = _mean(accelerator, total, seen)
                 if not math.isfinite(value):
                     bar.close()
-                    raise TrainingError(
-                        f"the loss is {value} in epoch {epoch + 1}, step {step + 1}",
-                        f"lower lr ({config.lr}) or head_lr, raise warmup, or set precision='fp32'; the epochs before "
-                        f"are kept in {folder}",
-                    )
+                    remedy = f"lower lr ({config.lr}) or head_lr, raise warmup, or set precision='fp32'; "
+                    remedy += f"the epochs before are kept in {folder}"
+                    raise TrainingError(f"the loss is {value} in epoch {epoch + 1}, step {step + 1}", remedy)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
             bar.update()
         row = {"epoch": epoch + 1, "loss": _mean(accelerator, total, seen), "seconds": time.perf_counter() - started}
@@ -263,9 +239,7 @@ def load_checkpoint(model: nn.Module, folder: str | Path, which: Literal["best",
             raise ValueError("its checksum differs, the file is damaged")
         model.load_state_dict(weights)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise TrainingError(
-            f"cannot load {path}: {str(error).splitlines()[0]}", "delete the folder and train again"
-        ) from error
+        raise _damaged("load", path, error) from error
     return model.eval()
 
 
@@ -278,27 +252,27 @@ def history(folder: str | Path) -> pd.DataFrame:
     try:
         text = path.read_text("utf-8")
         table = pd.read_csv(io.StringIO(text))
-        rows = range(1, len(table) + 1)
-        if not text.endswith("\n") or not len(rows) or not {"epoch", "loss", "seconds"} <= set(table.columns):
+        if not text.endswith("\n") or not len(table) or not {"epoch", "loss", "seconds"} <= set(table.columns):
             raise ValueError("a part of it is missing")
         numbers = all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes)
-        if not numbers or list(table["epoch"]) != list(rows):
+        if not numbers or list(table["epoch"]) != list(range(1, len(table) + 1)):
             raise ValueError("its rows are not the numbers of one epoch each")
     except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"cannot read {path}: {str(error).splitlines()[0]}", "delete the folder and train again"
-        ) from error
+        raise _damaged("read", path, error) from error
     return table
 
 
+def _damaged(verb: str, path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"cannot {verb} {path}: {str(error).splitlines()[0]}", "delete the folder and train again")
+
+
 def _require_batches(loader: Iterable[dict], batches: Iterable[dict], processes: int) -> None:
-    if len(batches):
-        return
-    share = f" for each of {processes} processes" if processes > 1 else ""
-    problem = f"the loader has no batch{share}"
-    if isinstance(loader, DataLoader) and loader.batch_size:
-        problem = f"{len(loader.dataset)} training images make no batch of {loader.batch_size}{share}"
-    raise ParameterError(problem, "lower batch_size")
+    if not len(batches):
+        problem = "the loader has no batch"
+        if isinstance(loader, DataLoader) and loader.batch_size:
+            problem = f"{len(loader.dataset)} training images make no batch of {loader.batch_size}"
+        share = f" for each of {processes} processes" if processes > 1 else ""
+        raise ParameterError(problem + share, "lower batch_size")
 
 
 def _step(accelerator, plain, model, optimizer, schedule, batch, config, precision: str) -> Tensor:
@@ -313,10 +287,9 @@ def _step(accelerator, plain, model, optimizer, schedule, batch, config, precisi
         optimizer.step()
         schedule.step()
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory on {accelerator.device} with batches of {len(batch['image'])}",
-            "lower batch_size or image_size; run again to go on from the last finished epoch",
-        ) from error
+        problem = f"out of memory on {accelerator.device} with batches of {len(batch['image'])}"
+        remedy = "lower batch_size or image_size; run again to go on from the last finished epoch"
+        raise TrainingError(problem, remedy) from error
     return loss
 
 
@@ -351,25 +324,15 @@ def _checksum(weights: dict[str, Tensor]) -> str:
 def _save_epoch(folder, model, optimizer, schedule, rows, scores, settings, random_states) -> None:
     """Write the epoch's weights, table and state, each by rename, so an interruption leaves the epoch before."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    names = ["last.safetensors"]
-    if scores and _is_best(scores):
-        names.append("best.safetensors")
-    checksum = _checksum(weights)
-    for name in names:
-        save_file(weights, folder / f".{name}", {"sha256": checksum})
-        os.replace(folder / f".{name}", folder / name)
-    pd.DataFrame(rows).to_csv(folder / ".history.csv", index=False)
-    os.replace(folder / ".history.csv", folder / "history.csv")
-    state = {
-        "settings": settings,
-        "model": weights,
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "history": rows,
-        "random": random_states,
-    }
-    torch.save(state, folder / ".state.pt")
-    os.replace(folder / ".state.pt", folder / "state.pt")
+    content = save(weights, {"sha256": _checksum(weights)})
+    for name in ("last", "best") if scores and _is_best(scores) else ("last",):
+        write_atomically(folder / f"{name}.safetensors", content)
+    write_atomically(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False))
+    state = {"settings": settings, "model": weights, "history": rows, "random": random_states}
+    state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_atomically(folder / "state.pt", file.getvalue())
 
 
 def _resume(path: Path, settings, model, optimizer, schedule, accelerator) -> list[dict[str, float]]:
@@ -385,16 +348,12 @@ def _resume(path: Path, settings, model, optimizer, schedule, accelerator) -> li
             for module, random_state in zip(_generators(accelerator.device), states, strict=True):
                 module.set_rng_state(random_state)
     except Exception as error:
-        raise TrainingError(
-            f"the interrupted training in {path} cannot be resumed: {type(error).__name__}: {error}",
-            f"delete {path} to start again",
-        ) from error
+        problem = f"the interrupted training in {path} cannot be resumed: {type(error).__name__}: {error}"
+        raise TrainingError(problem, f"delete {path} to start again") from error
     if names:
         changes = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in names)
-        raise TrainingError(
-            f"the training in {path} was interrupted with {changes}",
-            f"delete {path} to start again, or go on with the settings that it was interrupted with",
-        )
+        remedy = f"delete {path} to start again, or go on with the settings that it was interrupted with"
+        raise TrainingError(f"the training in {path} was interrupted with {changes}", remedy)
     if accelerator.is_main_process:
         done = len(state["history"])
         warnings.warn(f"resuming after epoch {done} of an interrupted training in {path}", stacklevel=3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
@@ -13,6 +11,7 @@ from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Resize
 from wsolnb.errors import MapError
 from wsolnb.methods.base import LocalizationModel
+from wsolnb.train.loop import Scorer
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -48,10 +47,6 @@ def mean_average_precision(model: LocalizationModel, dataset: LocalizationDatase
     return float(np.nanmean(average_precision(*predict(model, dataset, image_size))))
 
 
-def validator(dataset: LocalizationDataset, image_size: int) -> Callable[[LocalizationModel], dict[str, float]]:
+def validator(dataset: LocalizationDataset, image_size: int) -> Scorer:
     """Return what `fit` calls after every epoch: the mean average precision on validation images, `map`."""
-
-    def validate(model: LocalizationModel) -> dict[str, float]:
-        return {"map": mean_average_precision(model, dataset, image_size)}
-
-    return validate
+    return lambda model: {"map": mean_average_precision(model, dataset, image_size)}

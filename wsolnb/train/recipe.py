@@ -10,7 +10,7 @@ folder and reads it back. Classifiers, map decoders, IRN and segmentation networ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,26 +18,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wsolnb import weights
+from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import IMAGENET_MEAN, make_loader
-from wsolnb.data.transforms import (
-    Compose,
-    RandomBrightnessContrast,
-    RandomHorizontalFlip,
-    RandomLongSideCrop,
-    RandomScaleCrop,
-    RandomShift,
-    Resize,
-    ResizeCenterCrop,
-    ResizeRandomCrop,
-    Transform,
-)
+from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
-from wsolnb.train.loop import TrainingConfig, load_checkpoint, pick_device, set_seed, train
+from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, set_seed, train
 
 
 class Recipe(BaseModel):
@@ -91,21 +81,21 @@ class Recipe(BaseModel):
     def test_transform(self) -> Transform:
         """The deterministic transform of the protocol."""
         if self.protocol != "crop":
-            return Resize(self.image_size)
-        return ResizeCenterCrop(self._uncropped(), self.image_size, keep_aspect=True)
+            return transforms.Resize(self.image_size)
+        return transforms.ResizeCenterCrop(self._uncropped(), self.image_size, keep_aspect=True)
 
     def train_transform(self, mean: tuple[float, ...] = IMAGENET_MEAN) -> Transform:
         """The random transform: crop or shift, flip, light. mean: the colour of what lies outside of an image."""
         if self.long_side:
-            first = [RandomLongSideCrop(self.long_side, self.image_size, mean)]
+            first = [transforms.RandomLongSideCrop(self.long_side, self.image_size, mean)]
         elif self.scale:
-            first = [RandomScaleCrop(self.scale, self.image_size, mean)]
+            first = [transforms.RandomScaleCrop(self.scale, self.image_size, mean)]
         elif self.protocol != "resize":
-            first = [ResizeRandomCrop(self._uncropped(), self.image_size)]
+            first = [transforms.ResizeRandomCrop(self._uncropped(), self.image_size)]
         else:
-            first = [Resize(self.image_size), RandomShift(self.shift)]
-        light = RandomBrightnessContrast(self.brightness, self.contrast)
-        return Compose([*first, RandomHorizontalFlip(), light])
+            first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
+        light = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
+        return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
 
     @property
     def map_size(self) -> int | None:
@@ -123,24 +113,16 @@ class Recipe(BaseModel):
         embedded = self.pretrained and self.backbone in weights.embedded()
         return weights.read_card(self.backbone)["sha256"] if embedded else ""
 
-    def make_backbone(self) -> Any:
-        """Return the backbone as it starts; WeightsError when its weights are missing."""
-        return get_method(self.method).make_backbone(
-            self.backbone,
-            pretrained=self.pretrained,
-            checkpoint=resolve(self.checkpoint) if self.checkpoint else None,
-            image_size=self.image_size,
-            output_stride=self.output_stride,
-        )
-
     def build(self, num_classes: int) -> Trainable:
         """Return the model with fresh (seeded) or pretrained weights.
 
         Raises ParameterError for an unknown method or backbone, WeightsError for missing weights.
         """
-        get_method(self.method)  # an unknown one is an error before any weights are looked for
+        method = get_method(self.method)  # an unknown one is an error before any weights are looked for
         set_seed(self.training.seed)
-        backbone = self.make_backbone()
+        options = self.model_dump(include={"pretrained", "image_size", "output_stride"})
+        options["checkpoint"] = resolve(self.checkpoint) if self.checkpoint else None
+        backbone = method.make_backbone(self.backbone, **options)
         if self.tuned_layers is not None:
             blocks = getattr(getattr(backbone, "vit", None), "blocks", [])
             if self.tuned_layers > len(blocks):
@@ -152,12 +134,51 @@ class Recipe(BaseModel):
         return create_method(self.method, backbone, num_classes, **self.options)
 
 
+class TrainingSettings(BaseModel):
+    """How all models of an experiment are trained; the fields are parameters of several notebooks."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    batch_size: int
+    weight_decay: float
+    shift: int
+    precision: Literal["auto", "bf16", "fp32"]
+    device: str
+    num_workers: int
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the settings with other values of some fields; pydantic's ValidationError for a wrong one."""
+        return type(self)(**self.model_dump() | changes)
+
+    def recipe_of(self, loop: Mapping[str, Any], **fields: Any) -> Recipe:
+        """Return a recipe of these settings, and of those that a subclass has under a recipe's names.
+
+        loop: fields of the training. fields: of the recipe. Both go before the settings.
+        """
+        training = self.model_dump(include=OF_THE_LOOP) | dict(loop)
+        return Recipe(**self.model_dump(include=OF_THE_RECIPE) | {"training": TrainingConfig(**training)} | fields)
+
+
+OF_THE_LOOP = {"epochs", "lr", "head_lr", "schedule", "betas", "optimizer", "weight_decay", "precision", "device"}
+OF_THE_RECIPE = {
+    "method", "backbone", "pretrained", "output_stride", "image_size", "protocol", "batch_size", "shift", "num_workers",
+}  # fmt: skip
+"""What settings and recipes call by the same name."""
+
+
+def evenly(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
+    """Return `count` evenly spaced images of a data set, or all where there are fewer."""
+    if count >= len(dataset):
+        return dataset
+    return dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(int))
+
+
 def fit(
     run: Run,
     name: str,
     recipe: Recipe,
     data: LocalizationDataset,
-    validate: Callable[[Trainable], dict[str, float]] | None = None,
+    validate: Scorer | None = None,
     progress: bool = True,
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
@@ -168,25 +189,14 @@ def fit(
         the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
     Raises ParameterError for fewer images than a batch.
     """
-    classes = len(data.class_names)
-    seen = data
-    if 0 < recipe.images < len(data):
-        seen = data.subset(np.linspace(0, len(data) - 1, recipe.images).astype(int))
+    classes, seen = len(data.class_names), evenly(data, recipe.images or len(data))
 
     def build(folder: Path) -> None:
         model = recipe.build(classes)
-        loader = make_loader(
-            seen,
-            Compose([*model.first_transforms(), recipe.train_transform(model.mean)]),
-            recipe.batch_size,
-            shuffle=True,
-            truth=model.learns_from_masks,
-            seed=recipe.training.seed,
-            num_workers=recipe.num_workers,
-            drop_last=True,
-            mean=model.mean,
-            std=model.std,
-        )
+        transform = transforms.Compose([*model.first_transforms(), recipe.train_transform(model.mean)])
+        options = {"shuffle": True, "drop_last": True, "seed": recipe.training.seed, "num_workers": recipe.num_workers}
+        options |= {"truth": model.learns_from_masks, "mean": model.mean, "std": model.std}
+        loader = make_loader(seen, transform, recipe.batch_size, **options)
         train(model, loader, recipe.training, folder, validate, progress)
 
     folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,13 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from wsolnb.backbones import normalisation
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data import IGNORE, LocalizationDataset, Sample
 from wsolnb.data.loading import to_tensor
-from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.data.transforms import resize
-from wsolnb.methods import crf
-from wsolnb.methods.crf import CRFConfig
 from wsolnb.metrics import SegmentationScores
 from wsolnb.metrics.segmentation import Segmentation
 
@@ -34,22 +30,18 @@ def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
 class Inference(BaseModel):
     """How a segmentation network is asked.
 
-    image_size: side of the square that images are resized to; None keeps their size. scales: of the input.
-    flip: add the mirror image. fuse: the `mean` of the probabilities over scales and flips, or their `max`, as
-    DeepLabV2 was published. crf: refinement of the result; its default here is none.
+    image_size: side of the square that images are resized to; None keeps their size. scales: of the input, each with
+    its mirror image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int | None = None
     scales: tuple[float, ...] = (1.0,)
-    flip: bool = True
-    fuse: Literal["mean", "max"] = "mean"
-    crf: CRFConfig = CRFConfig(backend="none")
 
 
 def probabilities(model: nn.Module, images: Tensor, inference: Inference) -> Tensor:
-    """Return class probabilities (B, C, H, W) of (B, 3, H, W) normalised images over scales and flips."""
+    """Return class probabilities (B, C, H, W) of (B, 3, H, W) normalised images, means over scales and flips."""
     size = images.shape[-2:]
     views = []
     model.eval()
@@ -59,12 +51,11 @@ def probabilities(model: nn.Module, images: Tensor, inference: Inference) -> Ten
             scaled = images
             if scale != 1:
                 scaled = F.interpolate(images, size=side, mode="bilinear", align_corners=False, antialias=scale < 1)
-            for flipped in (False, True) if inference.flip else (False,):
+            for flipped in (False, True):
                 logits = model(scaled.flip(-1) if flipped else scaled).float()
                 logits = F.interpolate(logits.flip(-1) if flipped else logits, size=size, mode="bilinear")
                 views.append(logits.softmax(dim=1))
-    stacked = torch.stack(views)
-    fused = stacked.amax(dim=0) if inference.fuse == "max" else stacked.mean(dim=0)
+    fused = torch.stack(views).mean(dim=0)
     return fused / fused.sum(dim=1, keepdim=True)
 
 
@@ -76,9 +67,7 @@ def predict(
     mean, std = normalisation(model)
     for index in range(len(dataset)):
         sample = dataset[index]
-        seen = sample
-        if inference.image_size:
-            seen = resize(sample, (inference.image_size, inference.image_size))
+        seen = resize(sample, (inference.image_size,) * 2) if inference.image_size else sample
         image = to_tensor(seen.image, mean, std)
         if held and (len(held) == batch_size or held[0][1].shape != image.shape):
             yield from _predict(model, held, inference)
@@ -93,16 +82,7 @@ def _predict(model, held: list[tuple[Sample, Tensor]], inference: Inference) -> 
     found = probabilities(model, torch.stack([image for _, image in held]).to(device), inference)
     for (sample, _), own in zip(held, found, strict=True):
         own = F.interpolate(own[None], size=sample.size, mode="bilinear", align_corners=False)[0].cpu().numpy()
-        yield sample, crf.refine(sample.image, own, inference.crf).argmax(axis=0).astype(np.uint8)
-
-
-def evaluate(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> Segmentation:
-    """Score predicted masks against the true ones of a data set, image by image; those without a mask are left out."""
-    scores = SegmentationScores(len(dataset.class_names) + 1)
-    for sample, mask in predict(model, dataset, inference):
-        if sample.mask is not None:
-            scores.update(mask, class_mask(sample, dataset.multi_label))
-    return scores.compute()
+        yield sample, own.argmax(axis=0).astype(np.uint8)
 
 
 def means(found: Segmentation) -> dict[str, float]:
@@ -111,8 +91,15 @@ def means(found: Segmentation) -> dict[str, float]:
 
 
 def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> list[dict[str, float]]:
-    """Return one row: the `means` of `evaluate`."""
-    return [means(evaluate(model, dataset, inference))]
+    """Return one row: the `means` of predicted masks against a data set's true ones; images without one are left out.
+
+    Scored image by image.
+    """
+    scores = SegmentationScores(len(dataset.class_names) + 1)
+    for sample, mask in predict(model, dataset, inference):
+        if sample.mask is not None:
+            scores.update(mask, class_mask(sample, dataset.multi_label))
+    return [means(scores.compute())]
 
 
 def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
