@@ -39,7 +39,7 @@ def test_irn_learns_from_the_masks_at_stride_4():
     generator = torch.Generator().manual_seed(2)
     output = irn.IRNOutput(torch.randn(2, 4, 5, generator=generator), torch.randn(2, 2, 4, 5, generator=generator))
     labels = irn.pair_labels(torch.from_numpy(cells), 3)
-    expected = irn.pair_loss(output.boundary.sigmoid(), output.displacement, labels, 3).total
+    expected = irn.pair_loss(output.boundary.sigmoid(), output.displacement, labels, 3)
     samples = [Sample(np.zeros((*mask.shape, 3), np.uint8), "", (0,), mask=mask) for mask in masks]
     model = create_method("irn", create_backbone("resnet_mini"), 3, width=8, label_radius=3)
     assert model.learns_from_masks

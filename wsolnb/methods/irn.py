@@ -282,27 +282,18 @@ def pair_labels(seeds: Tensor, radius: int) -> PairLabels:
     return PairLabels(*found)
 
 
-class PairLosses(NamedTuple):
-    """The four means that IRN's loss is made of, and `total`, their sum as released."""
-
-    total: Tensor
-    same: Tensor
-    different: Tensor
-    displacement: Tensor
-    displacement_background: Tensor
-
-
 def _mean(values: Tensor, of: Tensor) -> Tensor:
     return (values * of).sum() / (of.sum().to(values.dtype) + EPSILON)
 
 
-def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius: int) -> PairLosses:
-    """Return IRN's losses of a batch.
+def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius: int) -> Tensor:
+    """Return IRN's loss of a batch, the sum of these means over pairs, each of the last three weighed by a half:
 
-    boundary: (B, h, w) in [0, 1]. displacement: (B, 2, h, w), (down, right) in cells.
-    same: -log a over pairs of equal seeds, half foreground and half background. different: -log(1 - a).
-    displacement: |D(i) - D(j) - (j - i)| over foreground pairs of one class (both pixels point to one place);
-    displacement_background: |D(i) - D(j)| over background pairs. total: the mean of the first two and of the last two.
+    of -log a over pairs of equal seeds, a quarter each for foreground and background; of -log(1 - a) over pairs of
+    different ones; of |D(i) - D(j) - (j - i)| over foreground pairs of one class (both pixels point to one place); of
+    |D(i) - D(j)| over background pairs.
+
+    boundary: B (B, h, w) in [0, 1]. displacement: D (B, 2, h, w), (down, right) in cells.
     """
     close = affinity(boundary, radius)
     near, far = -(close + EPSILON).log(), -(1 + EPSILON - close).log()
@@ -318,8 +309,7 @@ def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius
         still.append((move.abs().sum(dim=1) * labels.background[:, pair][:, *source]).sum())
     counts = [2 * kind.sum().to(displacement.dtype) + EPSILON for kind in labels[:2]]
     foreground, background = torch.stack(pulled).sum() / counts[0], torch.stack(still).sum() / counts[1]
-    total = (same + different) / 2 + (foreground + background) / 2
-    return PairLosses(total, same, different, foreground, background)
+    return (same + different) / 2 + (foreground + background) / 2
 
 
 # The network
@@ -415,7 +405,7 @@ class IRN(Trainable):
         # Logarithms of affinities near 0 and 1: outside of autocast.
         with torch.autocast(output.boundary.device.type, enabled=False):
             boundary, displacement = output.boundary.float().sigmoid(), output.displacement.float()
-            return pair_loss(boundary, displacement, labels, self.label_radius).total
+            return pair_loss(boundary, displacement, labels, self.label_radius)
 
     def _stages(self, images: Tensor) -> list[Tensor]:
         resnet = self.backbone.resnet
