@@ -13,7 +13,6 @@ from wsolnb.data.sample import Sample
 from wsolnb.data.store import Store
 from wsolnb.data.transforms import Resize
 from wsolnb.errors import MapError, ParameterError
-from wsolnb.methods import grabcut
 from wsolnb.methods.grabcut import (
     BACKGROUND,
     FOREGROUND,
@@ -21,8 +20,8 @@ from wsolnb.methods.grabcut import (
     Attend,
     GrabCutConfig,
     enhance,
-    generate,
     maker,
+    plain_energy,
     report,
     trimap,
 )
@@ -177,65 +176,54 @@ def test_the_models_have_the_moments_of_their_pixels():
         assert np.allclose(spread, np.cov(pixels.T, bias=True), atol=0.1)  # OpenCV adds 0.01 to singular ones
 
 
-def energies(image, start, background, foreground, gamma=50.0):
-    """Capacities of the graph of Rother et al., sec. 3: to the source, to the sink, between neighbours; by loops."""
-    height, width = start.shape
-    pixels = image.astype(float)
-    pairs = [
-        (row, column, row + down, column + right, np.hypot(down, right))
-        for row in range(height)
-        for column in range(width)
-        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1))
-        if row + down < height and 0 <= column + right < width
-    ]
-    squares = [((pixels[a, b] - pixels[c, d]) ** 2).sum() for a, b, c, d, _ in pairs]
-    beta = 1 / (2 * np.mean(squares))
-    links = [gamma / far * np.exp(-beta * s) for (*_, far), s in zip(pairs, squares, strict=True)]
-
-    def cost(colour, mixture):
-        density = 0.0
-        for w, m, c in zip(*mixture, strict=True):
-            if w > 0:
-                d = colour - m
-                density += w / np.sqrt(np.linalg.det(c)) * np.exp(-0.5 * d @ np.linalg.inv(c) @ d)
-        return -np.log(density) if density > 0 else np.inf
-
-    source, sink = np.zeros((height, width)), np.zeros((height, width))
-    for row in range(height):
-        for column in range(width):
-            if start[row, column] == UNCERTAIN:
-                source[row, column] = cost(pixels[row, column], background)
-                sink[row, column] = cost(pixels[row, column], foreground)
-            else:
-                (source if start[row, column] == FOREGROUND else sink)[row, column] = 9 * gamma
-    return source, sink, pairs, links
+def test_the_energy_by_loops():
+    image, _, attention = scene(side=8, noise=45)
+    found = enhance(image, attention, 0.7, 0.3, uncertain="none")
+    u, v = plain_energy(image, found.trimap, found.background, found.foreground, gamma=7.0)
+    pixels, squares = image.astype(float), {}
+    for row, column, other_row, other_column in np.ndindex(8, 8, 8, 8):
+        if 0 < max(abs(row - other_row), abs(column - other_column)) < 2:
+            pair = (row, column), (other_row, other_column)
+            squares[pair] = sum((pixels[pair[0]][c] - pixels[pair[1]][c]) ** 2 for c in range(3))
+    assert len(v) == len(squares) / 2  # each pair once
+    for (p, q), weight in v.items():
+        far = ((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2) ** 0.5
+        expected = 7 / far * np.exp(-squares[p, q] / (2 * np.mean(list(squares.values()))))
+        assert weight == pytest.approx(expected)
+    for p in np.ndindex(8, 8):
+        if found.trimap[p] != UNCERTAIN:
+            assert u[:, p[0], p[1]].tolist() == ([63, 0] if found.trimap[p] == FOREGROUND else [0, 63])
+            continue
+        for side, mixture in enumerate((found.background, found.foreground)):
+            density = 0.0
+            for weight, mean, covariance in zip(*mixture, strict=True):
+                if weight > 0:
+                    d = pixels[p] - mean
+                    density += (
+                        weight / np.sqrt(np.linalg.det(covariance)) * np.exp(-d @ np.linalg.inv(covariance) @ d / 2)
+                    )
+            assert u[side][p] == pytest.approx(-np.log(density + 1e-300))
 
 
 def test_the_mask_is_a_minimum_cut_of_the_published_energy():
     image, _, attention = scene(side=16, noise=45)
     found = enhance(image, attention, 0.7, 0.3, uncertain="none")
-    source, sink, pairs, links = energies(image, found.trimap, found.background, found.foreground)
-    assert np.isfinite(source).all()
-    assert np.isfinite(sink).all()
-    # What a pixel costs on either side may be shifted alike: capacities must not be negative.
-    shift_by = np.minimum(source, sink)
-    source, sink = source - shift_by, sink - shift_by
-    energy = sink[found.mask].sum() + source[~found.mask].sum()
-    energy += sum(w for (a, b, c, d, _), w in zip(pairs, links, strict=True) if found.mask[a, b] != found.mask[c, d])
+    u, v = plain_energy(image, found.trimap, found.background, found.foreground)
+    u -= u.min(axis=0)  # shifted alike, no mask is better or worse for it; and capacities must not be negative
+
+    def energy(mask):
+        return np.where(mask, u[1], u[0]).sum() + sum(weight for (p, q), weight in v.items() if mask[p] != mask[q])
+
     scale, size = 1e4, found.mask.size
     graph = np.zeros((size + 2, size + 2), np.int64)
-    for (a, b, c, d, _), w in zip(pairs, links, strict=True):
-        i, j = a * 16 + b, c * 16 + d
-        graph[i, j] = graph[j, i] = round(w * scale)
-    graph[size, :size], graph[:size, size + 1] = np.rint(source * scale).ravel(), np.rint(sink * scale).ravel()
+    for (p, q), weight in v.items():
+        i, j = np.ravel_multi_index(p, found.mask.shape), np.ravel_multi_index(q, found.mask.shape)
+        graph[i, j] = graph[j, i] = round(weight * scale)
+    graph[size, :size], graph[:size, size + 1] = np.rint(u * scale).reshape(2, -1)
     least = maximum_flow(csr_matrix(graph.astype(np.int32)), size, size + 1).flow_value / scale
     assert found.outcome == "enhanced"
-    assert energy == pytest.approx(least, rel=1e-4)
-    # The thresholded attention is no minimum, so the comparison can fail.
-    other = attention >= 0.5
-    worse = sink[other].sum() + source[~other].sum()
-    worse += sum(w for (a, b, c, d, _), w in zip(pairs, links, strict=True) if other[a, b] != other[c, d])
-    assert worse > 1.01 * least
+    assert energy(found.mask) == pytest.approx(least, rel=1e-4)
+    assert energy(attention >= 0.5) > 1.01 * least  # the thresholded attention is no minimum: the comparison can fail
 
 
 def test_released_counts_the_uncertain_as_background_first():
@@ -258,16 +246,25 @@ def test_equal_arguments_give_equal_masks_in_any_order():
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_class_token_map_takes_layers_and_heads():
-    attention = torch.rand(2, 3, 4, 6)
-    last, mean = (grabcut.class_token_map(attention, (2, 3), layers, 2) for layers in ("last", "mean"))
-    for image in range(2):
-        for found, rows in ((last, attention[image, 2:]), (mean, attention[image])):
+class Tokens(torch.nn.Linear):
+    """A transformer that has made up its mind: two images, three layers, four heads, a grid of 2 x 3."""
+
+    grid, attention = (2, 3), torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images):
+        return self
+
+
+def test_the_guide_takes_layers_and_heads():
+    tokens, images = Tokens(1, 1), torch.zeros(2, 3, 8, 8)
+    for layers, first in (("last", 2), ("mean", 0)):
+        for image, found in enumerate(Attend(tokens, layers, heads=2).maps(images)):
+            rows = tokens.attention[image, first:]
             plain = sum(rows[layer, head] for layer in range(len(rows)) for head in range(2))
             plain = (plain - plain.min()) / (plain.max() - plain.min())
-            assert torch.allclose(found[image].flatten(), plain, atol=1e-5)
+            assert torch.allclose(found.flatten(), plain, atol=1e-5)
     with pytest.raises(ParameterError, match="5 heads"):
-        grabcut.class_token_map(attention, (2, 3), heads=5)
+        Attend(tokens, heads=5).maps(images)
 
 
 def test_presets_differ_where_the_sources_differ():
@@ -308,7 +305,7 @@ def attend(samples):
 
 
 def made(folder, dataset=None, guide=attend, config=CONFIG, **options):
-    return generate(dataset or Discs(), guide, config, Store(folder), **{"progress": False, **options})
+    return maker(dataset or Discs(), guide, config, **{"progress": False, **options})(folder)
 
 
 def test_masks_are_those_of_enhance_and_are_read_back(tmp_path):
@@ -392,11 +389,10 @@ def test_the_guide_is_the_backbones_attention_of_the_resized_images():
     samples = [Sample(scene(side=80, seed=s)[0], str(s), (0,)) for s in range(2)]
     images = np.stack([Resize(64)(sample, None).image for sample in samples])
     pixels = (images / 255 - backbone.mean) / backbone.std
-    with torch.no_grad():
-        rows = backbone(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).attention
     for layers, heads in (("last", 0), ("mean", 2)):
-        expected = grabcut.class_token_map(rows, (8, 8), layers, heads).numpy()
-        assert np.allclose(Attend(backbone, layers, heads)(samples), expected, atol=1e-5)
+        attend = Attend(backbone, layers, heads)
+        expected = attend.maps(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).numpy()
+        assert np.allclose(attend(samples), expected, atol=1e-5)
 
 
 @pytest.fixture
@@ -406,7 +402,10 @@ def run(tmp_path):
 
 def test_a_run_keeps_masks_and_makes_what_is_damaged(run, capsys):
     discs = Discs()
-    make = lambda config=CONFIG, jobs=1: run.cached("masks", maker(discs, attend, config, jobs, False))  # noqa: E731
+
+    def make(config=CONFIG, jobs=1):
+        return run.cached("masks", maker(discs, attend, config, jobs, False))
+
     folder = make()
     assert make(jobs=2) == folder, "the number of jobs does not change a mask"
     file = Store(folder).path("discs/2", ".png")

@@ -5,18 +5,22 @@ import pytest
 import torch
 
 from wsolnb.backbones import create_backbone
+from wsolnb.data.store import ClassMaps
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.irn import (
     IRN,
     IRNConfig,
     PairLabels,
     affinity,
     boundaries,
-    confident_labels,
+    irn_labels,
     offsets,
     pair_labels,
     pair_loss,
     path,
+    plain_affinity,
+    plain_walk,
     propagate,
     transition,
     unit_scores,
@@ -35,32 +39,8 @@ def cells_near(y0, x0, y1, x1):
     return found
 
 
-def plain_affinity(boundary, radius):
-    """The whole matrix (N, N) in float64, pixel by pixel."""
-    height, width = boundary.shape
-    result = np.zeros((height * width, height * width))
-    for y0 in range(height):
-        for x0 in range(width):
-            for y1 in range(height):
-                for x1 in range(width):
-                    if (y0, x0) == (y1, x1):
-                        value = 1.0
-                    elif (y1 - y0) ** 2 + (x1 - x0) ** 2 < radius**2:
-                        value = 1 - max(float(boundary[y, x]) for y, x in cells_near(y0, x0, y1, x1))
-                    else:
-                        continue
-                    result[y0 * width + x0, y1 * width + x1] = value
-    return result
-
-
-def dense_walk(cam, boundary, radius, beta, exp_times):
-    """IRN's propagation by dense powers: T = A / column sums, squared exp_times times, maps from the left."""
-    matrix = plain_affinity(boundary, radius) ** beta
-    matrix = matrix / matrix.sum(axis=0, keepdims=True)
-    for _ in range(exp_times):
-        matrix = matrix @ matrix
-    start = (np.asarray(cam, np.float64) * (1 - np.asarray(boundary, np.float64))).reshape(len(cam), -1)
-    return (start @ matrix).reshape(cam.shape)
+def walked_by_matrix(cam, boundary, radius, beta, exp_times):
+    return plain_walk(cam.double().numpy(), boundary.double().numpy(), radius, beta, 2**exp_times)
 
 
 # ----------------------------------------------------------------------------------------------------------- geometry
@@ -90,19 +70,31 @@ def test_paths_of_some_offsets():
     assert (0, 2) not in path(2, 2)  # 1.41 away
 
 
-def test_affinity_equals_loops():
+def test_affinity_equals_the_plain_matrix():
     boundary = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(0))
     boundary[0, 2:4, 3] = 0.5  # equal values on a way
     got = affinity(boundary, 4)
     assert got.shape == (2, len(offsets(4)), 6, 7)
     for image in range(2):
+        plain = plain_affinity(boundary[image].numpy(), 4)
+        assert (plain == plain.T).all()
+        counted = 42
         for pair, (down, right) in enumerate(offsets(4)):
             for y in range(6):
                 for x in range(7):
-                    value = 0.0
-                    if y + down < 6 and 0 <= x + right < 7:
-                        value = 1 - max(float(boundary[image, i, j]) for i, j in cells_near(y, x, y + down, x + right))
+                    inside = y + down < 6 and 0 <= x + right < 7
+                    value = plain[7 * y + x, 7 * (y + down) + x + right] if inside else 0.0
                     assert float(got[image, pair, y, x]) == pytest.approx(value, abs=1e-7)
+                    counted += 2 * inside
+        assert np.count_nonzero(plain) == counted  # nothing beyond the radius
+
+
+def test_the_plain_matrix_by_hand():
+    boundary = np.array([[0.2, 0.5, 0.1]])
+    expected = [[1, 0.5, 0.5], [0.5, 1, 0.5], [0.5, 0.5, 1]]
+    np.testing.assert_allclose(plain_affinity(boundary, 3), expected)
+    expected[0][2] = expected[2][0] = 0
+    np.testing.assert_allclose(plain_affinity(boundary, 2), expected)
 
 
 def test_affinity_has_the_right_gradient():
@@ -113,7 +105,7 @@ def test_affinity_has_the_right_gradient():
 def test_grids_smaller_than_the_radius():
     assert affinity(torch.rand(1, 1, 1), 5).abs().sum() == 0
     cam, boundary = torch.rand(2, 2, 3), torch.rand(2, 3)
-    np.testing.assert_allclose(propagate(cam, boundary), dense_walk(cam, boundary, 5, 10, 8), atol=1e-6)
+    np.testing.assert_allclose(propagate(cam, boundary), walked_by_matrix(cam, boundary, 5, 10, 8), atol=1e-6)
     assert torch.equal(propagate(torch.ones(1, 1, 1), torch.zeros(1, 1)), torch.ones(1, 1, 1))
 
 
@@ -131,7 +123,7 @@ def test_random_walk_equals_dense_float64_powers(size, radius, beta, exp_times):
     cam = torch.rand(3, *size, generator=generator)
     got = propagate(cam, boundary, radius, beta, exp_times)
     assert got.dtype == torch.float32
-    expected = dense_walk(cam, boundary, radius, beta, exp_times)
+    expected = walked_by_matrix(cam, boundary, radius, beta, exp_times)
     assert np.abs(got.numpy() - expected).max() <= 1e-6
 
 
@@ -155,7 +147,7 @@ def test_transition_is_symmetric_affinity_by_row_sums():
     boundary = torch.rand(6, 8, generator=torch.Generator().manual_seed(3))
     matrix = transition(boundary, 5, 10).to_dense().numpy()
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)
-    plain = plain_affinity(boundary, 5) ** 10
+    plain = plain_affinity(boundary.double().numpy(), 5) ** 10
     np.testing.assert_allclose(matrix, plain / plain.sum(axis=1, keepdims=True), atol=1e-6)
 
 
@@ -259,12 +251,17 @@ def test_losses_equal_loops_in_float64():
     pull = sum(terms["pull"]) / (2 * len(terms["pull"]) + 1e-5)
     still = sum(terms["still"]) / (2 * len(terms["still"]) + 1e-5)
     same = (mean["foreground"] + mean["background"]) / 2
-    got = pair_loss(boundary, displacement, pair_labels(seeds, radius), radius)
-    assert float(got.same) == pytest.approx(same, abs=1e-9)
-    assert float(got.different) == pytest.approx(mean["different"], abs=1e-9)
-    assert float(got.displacement) == pytest.approx(pull, abs=1e-9)
-    assert float(got.displacement_background) == pytest.approx(still, abs=1e-9)
-    assert float(got.total) == pytest.approx((same + mean["different"]) / 2 + (pull + still) / 2, abs=1e-9)
+    labels = pair_labels(seeds, radius)
+    got = pair_loss(boundary, displacement, labels, radius)
+    assert float(got) == pytest.approx((same + mean["different"]) / 2 + (pull + still) / 2, abs=1e-9)
+    none = torch.zeros_like(labels.foreground)
+    for kind, expected in (
+        ("foreground", mean["foreground"] / 4 + pull / 2),
+        ("background", mean["background"] / 4 + still / 2),
+        ("different", mean["different"] / 2),
+    ):
+        alone = PairLabels(none, none, none)._replace(**{kind: getattr(labels, kind)})
+        assert float(pair_loss(boundary, displacement, alone, radius)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_losses_have_the_right_gradients():
@@ -272,35 +269,27 @@ def test_losses_have_the_right_gradients():
     boundary = (0.1 + 0.8 * torch.rand(1, 5, 5, dtype=torch.float64, generator=generator)).requires_grad_()
     displacement = torch.randn(1, 2, 5, 5, dtype=torch.float64, generator=generator).requires_grad_()
     labels = pair_labels(seeds_with_everything()[:1, 1:, 1:6], 3)
-    assert torch.autograd.gradcheck(lambda b, d: pair_loss(b, d, labels, 3).total, (boundary, displacement))
+    assert torch.autograd.gradcheck(lambda b, d: pair_loss(b, d, labels, 3), (boundary, displacement))
 
 
 def test_a_field_that_points_to_one_place_has_no_loss():
     rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
     field = torch.stack([2.5 - rows, 4.0 - columns])[None]  # from everywhere to (2.5, 4)
     labels = pair_labels(torch.full((1, 6, 7), 2), 4)
-    assert float(pair_loss(torch.zeros(1, 6, 7), field, labels, 4).displacement) == pytest.approx(0, abs=1e-5)
+    assert float(pair_loss(torch.zeros(1, 6, 7), field, labels, 4)) == pytest.approx(0, abs=1e-5)
 
 
 def test_unknown_seeds_give_no_loss():
     labels = pair_labels(torch.full((1, 4, 4), 255), 3)
-    got = pair_loss(torch.rand(1, 4, 4), torch.randn(1, 2, 4, 4), labels, 3)
-    assert all(float(value) == 0 for value in got)
+    assert float(pair_loss(torch.rand(1, 4, 4), torch.randn(1, 2, 4, 4), labels, 3)) == 0
 
 
 def test_confident_labels_by_hand():
-    foreground, background = np.array([[3, 0, 0, 5]], np.uint8), np.array([[3, 3, 0, 0]], np.uint8)
-    np.testing.assert_array_equal(confident_labels(foreground, background), [[3, 255, 0, 5]])
-    with pytest.raises(MapError, match=r"\(1, 4\) and \(1, 2\)"):
-        confident_labels(foreground, background[:, :2])
-
-
-def test_presets():
-    assert IRNConfig.paper() == IRNConfig(foreground=0.45, background=0.25, mask_background=0.35)
-    assert IRNConfig.original(radius=3).model_dump() == {
-        "foreground": 0.3, "background": 0.05, "mask_background": 0.25,
-        "label_radius": 10, "radius": 3, "beta": 10, "exp_times": 8, "damping": 1,
-    }  # fmt: skip
+    maps = np.array([[[0.6, 0.4, 0.1, 0.1]], [[0.1, 0.1, 0.1, 0.6]]], np.float32)
+    image = np.zeros((1, 4, 3), np.uint8)
+    found = irn_labels(ClassMaps("x", (2, 4), maps), image, IRNConfig(), CRFConfig(backend="none"))
+    np.testing.assert_array_equal(found, [[3, 255, 0, 5]])
+    assert found.dtype == np.uint8
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -341,7 +330,7 @@ def test_only_the_branches_learn(model):
     losses = []
     for _ in range(12):
         output = model(images)
-        loss = pair_loss(output.boundary.sigmoid(), output.displacement, pair_labels(seeds, 3), 3).total
+        loss = pair_loss(output.boundary.sigmoid(), output.displacement, pair_labels(seeds, 3), 3)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

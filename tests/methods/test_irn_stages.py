@@ -26,6 +26,12 @@ def true_maps(dataset):
         yield ClassMaps(name, labels, maps)
 
 
+def walk(model, found, dataset, config, image_size=None):
+    """The maps after `config.exp_times`."""
+    for by_steps in irn.walk_steps(model, found, dataset, config, (config.exp_times,), image_size):
+        yield by_steps[config.exp_times]
+
+
 def test_irn_learns_from_the_masks_at_stride_4():
     rng = np.random.default_rng(1)
     cells = rng.choice([0, 2, IGNORE], (2, 4, 5)).astype(np.uint8)
@@ -33,7 +39,7 @@ def test_irn_learns_from_the_masks_at_stride_4():
     generator = torch.Generator().manual_seed(2)
     output = irn.IRNOutput(torch.randn(2, 4, 5, generator=generator), torch.randn(2, 2, 4, 5, generator=generator))
     labels = irn.pair_labels(torch.from_numpy(cells), 3)
-    expected = irn.pair_loss(output.boundary.sigmoid(), output.displacement, labels, 3).total
+    expected = irn.pair_loss(output.boundary.sigmoid(), output.displacement, labels, 3)
     samples = [Sample(np.zeros((*mask.shape, 3), np.uint8), "", (0,), mask=mask) for mask in masks]
     model = create_method("irn", create_backbone("resnet_mini"), 3, width=8, label_radius=3)
     assert model.learns_from_masks
@@ -66,7 +72,7 @@ def test_the_walk_is_propagation_on_the_boundary_grid(scenes):
     torch.manual_seed(0)
     model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
     config = irn.IRNConfig(radius=3, exp_times=3)
-    walked = list(irn.walk(model, true_maps(train), train, config, image_size=64))
+    walked = list(walk(model, true_maps(train), train, config, image_size=64))
     assert [found.image_id for found in walked] == list(train.image_ids)
     for i, (found, seed) in enumerate(zip(walked, true_maps(train), strict=True)):
         assert found.maps.shape == seed.maps.shape
@@ -77,7 +83,7 @@ def test_the_walk_is_propagation_on_the_boundary_grid(scenes):
         by_hand = irn.unit_scores(irn.propagate(small, boundary, 3, 10, 3), (64, 64))
         np.testing.assert_allclose(found.maps, by_hand, atol=1e-5)
     nothing = ClassMaps(train.image_ids[0], (), np.zeros((0, 64, 64), np.float32))
-    assert next(irn.walk(model, [nothing], train, config)).maps.shape == (0, 64, 64)
+    assert next(walk(model, [nothing], train, config)).maps.shape == (0, 64, 64)
 
 
 def test_pseudo_masks_are_those_of_the_walk_and_an_interrupted_stage_goes_on(scenes, tmp_path):
@@ -87,7 +93,7 @@ def test_pseudo_masks_are_those_of_the_walk_and_an_interrupted_stage_goes_on(sce
     model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
     config = irn.IRNConfig(radius=3, exp_times=1, mask_background=0.5)
     irn.write_pseudo_masks(model, store, train, config, 64, made.folder)
-    for found in irn.walk(model, store.all_maps(train.image_ids), train, config, 64):
+    for found in walk(model, store.all_maps(train.image_ids), train, config, 64):
         np.testing.assert_array_equal(
             made.read_mask(found.image_id)[0], seed_mask(found.maps, found.classes, config.mask_background)
         )

@@ -122,6 +122,7 @@ def test_maps_equal_prototype_by_prototype_similarity():
                     expected[image, y, x] = max(0.0, value)
             expected[image] /= expected[image].max()
         torch.testing.assert_close(lpcam(features, classes, context), expected, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(module.plain_lpcam(features, classes, contexts), expected, atol=1e-10, rtol=1e-8)
     each = module.similarity_maps(features, classes)
     assert float(each[1, 3, 2, 4]) == pytest.approx(cosine(features[1, :, 2, 4].tolist(), classes[3].tolist()))
 

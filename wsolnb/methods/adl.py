@@ -35,13 +35,9 @@ class ADL(CAMClassifier):
     """
 
     def __init__(
-        self,
-        backbone: ConvBackbone,
-        num_classes: int,
-        gamma: float = 0.8,
-        drop_rate: float = 0.75,
+        self, backbone: ConvBackbone, num_classes: int, gamma: float = 0.8, drop_rate: float = 0.75,
         layers: Sequence[str] = ("",),
-    ):
+    ):  # fmt: skip
         super().__init__(backbone, num_classes)
         for name, value in (("gamma", gamma), ("drop_rate", drop_rate)):
             if not 0 <= value <= 1:

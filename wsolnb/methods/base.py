@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsolnb.backbones import create_backbone, normalisation
+from wsolnb.data.sample import IGNORE
 from wsolnb.errors import ParameterError
 
 
@@ -80,6 +83,27 @@ class LocalizationModel(Trainable):
         """Return raw maps (B, h, w) by name for one class per image, `classes` (B,), from a forward output."""
 
 
+class SegmentationModel(Trainable):
+    """A network that learns from masks; the background is a class of its own, index 0.
+
+    `forward` returns logits (B, classes, H, W) of normalised images (B, 3, H, W).
+    """
+
+    learns_from_masks = True
+
+    @classmethod
+    def create(cls, backbone: Any, num_classes: int, **options: Any) -> Trainable:
+        """Return a network for `num_classes` classes and the background."""
+        return cls(backbone, num_classes + 1, **options)
+
+    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean cross-entropy over the pixels whose mask in `batch["samples"]` is not 255; 0 without any."""
+        logits = forward(batch["image"]).float()
+        masks = torch.from_numpy(np.stack([sample.mask for sample in batch["samples"]])).to(logits.device).long()
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum")
+        return loss / (masks != IGNORE).sum().clamp(min=1)
+
+
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy for class indices (B,), multi-label soft margin loss for multi-hot labels (B, C)."""
     if labels.ndim == 2:
@@ -93,11 +117,9 @@ def pick(class_maps: Tensor, classes: Tensor) -> Tensor:
     Raises ParameterError for a class index that the model does not have.
     """
     if classes.shape != class_maps.shape[:1]:
-        raise ParameterError(
-            f"{tuple(classes.shape)} classes for {class_maps.shape[0]} images", "give one class index per image"
-        )
+        problem = f"{tuple(classes.shape)} classes for {class_maps.shape[0]} images"
+        raise ParameterError(problem, "give one class index per image")
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < class_maps.shape[1]:
-        raise ParameterError(
-            f"class {int(classes.max())} asked of a model with {class_maps.shape[1]} classes", "use 0-based classes"
-        )
+        problem = f"class {int(classes.max())} asked of a model with {class_maps.shape[1]} classes"
+        raise ParameterError(problem, "use 0-based classes")
     return class_maps[range(len(classes)), classes]

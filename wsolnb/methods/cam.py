@@ -21,10 +21,8 @@ def cam(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
     Raises ParameterError for shapes that do not fit, or a class that the weights lack.
     """
     if features.ndim != 4 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
-        raise ParameterError(
-            f"features {tuple(features.shape)} and classifier weights {tuple(weight.shape)} do not fit",
-            "give (B, K, h, w) features and (C, K) weights of the layer behind the pooling",
-        )
+        problem = f"features {tuple(features.shape)} and classifier weights {tuple(weight.shape)} do not fit"
+        raise ParameterError(problem, "give (B, K, h, w) features and (C, K) weights of the layer behind the pooling")
     return torch.einsum("bkhw,bk->bhw", features, pick(weight.expand(len(features), -1, -1), classes)).relu()
 
 
@@ -34,12 +32,15 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     activations A and gradients of the class score with respect to them: (B, K, h, w), of any layer.
     Returns (B, h, w), not normalised, >= 0.
     """
-    if activations.shape != gradients.shape or activations.ndim != 4:
-        raise ParameterError(
-            f"activations {tuple(activations.shape)} and gradients {tuple(gradients.shape)} differ",
-            "give both as (B, K, h, w) of the same layer",
-        )
+    check_layer(activations, gradients)
     return (gradients.relu() * activations).sum(dim=1).relu()
+
+
+def check_layer(activations: Tensor, gradients: Tensor) -> None:
+    """Raise ParameterError where activations and gradients are not both (B, K, h, w) of one layer."""
+    if activations.shape != gradients.shape or activations.ndim != 4:
+        problem = f"activations {tuple(activations.shape)} and gradients {tuple(gradients.shape)} differ"
+        raise ParameterError(problem, "give both as (B, K, h, w) of the same layer")
 
 
 def find_layer(backbone: nn.Module, name: str) -> nn.Module:
@@ -47,11 +48,10 @@ def find_layer(backbone: nn.Module, name: str) -> nn.Module:
 
     Raises ParameterError for an unknown name; the nearest one is given.
     """
-    names = [known for known, _ in backbone.named_modules() if known]
     try:
         return backbone.get_submodule(name)
     except AttributeError as error:
-        hint = nearest(name, names)
+        hint = nearest(name, [known for known, _ in backbone.named_modules() if known])
         raise ParameterError(f"no layer {name!r}{hint}", 'use a name of named_modules(), or "" (all)') from error
 
 
@@ -87,10 +87,8 @@ def layer_gradients(
     finally:
         handle.remove()
     if gradients is None:
-        raise ParameterError(
-            f"the class score does not depend on this {type(layer).__name__}: the forward pass does not run it",
-            "choose a layer between the images and the final feature map",
-        )
+        problem = f"the class score does not depend on this {type(layer).__name__}: the forward pass does not run it"
+        raise ParameterError(problem, "choose a layer between the images and the final feature map")
     return held[-1].detach(), gradients
 
 
@@ -119,9 +117,7 @@ class CAMClassifier(LocalizationModel):
 
     def forward(self, images: Tensor) -> CAMOutput:
         """Classify (B, 3, H, W) normalised images."""
-        return self._classify(self.backbone(images))
-
-    def _classify(self, features: Tensor) -> CAMOutput:
+        features = self.backbone(images)
         return CAMOutput(self.classifier(features.mean(dim=(2, 3))), features)
 
     def localize(self, output: CAMOutput, classes: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.special import softmax
 
 from wsolnb.errors import MapError, ParameterError
 
@@ -50,10 +51,8 @@ def refine(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig | Non
     """
     config = config or CRFConfig()
     if probabilities.ndim != 3 or image.shape != (*probabilities.shape[1:], 3) or image.dtype != np.uint8:
-        raise MapError(
-            f"an image {image.shape} {image.dtype} and probabilities {probabilities.shape} do not fit",
-            "give (H, W, 3) uint8 and (K, H, W)",
-        )
+        problem = f"an image {image.shape} {image.dtype} and probabilities {probabilities.shape} do not fit"
+        raise MapError(problem, "give (H, W, 3) uint8 and (K, H, W)")
     if config.backend == "none" or len(probabilities) < 2:
         return probabilities.astype(np.float32)
     compute = _lattice if config.backend == "pydensecrf" else _mean_field
@@ -73,11 +72,6 @@ def refine_labels(image: np.ndarray, labels: np.ndarray, config: CRFConfig | Non
     other = (1 - config.certainty) / (len(values) - 1)
     given = np.where(index == np.arange(len(values))[:, None, None], config.certainty, other)
     return values[refine(image, given, config).argmax(axis=0)]
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    shifted = np.exp(scores - scores.max(axis=0))
-    return shifted / shifted.sum(axis=0)
 
 
 def _kernel(features: np.ndarray, weight: float) -> np.ndarray:
@@ -106,10 +100,10 @@ def _mean_field(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig)
     pairwise = _kernel(joint, config.colour_weight)
     pairwise += _kernel(place / np.float32(config.near), config.near_weight)
     unary = np.log(probabilities.reshape(len(probabilities), -1))
-    belief = _softmax(unary)
+    belief = softmax(unary, axis=0)
     for _ in range(config.iterations):
         # A pixel's own belief is in the sum, as in the filter of the published implementation.
-        belief = _softmax(unary + belief @ pairwise)
+        belief = softmax(unary + belief @ pairwise, axis=0)
     belief = belief.reshape(probabilities.shape)
     if shrink < 1:
         belief = np.stack([cv2.resize(b, (width, height), interpolation=cv2.INTER_LINEAR) for b in belief])

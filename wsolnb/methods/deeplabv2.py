@@ -7,40 +7,22 @@ It learns from masks; the background is a class of its own, index 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsolnb.backbones import ConvBackbone, TransformerBackbone
-from wsolnb.data.sample import IGNORE
 from wsolnb.methods import register
-from wsolnb.methods.base import Trainable
-
-
-def pixel_loss(logits: Tensor, batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy over the pixels whose mask is not 255; 0 where there are none.
-
-    logits: (B, C, H, W). batch: with `samples`, whose masks (H, W) hold class indices with the background as 0.
-    """
-    logits = logits.float()
-    masks = torch.from_numpy(np.stack([sample.mask for sample in batch["samples"]])).to(logits.device).long()
-    loss = F.cross_entropy(logits, masks, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum")
-    return loss / (masks != IGNORE).sum().clamp(min=1)  # a batch of unknown pixels alone gives 0, not NaN
+from wsolnb.methods.base import SegmentationModel
 
 
 @register("deeplabv2")
-class DeepLabV2(Trainable):
+class DeepLabV2(SegmentationModel):
     """A dilated backbone and ASPP: 3 x 3 convolutions side by side, whose logits are *summed*.
 
     backbone: a ResNet of stride 8, or a transformer, whose patch tokens are the map. classes: with the background.
     dilations: of the convolutions, in cells.
     """
-
-    learns_from_masks = True
 
     def __init__(
         self, backbone: ConvBackbone | TransformerBackbone, classes: int, dilations: tuple[int, ...] = (6, 12, 18, 24)
@@ -51,11 +33,6 @@ class DeepLabV2(Trainable):
         for branch in self.aspp:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
-
-    @classmethod
-    def create(cls, backbone: ConvBackbone | TransformerBackbone, num_classes: int, **options: Any) -> DeepLabV2:
-        """Return a network for `num_classes` classes and the background."""
-        return cls(backbone, num_classes + 1, **options)
 
     @property
     def head(self) -> nn.Module:
@@ -69,7 +46,3 @@ class DeepLabV2(Trainable):
             features = features.patches.transpose(1, 2).unflatten(2, self.backbone.grid)
         logits = torch.stack([branch(features) for branch in self.aspp]).sum(dim=0)
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
-
-    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-        """Return `pixel_loss` of a batch."""
-        return pixel_loss(forward(batch["image"]), batch, label_smoothing)

@@ -114,16 +114,13 @@ class FeatureSource(ABC):
 
     @abstractmethod
     def images(
-        self,
-        indices: Iterable[int] | None = None,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
+        self, indices: Iterable[int] | None = None, scales: Sequence[float] = (1.0,), flip: bool = False,
         unreadable: Unreadable = "stop",
-    ) -> Iterator[ImageFeatures]:
+    ) -> Iterator[ImageFeatures]:  # fmt: skip
         """Yield the features of the images at `indices` (default all), in that order.
 
         Raises DataError for an image that cannot be read, or warns of it and goes on, as `unreadable` says.
-        """  # fmt: skip
+        """
 
     def _guarded(self, indices: Iterable[int] | None, unreadable: Unreadable, read) -> Iterator:
         """Yield `read(index)`, passing over what raises DataError where that is asked for."""
@@ -156,10 +153,8 @@ class LiveFeatures(FeatureSource):
         self.std = getattr(extractor, "std", IMAGENET_STD)
         self.class_names, self.image_ids, self.labels = dataset.class_names, dataset.image_ids, dataset.labels
         if len(self.weight) != len(self.class_names):
-            raise ParameterError(
-                f"the classifier has {len(self.weight)} classes, the data set {len(self.class_names)}",
-                "use the data set that the classifier was trained on",
-            )
+            problem = f"the classifier has {len(self.weight)} classes, the data set {len(self.class_names)}"
+            raise ParameterError(problem, "use the data set that the classifier was trained on")
 
     def images(self, indices=None, scales=(1.0,), flip=False, unreadable="stop"):
         """Yield features of the images; see `FeatureSource.images`."""
@@ -222,13 +217,10 @@ class FeatureDump(FeatureSource):
 
     def images(self, indices=None, scales=(1.0,), flip=False, unreadable="stop"):
         """Yield the dumped features; ParameterError when a scale or mirror image was not dumped."""
-        lacking = [scale for scale in scales if scale not in self.scales]
-        if lacking or (flip and not self.flip):
-            raise ParameterError(
-                f"{self.folder} holds scales {list(self.scales)}, mirrored: {self.flip}; asked for: {list(scales)}, "
-                f"mirrored: {flip}",
-                "ask for what was dumped, or dump it",
-            )
+        if not set(scales) <= set(self.scales) or (flip and not self.flip):
+            has = f"{self.folder} holds scales {list(self.scales)}, mirrored: {self.flip}"
+            problem = f"{has}; asked for: {list(scales)}, mirrored: {flip}"
+            raise ParameterError(problem, "ask for what was dumped, or dump it")
         names = [f"scale_{self.scales.index(scale)}" for scale in scales]
 
         def read(index: int) -> ImageFeatures:

@@ -37,10 +37,8 @@ class FrozenBackbone(nn.Module):
     def __init__(self, backbone: TransformerBackbone):
         super().__init__()
         if not isinstance(backbone, TransformerBackbone) or isinstance(backbone, ConformerBackbone):
-            raise ParameterError(
-                f"PPD and LocLoc read the tokens of a plain vision transformer, got {type(backbone).__name__}",
-                "use vit_mini_dino, dino_small or deit_small",
-            )
+            problem = f"PPD and LocLoc read the tokens of a plain vision transformer, got {type(backbone).__name__}"
+            raise ParameterError(problem, "use vit_mini_dino, dino_small or deit_small")
         self.backbone = backbone.requires_grad_(False).eval()
         self.dim, self.grid = backbone.dim, backbone.grid
 

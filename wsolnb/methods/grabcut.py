@@ -4,11 +4,14 @@ A map in [0, 1] is split by two thresholds into sure foreground, uncertain and s
 Kolmogorov, Blake, 2004; OpenCV's implementation: mixtures of 5 Gaussians, gamma 50, eight neighbours) models the
 colours of both sure sets and gives every uncertain pixel to one side by a minimum cut.
 
-Masks of a data set are kept in a `wsolnb.data.store.Store`, one file an image, so that an interrupted run goes on.
+The equations stand first: the three sets of pixels, and the energy that a mask has. `enhance` takes OpenCV's mask of
+least energy. Masks of a data set are kept in a `wsolnb.data.store.Store`, one file an image, so that an interrupted run
+goes on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -35,6 +38,73 @@ BACKGROUND, FOREGROUND, UNCERTAIN = cv2.GC_BGD, cv2.GC_FGD, cv2.GC_PR_BGD
 
 COMPONENTS = 5
 """Gaussians in each of the two colour models."""
+
+# Three sets of pixels, and the energy of a mask
+
+
+def trimap(attention: np.ndarray, fg_threshold: float, bg_threshold: float) -> np.ndarray:
+    """Split an attention map F (H, W) in [0, 1] into three sets (supplement A, fig. 1), (H, W) uint8.
+
+    Sure foreground is F >= fg_threshold, sure background F < bg_threshold, and all else uncertain.
+    Raises MapError for a map of another shape or range, ParameterError for thresholds out of order or range.
+    """
+    attention = _checked(attention)
+    if not 0 <= bg_threshold <= fg_threshold <= 1:
+        problem = f"thresholds {bg_threshold} (background), {fg_threshold} (foreground)"
+        raise ParameterError(problem, "keep 0 <= background <= foreground <= 1")
+    found = np.full(attention.shape, UNCERTAIN, np.uint8)
+    found[attention >= fg_threshold] = FOREGROUND
+    found[attention < bg_threshold] = BACKGROUND
+    return found
+
+
+class Mixture(NamedTuple):
+    """A colour model: weights (5,), means (5, 3) in RGB 0..255, covariances (5, 3, 3). Unused components weigh 0."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+
+
+def colour_cost(image: np.ndarray, mixture: Mixture) -> np.ndarray:
+    """Return what a pixel costs on a side, (H, W): -log sum_k pi_k N(z; mu_k, Sigma_k) of its colour z, but for a
+    constant."""
+    density = np.zeros(image.shape[:2])
+    for weight, mean, covariance in zip(*mixture, strict=True):
+        if weight > 0:
+            d = image.astype(float) - mean
+            inside = np.einsum("hwi,ij,hwj->hw", d, np.linalg.inv(covariance), d)
+            density += weight * np.exp(-0.5 * inside) / np.sqrt(np.linalg.det(covariance))
+    return -np.log(density + 1e-300)
+
+
+Pixel = tuple[int, int]
+
+
+def plain_energy(
+    image: np.ndarray, start: np.ndarray, background: Mixture, foreground: Mixture, gamma: float = 50.0
+) -> tuple[np.ndarray, dict[tuple[Pixel, Pixel], float]]:
+    """Return U and V of E(mask) = sum_p U(mask_p, p) + sum of V(p, q) over neighbours p, q that the mask parts.
+
+    U: (2, H, W), the `colour_cost` of an uncertain pixel in the background, and in the object; a sure pixel of `start`
+    costs nothing where it belongs, and 9 gamma elsewhere. V: by pairs of pixels, each of which has up to eight
+    neighbours, gamma / |p - q| exp(-beta |z_p - z_q|^2) with 1 / beta = 2 <|z_p - z_q|^2>, the mean over all pairs.
+
+    GrabCut's mask is the one of least energy (Rother, Kolmogorov, Blake, 2004, sec. 3).
+    """
+    u = np.stack([colour_cost(image, background), colour_cost(image, foreground)])
+    for side, label in enumerate((BACKGROUND, FOREGROUND)):
+        u[side, start == label], u[1 - side, start == label] = 0, 9 * gamma
+    pixels = {p: image[p].astype(float) for p in np.ndindex(start.shape)}
+    around = ((0, 1), (1, 0), (1, 1), (1, -1))
+    pairs = [(p, q) for p in pixels for down, right in around if (q := (p[0] + down, p[1] + right)) in pixels]
+    squares = [((pixels[p] - pixels[q]) ** 2).sum() for p, q in pairs]
+    beta = 1 / (2 * np.mean(squares))
+    v = [gamma / math.dist(p, q) * math.exp(-beta * square) for (p, q), square in zip(pairs, squares, strict=True)]
+    return u, dict(zip(pairs, v, strict=True))
+
+
+# GrabCut
 
 Outcome = Literal["enhanced", "unchanged", "empty", "full"]
 """What became of a mask. `enhanced`: GrabCut decided. `unchanged`: it put all uncertain pixels on one side, or there
@@ -85,14 +155,6 @@ class GrabCutConfig(BaseModel):
         return cls(**{"uncertain": "background", "heads": 3, **changes})
 
 
-class Mixture(NamedTuple):
-    """A colour model: weights (5,), means (5, 3) in RGB 0..255, covariances (5, 3, 3). Unused components weigh 0."""
-
-    weights: np.ndarray
-    means: np.ndarray
-    covariances: np.ndarray
-
-
 class Enhanced(NamedTuple):
     """A mask and how it came about.
 
@@ -105,38 +167,6 @@ class Enhanced(NamedTuple):
     outcome: Outcome
     background: Mixture | None
     foreground: Mixture | None
-
-
-def class_token_map(
-    attention: Tensor, grid: tuple[int, int], layers: Literal["last", "mean"] = "last", heads: int = 0
-) -> Tensor:
-    """Return the class token's attention as (B, h, w) maps in [0, 1], float32.
-
-    attention: (B, L, heads, h * w), as a backbone returns it. layers, heads: as of `GrabCutConfig`.
-    Raises ParameterError when there are fewer heads.
-    """
-    if heads > attention.shape[2]:
-        raise ParameterError(f"{heads} heads asked of {attention.shape[2]}", "use fewer, or 0 for all")
-    rows = attention[:, -1] if layers == "last" else attention.mean(dim=1)
-    rows = rows[:, : heads or None].float().mean(dim=1)
-    return normalise(rows.unflatten(1, grid))
-
-
-def trimap(attention: np.ndarray, fg_threshold: float, bg_threshold: float) -> np.ndarray:
-    """Split an attention map (H, W) in [0, 1] into sure foreground, uncertain, sure background; (H, W) uint8.
-
-    Raises MapError for a map of another shape or range, ParameterError for thresholds out of order or range.
-    """
-    attention = _checked(attention)
-    if not 0 <= bg_threshold <= fg_threshold <= 1:
-        raise ParameterError(
-            f"thresholds {bg_threshold} (background), {fg_threshold} (foreground)",
-            "keep 0 <= background <= foreground <= 1",
-        )
-    found = np.full(attention.shape, UNCERTAIN, np.uint8)
-    found[attention >= fg_threshold] = FOREGROUND
-    found[attention < bg_threshold] = BACKGROUND
-    return found
 
 
 def enlarge(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -158,15 +188,10 @@ def _checked(attention: np.ndarray) -> np.ndarray:
 
 
 def enhance(
-    image: np.ndarray,
-    attention: np.ndarray,
-    fg_threshold: float = 0.1,
-    bg_threshold: float = 0.03,
-    iterations: int = 1,
-    uncertain: Literal["background", "none"] = "background",
-    fallback: float | None = None,
+    image: np.ndarray, attention: np.ndarray, fg_threshold: float = 0.1, bg_threshold: float = 0.03,
+    iterations: int = 1, uncertain: Literal["background", "none"] = "background", fallback: float | None = None,
     seed: int = 0,
-) -> Enhanced:
+) -> Enhanced:  # fmt: skip
     """Cut the object out of an image where its attention is (supplement A).
 
     image: (H, W, 3) uint8. attention: (h, w) in [0, 1], resized bilinearly to the image. The others: `GrabCutConfig`.
@@ -227,10 +252,16 @@ class Attend:
         self.backbone, self.layers, self.heads = backbone, layers, heads
 
     def maps(self, images: Tensor) -> Tensor:
-        """Return the maps (B, h, w) in [0, 1], float32, of normalised images (B, 3, H, W) of the backbone's size."""
+        """Return the maps (B, h, w) in [0, 1], float32, of normalised images (B, 3, H, W) of the backbone's size.
+
+        Raises ParameterError when there are fewer heads.
+        """
         with torch.inference_mode():
             attention = self.backbone(images.to(next(self.backbone.parameters()).device)).attention
-            return class_token_map(attention, self.backbone.grid, self.layers, self.heads)
+            if self.heads > attention.shape[2]:
+                raise ParameterError(f"{self.heads} heads asked of {attention.shape[2]}", "use fewer, or 0 for all")
+            rows = attention[:, -1] if self.layers == "last" else attention.mean(dim=1)
+            return normalise(rows[:, : self.heads or None].float().mean(dim=1).unflatten(1, self.backbone.grid))
 
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
         """Return the maps (B, h, w) in [0, 1] of whole samples, each resized to the backbone's input."""
@@ -239,34 +270,35 @@ class Attend:
         return self.maps(to_tensor(images, self.backbone.mean, self.backbone.std)).cpu().numpy()
 
 
-def generate(
-    dataset: LocalizationDataset,
-    attend: Callable[[Sequence[Sample]], np.ndarray],
-    config: GrabCutConfig,
-    store: Store,
-    jobs: int = -1,
-    chunk: int = 64,
-    progress: bool = True,
-) -> Store:
-    """Make the masks of a data set that the store lacks, or holds damaged, and return the store.
+def maker(
+    dataset: LocalizationDataset, attend: Callable[[Sequence[Sample]], np.ndarray], config: GrabCutConfig,
+    jobs: int = -1, progress: bool = True, chunk: int = 64,
+) -> Callable[[Path], Store]:  # fmt: skip
+    """Return what fills a folder with the masks of a data set that it lacks, or holds damaged; it returns the `Store`.
 
-    Masks are bool, of `config.size`; their fact `outcome` is an `Outcome`. What is whole in the store is kept, whatever
-    it was made with: a store is for one configuration.
+    Masks are bool, of `config.size`; their fact `outcome` is an `Outcome`. What is whole in the folder is kept,
+    whatever it was made with: a folder is for one configuration.
 
     attend: gives the attention maps (B, h, w) in [0, 1] of samples; called with `chunk` of them, never when all masks
-        are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
+    are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
     Interrupted, it has kept what was done; called again it goes on. Masks do not depend on `jobs`, `chunk` or order.
+    For a cache it stands here: masks depend on the code of this module, not on that of the networks that learn them.
     """
-    left = store.to_do(dataset.image_ids)
-    pool = Parallel(n_jobs=jobs, prefer="threads")
-    with tqdm(total=len(left), disable=not (progress and left), unit="mask", leave=False, mininterval=1.0) as bar:
-        for first in range(0, len(left), chunk):
-            indices = left[first : first + chunk]
-            samples = pool(delayed(dataset.read)(index, False) for index in indices)
-            maps = attend(samples)
-            pool(delayed(_make)(store, *pair, config) for pair in zip(samples, maps, strict=True))
-            bar.update(len(indices))
-    return store
+
+    def make(folder: Path) -> Store:
+        store = Store(folder)
+        left = store.to_do(dataset.image_ids)
+        pool = Parallel(n_jobs=jobs, prefer="threads")
+        with tqdm(total=len(left), disable=not (progress and left), unit="mask", leave=False, mininterval=1.0) as bar:
+            for first in range(0, len(left), chunk):
+                indices = left[first : first + chunk]
+                samples = pool(delayed(dataset.read)(index, False) for index in indices)
+                maps = attend(samples)
+                pool(delayed(_make)(store, *pair, config) for pair in zip(samples, maps, strict=True))
+                bar.update(len(indices))
+        return store
+
+    return make
 
 
 def _make(store: Store, sample: Sample, attention: np.ndarray, config: GrabCutConfig) -> None:
@@ -279,24 +311,6 @@ def enhance_sample(sample: Sample, attention: np.ndarray, config: GrabCutConfig)
     image = resize(sample, (config.size, config.size)).image
     options = config.model_dump(include={"fg_threshold", "bg_threshold", "iterations", "uncertain", "fallback", "seed"})
     return enhance(image, attention, **options)
-
-
-def maker(
-    dataset: LocalizationDataset,
-    attend: Callable[[Sequence[Sample]], np.ndarray],
-    config: GrabCutConfig,
-    jobs: int = -1,
-    progress: bool = True,
-) -> Callable[[Path], None]:
-    """Return what fills a folder with the masks of a data set, for a cache. The arguments are those of `generate`.
-
-    It stands here so that masks depend on the code of this module, and not on that of the networks that learn them.
-    """
-
-    def make(folder: Path) -> None:
-        generate(dataset, attend, config, Store(folder), jobs, progress=progress)
-
-    return make
 
 
 def report(store: Store, image_ids: Sequence[str]) -> dict[str, int]:

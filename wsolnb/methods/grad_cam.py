@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from wsolnb.backbones import ConvBackbone
-from wsolnb.errors import ParameterError
 from wsolnb.methods import register
-from wsolnb.methods.cam import CAMClassifier, cam, find_layer, layer_gradients
+from wsolnb.methods.cam import CAMClassifier, cam, check_layer, find_layer, layer_gradients
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -18,11 +17,7 @@ def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
 
     activations A and gradients of the class score with respect to them: (B, K, h, w), of the same layer.
     """
-    if activations.shape != gradients.shape or activations.ndim != 4:
-        raise ParameterError(
-            f"activations {tuple(activations.shape)} and gradients {tuple(gradients.shape)} differ",
-            "give both as (B, K, h, w) of the same layer",
-        )
+    check_layer(activations, gradients)
     return torch.einsum("bkhw,bk->bhw", activations, gradients.mean(dim=(2, 3))).relu()
 
 

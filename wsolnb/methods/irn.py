@@ -1,7 +1,7 @@
 """IRN (Ahn et al., CVPR 2019): from seeds to pseudo masks by a random walk that stops at learnt boundaries.
 
 Two small branches on a frozen backbone are trained on pairs of nearby pixels whose seeds are confident: a boundary map
-B, and a displacement field towards an object's centre. The affinity of two pixels is 1 - max B on the straight way
+B, and a displacement field D towards an object's centre. The affinity of two pixels is 1 - max B on the straight way
 between them. A random walk whose transition is that affinity spreads each class's map inside of boundaries.
 
     write_irn_labels(seeds, dataset, config, CRFConfig(), folder)     # masks of 0, class + 1 and 255
@@ -13,13 +13,17 @@ between them. A random walk whose transition is that affinity spreads each class
     boundary = boundaries(model, images)                              # (B, h, w), stride 4
     scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
 
-Used for semantic masks: the instance part (clustering by displacement, and the mean shift of that field over the
+The equations stand first, as https://arxiv.org/abs/1904.05044 writes them: matrices over all pairs of pixels. What runs
+is behind them, and gives the same without a matrix of N x N numbers.
+
+Used for semantic masks: the instance part (from D to centroids and their clusters, and the mean shift of D over the
 training images, which no semantic mask depends on) is left out. The displacement branch is trained: its loss is part of
 IRN's.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -48,41 +52,7 @@ from wsolnb.metrics.segmentation import seed_mask
 EPSILON = 1e-5
 """Inside of the logarithms and the denominators of the loss, as released."""
 
-
-class IRNConfig(BaseModel):
-    """Hyperparameters; the defaults are those with which LPCAM uses IRN on VOC.
-
-    foreground, background: a pixel is confident foreground where its refined map exceeds the first, confident
-        background where no map exceeds the second. mask_background: the background's score in pseudo masks.
-    label_radius: largest distance of the pairs that are trained on, radius: of the walk's steps; both exclusive, in
-        cells of stride 4. beta: exponent of the affinity. exp_times: the walk has 2 ** exp_times steps.
-    damping: the walk starts from maps times 1 - damping * boundary; released 1. Where outlines of one or two cells are
-        a large part of an object, as on small images, that removes the object.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    foreground: float = Field(0.45, ge=0, le=1)
-    background: float = Field(0.25, ge=0, le=1)
-    mask_background: float = Field(0.35, ge=0, le=1)
-    label_radius: int = Field(10, ge=2)
-    radius: int = Field(5, ge=2)
-    beta: float = Field(10.0, gt=0)
-    exp_times: int = Field(8, ge=0)
-    damping: float = Field(1.0, ge=0, le=1)
-
-    @classmethod
-    def paper(cls, **changes: Any) -> IRNConfig:
-        """As LPCAM uses IRN."""
-        return cls(**changes)
-
-    @classmethod
-    def original(cls, **changes: Any) -> IRNConfig:
-        """As IRN's own released code sets its thresholds (recalled): 0.30, 0.05 and 0.25."""
-        return cls(**{"foreground": 0.30, "background": 0.05, "mask_background": 0.25} | changes)
-
-
-# ----------------------------------------------------------------------------------------------------------- geometry
+# The equations, as the paper writes them
 
 
 @lru_cache
@@ -104,6 +74,57 @@ def path(down: int, right: int) -> tuple[tuple[int, int], ...]:
     rows, columns = range(min(0, down), max(0, down) + 1), range(min(0, right), max(0, right) + 1)
     # In integers, so that a cell at distance exactly 1 is out on every machine.
     return tuple((y, x) for y in rows for x in columns if (down * x - right * y) ** 2 < squared)
+
+
+def plain_affinity(boundary: np.ndarray, radius: int) -> np.ndarray:
+    """Return A (N, N) with a_ij = 1 - max of B(x_k) over k in Pi_ij, for pixels i and j closer than `radius`, else 0.
+
+    boundary: B (h, w) in [0, 1], N = h w, row by row. Pi_ij: the `path` between i and j. a_ii = 1.
+    """
+    pixels, found = list(np.ndindex(boundary.shape)), np.eye(boundary.size)
+    for (i, (y, x)), (j, (y1, x1)) in itertools.permutations(enumerate(pixels), 2):
+        if (y1 - y) ** 2 + (x1 - x) ** 2 < radius**2:
+            found[i, j] = 1 - max(boundary[y + down, x + right] for down, right in path(y1 - y, x1 - x))
+    return found
+
+
+def plain_walk(maps: np.ndarray, boundary: np.ndarray, radius: int, beta: float, steps: int) -> np.ndarray:
+    """Return T^t vec(M * (1 - B)), t = `steps`, for each of the maps M (K, h, w), with T = S^-1 A^beta.
+
+    A^beta: `plain_affinity`, each element to the power beta. S: diagonal, its row sums.
+    """
+    a = plain_affinity(boundary, radius) ** beta
+    t = a / a.sum(axis=1, keepdims=True)
+    start = (maps * (1 - boundary)).reshape(len(maps), -1)
+    return (np.linalg.matrix_power(t, steps) @ start.T).T.reshape(maps.shape)
+
+
+class IRNConfig(BaseModel):
+    """Hyperparameters; the defaults are those with which LPCAM uses IRN on VOC.
+
+    IRN's own released code sets foreground, background and mask_background to 0.30, 0.05 and 0.25 (recalled).
+
+    foreground, background: a pixel is confident foreground where its refined map exceeds the first, confident
+        background where no map exceeds the second. mask_background: the background's score in pseudo masks.
+    label_radius: largest distance of the pairs that are trained on, radius: of the walk's steps; both exclusive, in
+        cells of stride 4. beta: exponent of the affinity. exp_times: the walk has 2 ** exp_times steps.
+    damping: the walk starts from maps times 1 - damping * boundary; released 1. Where outlines of one or two cells are
+        a large part of an object, as on small images, that removes the object.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    foreground: float = Field(0.45, ge=0, le=1)
+    background: float = Field(0.25, ge=0, le=1)
+    mask_background: float = Field(0.35, ge=0, le=1)
+    label_radius: int = Field(10, ge=2)
+    radius: int = Field(5, ge=2)
+    beta: float = Field(10.0, gt=0)
+    exp_times: int = Field(8, ge=0)
+    damping: float = Field(1.0, ge=0, le=1)
+
+
+# The affinities and the walk without a matrix of N x N numbers
 
 
 def _window(size: tuple[int, int], down: int, right: int, y: int = 0, x: int = 0) -> tuple[slice, slice]:
@@ -148,18 +169,15 @@ class _PathMax(torch.autograd.Function):
 
 
 def affinity(boundary: Tensor, radius: int) -> Tensor:
-    """Return 1 - max of the boundary map on the way to each pixel's partners; differentiable.
+    """Return 1 - max of the boundary map on the way to each pixel's partners (`plain_affinity`); differentiable.
 
     boundary: (B, h, w) in [0, 1]. Returns (B, P, h, w) for the P `offsets(radius)`, 0 where the partner is outside.
     """
     return 1 - _PathMax.apply(boundary, radius)
 
 
-# --------------------------------------------------------------------------------------------------------- random walk
-
-
 def transition(boundary: Tensor, radius: int = 5, beta: float = 10.0) -> Tensor:
-    """Return the random walk's matrix (N, N), N = h * w, sparse (CSR), float64: T[i, j] ~ affinity(i, j) ** beta.
+    """Return T of `plain_walk`, (N, N), N = h * w, sparse (CSR), float64.
 
     boundary: (h, w) in [0, 1]. A pixel's affinity to itself is 1; rows sum to 1, so `T @ x` replaces each pixel's score
     by a mean over its neighbourhood. (The released code normalises columns, and multiplies from the left: the same.)
@@ -187,7 +205,7 @@ def transition(boundary: Tensor, radius: int = 5, beta: float = 10.0) -> Tensor:
 def propagate(
     cam: Tensor, boundary: Tensor, radius: int = 5, beta: float = 10.0, exp_times: int = 8, damping: float = 1.0
 ) -> Tensor:
-    """Spread maps by 2 ** exp_times steps of the random walk; they start damped, by 1 - damping * boundary.
+    """Spread maps by 2 ** exp_times steps of the random walk (`plain_walk`), damped first by 1 - damping * boundary.
 
     cam: (K, h, w), >= 0. boundary: (h, w) in [0, 1]. radius: of a step, exclusive, in cells. Returns (K, h, w) float32.
     One step costs K multiplications for each pair of neighbours: time and memory are linear in the number of pixels.
@@ -198,23 +216,15 @@ def propagate(
 
 
 def walks(
-    cam: Tensor,
-    boundary: Tensor,
-    radius: int = 5,
-    beta: float = 10.0,
-    exp_times: Sequence[int] = (8,),
-    damping: float = 1.0,
+    cam: Tensor, boundary: Tensor, radius: int, beta: float, exp_times: Sequence[int], damping: float = 1.0
 ) -> list[Tensor]:
     """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend."""
     if cam.ndim != 3 or boundary.shape != cam.shape[1:]:
-        raise MapError(
-            f"maps {tuple(cam.shape)} and boundary {tuple(boundary.shape)} do not fit", "give (K, h, w) and (h, w)"
-        )
+        problem = f"maps {tuple(cam.shape)} and boundary {tuple(boundary.shape)} do not fit"
+        raise MapError(problem, "give (K, h, w) and (h, w)")
     if boundary.numel() and not (float(boundary.min()) >= 0 and float(boundary.max()) <= 1):
-        raise MapError(
-            f"the boundary has values from {float(boundary.min()):g} to {float(boundary.max()):g}",
-            "give probabilities: the sigmoid of the boundary branch",
-        )
+        problem = f"the boundary has values from {float(boundary.min()):g} to {float(boundary.max()):g}"
+        raise MapError(problem, "give probabilities: the sigmoid of the boundary branch")
     if not cam.isfinite().all():
         raise MapError("the maps hold NaN or infinity", "look at the network that they come from")
     walked_on = cam.device if cam.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
@@ -241,20 +251,7 @@ def unit_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return (up / up.max().clamp(min=1e-12)).clamp(0, 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- labels
-
-
-def confident_labels(foreground: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Join two refined masks (H, W) into one to learn pairs from: what is not confident is 255.
-
-    foreground: argmax with the high background score; its classes are confident. background: argmax with the low one;
-    where *both* are background, it is confident.
-    """
-    if foreground.shape != background.shape:
-        raise MapError(f"masks of {foreground.shape} and {background.shape}", "give two masks of one image")
-    joined = np.where(foreground == 0, IGNORE, foreground).astype(np.uint8)
-    joined[(foreground == 0) & (background == 0)] = 0
-    return joined
+# The losses: means over pairs of pixels, of a batch
 
 
 class PairLabels(NamedTuple):
@@ -285,27 +282,18 @@ def pair_labels(seeds: Tensor, radius: int) -> PairLabels:
     return PairLabels(*found)
 
 
-class PairLosses(NamedTuple):
-    """The four means that IRN's loss is made of, and `total`, their sum as released."""
-
-    total: Tensor
-    same: Tensor
-    different: Tensor
-    displacement: Tensor
-    displacement_background: Tensor
-
-
 def _mean(values: Tensor, of: Tensor) -> Tensor:
     return (values * of).sum() / (of.sum().to(values.dtype) + EPSILON)
 
 
-def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius: int) -> PairLosses:
-    """Return IRN's losses of a batch.
+def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius: int) -> Tensor:
+    """Return IRN's loss of a batch, the sum of these means over pairs, each of the last three weighed by a half:
 
-    boundary: (B, h, w) in [0, 1]. displacement: (B, 2, h, w), (down, right) in cells.
-    same: -log a over pairs of equal seeds, half foreground and half background. different: -log(1 - a).
-    displacement: |D(i) - D(j) - (j - i)| over foreground pairs of one class (both pixels point to one place);
-    displacement_background: |D(i) - D(j)| over background pairs. total: the mean of the first two and of the last two.
+    of -log a over pairs of equal seeds, a quarter each for foreground and background; of -log(1 - a) over pairs of
+    different ones; of |D(i) - D(j) - (j - i)| over foreground pairs of one class (both pixels point to one place); of
+    |D(i) - D(j)| over background pairs.
+
+    boundary: B (B, h, w) in [0, 1]. displacement: D (B, 2, h, w), (down, right) in cells.
     """
     close = affinity(boundary, radius)
     near, far = -(close + EPSILON).log(), -(1 + EPSILON - close).log()
@@ -321,11 +309,10 @@ def pair_loss(boundary: Tensor, displacement: Tensor, labels: PairLabels, radius
         still.append((move.abs().sum(dim=1) * labels.background[:, pair][:, *source]).sum())
     counts = [2 * kind.sum().to(displacement.dtype) + EPSILON for kind in labels[:2]]
     foreground, background = torch.stack(pulled).sum() / counts[0], torch.stack(still).sum() / counts[1]
-    total = (same + different) / 2 + (foreground + background) / 2
-    return PairLosses(total, same, different, foreground, background)
+    return (same + different) / 2 + (foreground + background) / 2
 
 
-# ------------------------------------------------------------------------------------------------------------- network
+# The network
 
 
 class IRNOutput(NamedTuple):
@@ -357,10 +344,8 @@ class IRN(Trainable):
         super().__init__()
         self.label_radius = label_radius
         if not isinstance(backbone, ConvBackbone) or backbone.stride != 16:
-            raise ParameterError(
-                f"IRN was given {type(backbone).__name__} of stride {getattr(backbone, 'stride', None)}",
-                "create_backbone with a ResNet and output_stride=16",
-            )
+            problem = f"IRN was given {type(backbone).__name__} of stride {getattr(backbone, 'stride', None)}"
+            raise ParameterError(problem, "create_backbone with a ResNet and output_stride=16")
         if width % 4:
             raise ParameterError(f"IRN of width {width}", "choose a multiple of 4")
         self.backbone = backbone.requires_grad_(False)
@@ -370,18 +355,13 @@ class IRN(Trainable):
         scales = (1, 1, 2, 4, 4)
         self.boundary = nn.ModuleList(_unit(c, width, 4, s) for c, s in zip(channels, scales, strict=True))
         self.boundary_out = nn.Conv2d(5 * width, 1, 1)
-        d = [2 * width, 4 * width, 8 * width]
-        self.displacement = nn.ModuleList(
-            [
-                _unit(channels[0], d[0], 8),
-                _unit(channels[1], d[1], 16),
-                _unit(channels[2], d[2], 16),
-                _unit(channels[3], d[2], 16, 2),
-                _unit(channels[4], d[2], 16, 2),
-            ]
+        wide = 8 * width
+        units = zip(
+            channels, (2 * width, 4 * width, wide, wide, wide), (8, 16, 16, 16, 16), (1, 1, 1, 2, 2), strict=True
         )
-        self.displacement_join = _unit(3 * d[2], d[2], 16, 2)
-        self.displacement_out = nn.Sequential(_unit(sum(d), d[2], 16), nn.Conv2d(d[2], 2, 1, bias=False))
+        self.displacement = nn.ModuleList(_unit(*unit) for unit in units)
+        self.displacement_join = _unit(3 * wide, wide, 16, 2)
+        self.displacement_out = nn.Sequential(_unit(14 * width, wide, 16), nn.Conv2d(wide, 2, 1, bias=False))
 
     @classmethod
     def create(cls, backbone: ConvBackbone, num_classes: int, **options: Any) -> IRN:
@@ -425,7 +405,7 @@ class IRN(Trainable):
         # Logarithms of affinities near 0 and 1: outside of autocast.
         with torch.autocast(output.boundary.device.type, enabled=False):
             boundary, displacement = output.boundary.float().sigmoid(), output.displacement.float()
-            return pair_loss(boundary, displacement, labels, self.label_radius).total
+            return pair_loss(boundary, displacement, labels, self.label_radius)
 
     def _stages(self, images: Tensor) -> list[Tensor]:
         resnet = self.backbone.resnet
@@ -444,19 +424,20 @@ def boundaries(model: IRN, images: Tensor) -> Tensor:
     return ((plain + mirrored.flip(-1)) / 2).sigmoid()
 
 
-# -------------------------------------------------------------------------------------------------- stages, by images
+# Stages, image by image
 
 
 def irn_labels(found: ClassMaps, image: np.ndarray, config: IRNConfig, refinement: CRFConfig) -> np.ndarray:
     """Return the mask (H, W) that IRN learns from: confident classes and background, 255 elsewhere.
 
-    The seed mask is made at a high and at a low background score, and each is refined by the CRF.
+    The seed mask is made at a high and at a low background score, and each is refined by the CRF. What is foreground in
+    the first is confident, and so is what is background in *both*.
     """
-    masks = [
+    high, low = (
         crf.refine_labels(image, seed_mask(found.maps, found.classes, threshold), refinement)
         for threshold in (config.foreground, config.background)
-    ]
-    return confident_labels(*masks)
+    )
+    return np.where((high == 0) & (low != 0), IGNORE, high).astype(np.uint8)
 
 
 def write_irn_labels(
@@ -505,24 +486,16 @@ def walk_steps(
         yield {e: seed._replace(maps=values) for e, values in zip(exp_times, scores, strict=True)}
 
 
-def walk(
-    model: IRN, found: Iterable[ClassMaps], dataset: LocalizationDataset, config: IRNConfig,
-    image_size: int | None = None,
-) -> Iterator[ClassMaps]:  # fmt: skip
-    """Yield each image's maps after `config.exp_times`; see `walk_steps`."""
-    for by_steps in walk_steps(model, found, dataset, config, (config.exp_times,), image_size):
-        yield by_steps[config.exp_times]
-
-
 def write_pseudo_masks(
     model: IRN, seeds: Store, dataset: LocalizationDataset, config: IRNConfig, image_size: int | None, folder: Path
 ) -> None:
-    """Write the pseudo mask of every image at `config.mask_background`, and the maps that walked; arguments as `walk`.
+    """Write the pseudo mask of every image at `config.mask_background`, and the maps after `config.exp_times`.
 
-    Images whose mask is there and whole are left out.
+    Arguments as of `walk_steps`. Images whose mask is there and whole are left out.
     """
     made = Store(folder)
     left = [dataset.image_ids[index] for index in made.to_do(dataset.image_ids)]
-    for found in walk(model, seeds.all_maps(left), dataset, config, image_size):
+    for by_steps in walk_steps(model, seeds.all_maps(left), dataset, config, (config.exp_times,), image_size):
+        found = by_steps[config.exp_times]
         made.write_maps(found)
         made.write_mask(found.image_id, seed_mask(found.maps, found.classes, config.mask_background))

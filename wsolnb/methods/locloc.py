@@ -179,13 +179,9 @@ class LocLoc(OnFrozen):
     """
 
     def __init__(
-        self,
-        backbone: TransformerBackbone,
-        num_classes: int,
-        generator: GrabCutEnhancedGenerator | None = None,
-        classifier: LocalFeatureDigging | None = None,
-        config: LocLocConfig | None = None,
-    ):
+        self, backbone: TransformerBackbone, num_classes: int, generator: GrabCutEnhancedGenerator | None = None,
+        classifier: LocalFeatureDigging | None = None, config: LocLocConfig | None = None,
+    ):  # fmt: skip
         super().__init__()
         if generator is None and classifier is None:
             raise ParameterError("a LocLoc of neither generator nor classifier", "give one of them, or both")
@@ -198,13 +194,9 @@ class LocLoc(OnFrozen):
 
     @classmethod
     def create(
-        cls,
-        backbone: TransformerBackbone,
-        num_classes: int,
-        part: Literal["generator", "classifier"] = "generator",
-        config: LocLocConfig | dict[str, Any] | None = None,
-        drop_path: float = 0.1,
-    ) -> LocLoc:
+        cls, backbone: TransformerBackbone, num_classes: int, part: Literal["generator", "classifier"] = "generator",
+        config: LocLocConfig | dict[str, Any] | None = None, drop_path: float = 0.1,
+    ) -> LocLoc:  # fmt: skip
         """Return a model with one part alone, to be trained.
 
         config: default `LocLocConfig.released()`. drop_path: stochastic depth of the classifier's last block.

@@ -8,12 +8,15 @@ and 6). Only features and classifier weights are asked for, so any network that 
     centres = cluster_local_features(torch.cat(all_foregrounds), config)
     prototypes = select_prototypes(centres, weight, class_index, config)
     found = lpcam(features, prototypes, context_prototypes)
+
+The equations stand first, in the order of https://arxiv.org/abs/2303.10334. Eq. 5 and 6 are there prototype by
+prototype; behind them is what runs, one product for any number of prototypes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +27,144 @@ from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans, kmeans_plu
 from torch import Tensor
 
 from wsolnb.errors import MapError, ParameterError
+
+# Equations 2 to 6, as the paper writes them
+
+
+def split_local_features(
+    features: Tensor, cam: Tensor, tau: float, ties: Literal["context", "dropped"] = "dropped"
+) -> tuple[Tensor, Tensor]:
+    """Return F = {f(x, y): CAM(x, y) > tau} (n, D) and B, the other local features (m, D), of one image (eq. 2).
+
+    features: f (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here, and all context where
+    it is zero everywhere. What equals tau is context or dropped, as `ties` says.
+    Raises MapError for NaN or shapes that do not fit.
+    """
+    if features.ndim != 3 or features.shape[1:] != cam.shape:
+        problem = f"features {tuple(features.shape)} and CAM {tuple(cam.shape)} do not fit"
+        raise MapError(problem, "give (D, h, w) and (h, w)")
+    if not (cam.isfinite().all() and features.isfinite().all()):
+        raise MapError("features or CAM hold NaN or infinity", "look at the classifier's training")
+    unit = (cam / cam.max().clamp(min=1e-12)).flatten()
+    local = features.flatten(1).T
+    below = (unit <= tau) if ties == "context" or not cam.any() else (unit < tau)
+    return local[unit > tau], local[below]
+
+
+def cluster_local_features(features: Tensor, config: LPCAMConfig, iterations: int = 300) -> Tensor:
+    """Return at most K centres (K', D) of local features (n, D): F_1 ... F_K of F, B_1 ... B_K of B; none of none.
+
+    k-means: started by k-means++ (scikit-learn) or from random features, assignment by `config.metric`, a centre is the
+    mean of its *raw* features. A cluster that runs empty restarts at the feature that is farthest from its centre.
+    hierarchical: average linkage; zero features have no direction and are left out of it where the metric is cosine.
+
+    Raises ParameterError for a hierarchical clustering of more than 20,000 features, whose distances take 3 GB.
+    """
+    count = config.clusters
+    if len(features) <= count:
+        return features.clone()
+    if config.algorithm == "hierarchical" and len(features) > 20_000:
+        problem = f"hierarchical clustering of {len(features)} features needs all of their distances"
+        raise ParameterError(problem, "set features_per_class to 20,000 or fewer, or use kmeans or minibatch")
+    data = features.detach().cpu().numpy()
+    lengths = np.linalg.norm(data, axis=1, keepdims=True)
+    if config.algorithm == "hierarchical" and config.metric == "cosine" and not lengths.all():
+        data, lengths = data[lengths[:, 0] > 0], lengths[lengths[:, 0] > 0]
+        if len(data) <= count:
+            return torch.from_numpy(data).to(features) if len(data) else features[:1].clone()
+    view = data / np.maximum(lengths, 1e-12) if config.metric == "cosine" else data
+    if config.algorithm == "hierarchical":
+        labels = AgglomerativeClustering(count, linkage="average", metric=config.metric).fit_predict(view)
+    elif config.algorithm == "minibatch":
+        labels = MiniBatchKMeans(count, random_state=config.seed, n_init=1).fit_predict(view)
+    else:
+        labels = _lloyd(data, view, count, config, iterations)
+    centres = [data[labels == k].mean(axis=0, dtype=np.float64) for k in range(count) if (labels == k).any()]
+    return torch.from_numpy(np.stack(centres)).to(features)
+
+
+def _lloyd(data: np.ndarray, view: np.ndarray, count: int, config: LPCAMConfig, iterations: int) -> np.ndarray:
+    """Assign each row to its nearest centre, set each centre to the mean of its rows of `data`, until nothing moves."""
+    if config.start == "random":
+        centres = data[np.random.default_rng(config.seed).choice(len(data), count, replace=False)]
+    else:
+        centres, _ = kmeans_plusplus(view, count, random_state=config.seed)
+    labels = np.full(len(data), -1)
+    squares = None if config.metric == "cosine" else (view**2).sum(1, keepdims=True)
+    for _ in range(iterations):
+        if config.metric == "cosine":
+            unit = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
+            distance = 1 - view @ unit.T
+        else:
+            distance = squares - 2 * view @ centres.T + (centres**2).sum(1)
+        found = distance.argmin(axis=1)
+        own = distance[np.arange(len(data)), found]
+        sizes = np.bincount(found, minlength=count)
+        for empty in np.flatnonzero(sizes == 0):
+            farthest = np.where(sizes[found] > 1, own, -np.inf).argmax()  # taken from a cluster that keeps others
+            sizes[found[farthest]] -= 1
+            found[farthest], sizes[empty] = empty, 1
+        if np.array_equal(found, labels):
+            return labels
+        labels, before = found, centres
+        centres = np.stack([data[labels == k].mean(axis=0) for k in range(count)])
+        if np.linalg.norm(centres - before, axis=1).sum() ** 2 < config.tolerance:
+            return labels
+    warnings.warn(f"k-means has not settled after {iterations} iterations", stacklevel=3)
+    return labels
+
+
+def centre_scores(centres: Tensor, weight: Tensor, class_index: int, score: str = "softmax") -> Tensor:
+    """Return p_i (n,): how the classifier, (C, D), scores each centre F_i or B_i, (n, D), for a class (eq. 3 and 4)."""
+    logits = centres.float() @ weight.float().T
+    return logits.softmax(dim=1)[:, class_index] if score == "softmax" else logits[:, class_index].sigmoid()
+
+
+def select_prototypes(
+    centres: Tensor, weight: Tensor, class_index: int, config: LPCAMConfig, context: bool = False
+) -> Tensor:
+    """Return the centres (n, D) that are kept as prototypes: of the class (p_i > mu_f), or of its context (< mu_b).
+
+    Raises ParameterError when no class prototype is left and `config.none_left` is `error`. Of context prototypes there
+    may be none: nothing is subtracted then.
+    """
+    if not len(centres):
+        if context:
+            return centres
+        raise ParameterError(f"class {class_index} has no local features to cluster", "give images of the class")
+    scores = centre_scores(centres, weight, class_index, config.score)
+    if context:
+        return centres[(scores < config.mu_b) & (scores > config.mu_b_least)]
+    kept = centres[scores > config.mu_f]
+    if not len(kept) and config.none_left == "error":
+        problem = f"no centre of class {class_index} scores above {config.mu_f}; the best has {float(scores.max()):.3f}"
+        raise ParameterError(problem, "lower mu_f, or set none_left='best'")
+    return kept if len(kept) else centres[scores.argmax()][None]
+
+
+def similarity_maps(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Return cos(F_i, f(x, y)) (B, K, h, w), the maps that eq. 5 averages, for (B, D, h, w) features.
+
+    prototypes: F_i or B_i, (K, D).
+    """
+    return torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
+
+
+def plain_lpcam(features: Tensor, class_prototypes: Tensor, context_prototypes: Tensor) -> Tensor:
+    """Return LPCAM (B, h, w) = ReLU(FG - BG), divided by its maximum (eq. 6); arguments as of `lpcam`, none is empty.
+
+    FG, BG: the means over the prototypes of the class, and of its context, of `similarity_maps` (eq. 5).
+    """
+    fg = similarity_maps(features, class_prototypes).mean(dim=1)
+    bg = similarity_maps(features, context_prototypes).mean(dim=1)
+    return by_maximum(fg - bg)
+
+
+def by_maximum(maps: Tensor) -> Tensor:
+    """Return (..., h, w) maps without their negative values, divided by their maximum: in [0, 1]; zero stays zero."""
+    positive = maps.relu()
+    top = positive.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(top > 0, positive / top, positive)
 
 
 class LPCAMConfig(BaseModel):
@@ -96,129 +237,7 @@ class LPCAMConfig(BaseModel):
         return cls.paper(dataset, **both | (coco if dataset == "coco" else voc) | changes)
 
 
-def split_local_features(
-    features: Tensor, cam: Tensor, tau: float, ties: Literal["context", "dropped"] = "dropped"
-) -> tuple[Tensor, Tensor]:
-    """Return foreground (n, D) and context (m, D) local features of one image (eq. 2).
-
-    features: (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here, and all context where it
-    is zero everywhere. Foreground is > tau, context < tau; what equals tau is context or dropped, as `ties` says.
-    Raises MapError for NaN or shapes that do not fit.
-    """
-    if features.ndim != 3 or features.shape[1:] != cam.shape:
-        raise MapError(
-            f"features {tuple(features.shape)} and CAM {tuple(cam.shape)} do not fit", "give (D, h, w) and (h, w)"
-        )
-    if not (cam.isfinite().all() and features.isfinite().all()):
-        raise MapError("features or CAM hold NaN or infinity", "look at the classifier's training")
-    unit = (cam / cam.max().clamp(min=1e-12)).flatten()
-    local = features.flatten(1).T
-    below = (unit <= tau) if ties == "context" or not cam.any() else (unit < tau)
-    return local[unit > tau], local[below]
-
-
-def cluster_local_features(features: Tensor, config: LPCAMConfig, iterations: int = 300) -> Tensor:
-    """Return at most K centres (K', D) of local features (n, D); none of no features.
-
-    k-means: started by k-means++ (scikit-learn) or from random features, assignment by `config.metric`, a centre is the
-    mean of its *raw* features. A cluster that runs empty restarts at the feature that is farthest from its centre.
-    hierarchical: average linkage; zero features have no direction and are left out of it where the metric is cosine.
-
-    Raises ParameterError for a hierarchical clustering of more than 20,000 features, whose distances take 3 GB.
-    """
-    count = config.clusters
-    if len(features) <= count:
-        return features.clone()
-    if config.algorithm == "hierarchical" and len(features) > 20_000:
-        raise ParameterError(
-            f"hierarchical clustering of {len(features)} features needs all of their distances",
-            "set features_per_class to 20,000 or fewer, or use kmeans or minibatch",
-        )
-    data = features.detach().cpu().numpy()
-    lengths = np.linalg.norm(data, axis=1, keepdims=True)
-    if config.algorithm == "hierarchical" and config.metric == "cosine" and not lengths.all():
-        data, lengths = data[lengths[:, 0] > 0], lengths[lengths[:, 0] > 0]
-        if len(data) <= count:
-            return torch.from_numpy(data).to(features) if len(data) else features[:1].clone()
-    view = data / np.maximum(lengths, 1e-12) if config.metric == "cosine" else data
-    if config.algorithm == "hierarchical":
-        labels = AgglomerativeClustering(count, linkage="average", metric=config.metric).fit_predict(view)
-    elif config.algorithm == "minibatch":
-        labels = MiniBatchKMeans(count, random_state=config.seed, n_init=1).fit_predict(view)
-    else:
-        labels = _lloyd(data, view, count, config, iterations)
-    centres = [data[labels == k].mean(axis=0, dtype=np.float64) for k in range(count) if (labels == k).any()]
-    return torch.from_numpy(np.stack(centres)).to(features)
-
-
-def _lloyd(data: np.ndarray, view: np.ndarray, count: int, config: LPCAMConfig, iterations: int) -> np.ndarray:
-    """Assign each row to one of `count` clusters by Lloyd's alternation; centres are means of `data`."""
-    if config.start == "random":
-        centres = data[np.random.default_rng(config.seed).choice(len(data), count, replace=False)]
-    else:
-        centres, _ = kmeans_plusplus(view, count, random_state=config.seed)
-    labels = np.full(len(data), -1)
-    squares = None if config.metric == "cosine" else (view**2).sum(1, keepdims=True)
-    for _ in range(iterations):
-        if config.metric == "cosine":
-            unit = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-            distance = 1 - view @ unit.T
-        else:
-            distance = squares - 2 * view @ centres.T + (centres**2).sum(1)
-        found = distance.argmin(axis=1)
-        own = distance[np.arange(len(data)), found]
-        sizes = np.bincount(found, minlength=count)
-        for empty in np.flatnonzero(sizes == 0):
-            farthest = np.where(sizes[found] > 1, own, -np.inf).argmax()  # taken from a cluster that keeps others
-            sizes[found[farthest]] -= 1
-            found[farthest], sizes[empty] = empty, 1
-        if np.array_equal(found, labels):
-            return labels
-        labels, before = found, centres
-        centres = np.stack([data[labels == k].mean(axis=0) for k in range(count)])
-        if np.linalg.norm(centres - before, axis=1).sum() ** 2 < config.tolerance:
-            return labels
-    warnings.warn(f"k-means has not settled after {iterations} iterations", stacklevel=3)
-    return labels
-
-
-def centre_scores(centres: Tensor, weight: Tensor, class_index: int, score: str = "softmax") -> Tensor:
-    """Return the classifier's score (n,) of each centre (n, D) for a class (eq. 3 and 4); weight: (C, D)."""
-    logits = centres.float() @ weight.float().T
-    return logits.softmax(dim=1)[:, class_index] if score == "softmax" else logits[:, class_index].sigmoid()
-
-
-def select_prototypes(
-    centres: Tensor, weight: Tensor, class_index: int, config: LPCAMConfig, context: bool = False
-) -> Tensor:
-    """Return the centres (n, D) that are kept as prototypes: of the class (score > mu_f), or of its context (< mu_b).
-
-    Raises ParameterError when no class prototype is left and `config.none_left` is `error`. Of context prototypes there
-    may be none: nothing is subtracted then.
-    """
-    if not len(centres):
-        if context:
-            return centres
-        raise ParameterError(f"class {class_index} has no local features to cluster", "give images of the class")
-    scores = centre_scores(centres, weight, class_index, config.score)
-    if context:
-        return centres[(scores < config.mu_b) & (scores > config.mu_b_least)]
-    kept = centres[scores > config.mu_f]
-    if not len(kept) and config.none_left == "error":
-        raise ParameterError(
-            f"no centre of class {class_index} scores above {config.mu_f}; the best has {float(scores.max()):.3f}",
-            "lower mu_f, or set none_left='best'",
-        )
-    return kept if len(kept) else centres[scores.argmax()][None]
-
-
-def similarity_maps(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Return the maps that eq. 5 averages: cosine similarities (B, K, h, w) of (B, D, h, w) features to each prototype.
-
-    prototypes: (K, D). Their mean over the class prototypes is FG of eq. 5, over the context prototypes BG; `direction`
-    gives FG - BG in one product.
-    """
-    return torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
+# The same in one product, however many prototypes there are
 
 
 def direction(class_prototypes: Tensor, context_prototypes: Tensor | None = None) -> Tensor:
@@ -249,24 +268,12 @@ def lpcam(features: Tensor, class_prototypes: Tensor, context_prototypes: Tensor
     A map without a positive value is zero. Raises ParameterError for shapes that do not fit.
     """
     if features.ndim != 4 or class_prototypes.ndim != 2 or features.shape[1] != class_prototypes.shape[1]:
-        raise ParameterError(
-            f"features {tuple(features.shape)} and prototypes {tuple(class_prototypes.shape)} do not fit",
-            "give (B, D, h, w) and (K, D)",
-        )
-    found = similarity(features, direction(class_prototypes, context_prototypes)[None])[:, 0].relu()
-    return by_maximum(found)
+        problem = f"features {tuple(features.shape)} and prototypes {tuple(class_prototypes.shape)} do not fit"
+        raise ParameterError(problem, "give (B, D, h, w) and (K, D)")
+    return by_maximum(similarity(features, direction(class_prototypes, context_prototypes)[None])[:, 0])
 
 
-def by_maximum(maps: Tensor) -> Tensor:
-    """Return (..., h, w) maps without their negative values, divided by their maximum: in [0, 1]; zero stays zero."""
-    positive = maps.relu()
-    top = positive.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(top > 0, positive / top, positive)
-
-
-def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (C, h, w) maps bilinearly to `size`, pixel centres aligned; C may be 0."""
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+# Of one image, over scales and flips
 
 
 class Directions(NamedTuple):
@@ -283,11 +290,8 @@ def cam_of(scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int]) -> T
     weight: (C, D) of the classes of interest. At each scale the rectified maps of both are added, then upsampled to
     `size`, summed over scales and divided by their maximum.
     """
-    total = torch.zeros(len(weight), *size, dtype=weight.dtype, device=weight.device)
-    for features in scales:
-        maps = torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu().sum(dim=1)
-        total += _upsample(maps, size)
-    return by_maximum(total)
+    both = (torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu() for features in scales)
+    return by_maximum(_summed((maps.sum(dim=1) for maps in both), size))
 
 
 def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, int], config: LPCAMConfig) -> Tensor:
@@ -295,17 +299,22 @@ def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, 
 
     `config.flip`, `over_scales` and `relu` say how.
     """
-    vectors = directions.vectors
-    total = torch.zeros(len(vectors), *size, dtype=vectors.dtype, device=vectors.device)
-    for features in scales:
-        features = features.to(vectors)
+
+    def at(features: Tensor) -> Tensor:
         if config.flip == "none":
             features = features[:1]
         elif config.flip == "features":
             features = features.sum(dim=0, keepdim=True)
-        maps = similarity(features, vectors)
+        maps = similarity(features, directions.vectors)
         rectified = maps.relu()
         if config.relu == "with_context":
             rectified = torch.where(directions.has_context[None, :, None, None], rectified, maps)
-        total += _upsample(rectified.mean(dim=0), size)
+        return rectified.mean(dim=0)
+
+    total = _summed((at(features.to(directions.vectors)) for features in scales), size)
     return by_maximum(total / len(scales) if config.over_scales == "mean" else total)
+
+
+def _summed(grids: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize the (C, h, w) maps of each scale bilinearly to `size`, pixel centres aligned, and add them; C may be 0."""
+    return sum(F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] for maps in grids)

@@ -66,10 +66,8 @@ class MCTformer(LocalizationModel):
     def __init__(self, backbone: TransformerBackbone, num_classes: int, layers: int = 3, padding: str = "zeros"):
         super().__init__()
         if not isinstance(backbone, TransformerBackbone) or isinstance(backbone, ConformerBackbone):
-            raise ParameterError(
-                f"MCTformer needs a plain vision transformer, got {type(backbone).__name__}",
-                "use vit_mini, deit_small or another transformer of wsolnb.backbones",
-            )
+            problem = f"MCTformer needs a plain vision transformer, got {type(backbone).__name__}"
+            raise ParameterError(problem, "use vit_mini, deit_small or another transformer of wsolnb.backbones")
         self.backbone = backbone
         self.layers = min(layers, backbone.depth)
         vit = backbone.vit
@@ -89,18 +87,17 @@ class MCTformer(LocalizationModel):
         """The convolution over the patch tokens."""
         return self.semantic
 
-    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int], Tensor, Tensor]:
-        """Run the transformer: class tokens (B, C, D), patches (B, N, D), grid, class attention and patch affinity."""
+    def forward(self, images: Tensor) -> MCTformerOutput:
+        """Classify (B, 3, H, W) normalised images; H and W multiples of the patch size."""
         vit, size = self.backbone.vit, self.backbone.patch_size
         rows, columns = images.shape[2] // size, images.shape[3] // size
         if images.shape[2] % size or images.shape[3] % size:
             raise ParameterError(f"images of {tuple(images.shape[2:])} pixels", f"use multiples of {size}")
-        side = self.backbone.grid
         patches = vit.patch_embed(images)
         positioned = positioned_prefix(vit)
         position = vit.pos_embed[:, positioned:]
-        if (rows, columns) != side:
-            position = resample_abs_pos_embed(position, (rows, columns), side, num_prefix_tokens=0)
+        if (rows, columns) != self.backbone.grid:
+            position = resample_abs_pos_embed(position, (rows, columns), self.backbone.grid, num_prefix_tokens=0)
         count = self.class_tokens.shape[1]
         prefix = [self.class_tokens]
         if vit.reg_token is not None:
@@ -114,7 +111,12 @@ class MCTformer(LocalizationModel):
             attention.append(weights[:, :count, first:])
             affinity = affinity + weights[:, first:, first:] / len(masks)
         x = vit.norm(tokens)
-        return x[:, :count], x[:, first:], (rows, columns), torch.stack(attention[-self.layers :], dim=1), affinity
+        features = x[:, first:].mT.unflatten(2, (rows, columns))
+        semantic_map = self.semantic(features)
+        token_logits, patch_logits = x[:, :count].mean(dim=2), semantic_map.mean(dim=(2, 3))
+        logits = (token_logits + patch_logits) / 2
+        attention = torch.stack(attention[-self.layers :], dim=1).unflatten(3, (rows, columns))
+        return MCTformerOutput(logits, token_logits, patch_logits, semantic_map, features, attention, affinity)
 
     def _masks(self, rows: int, columns: int, count: int, device: torch.device) -> list[Tensor | None]:
         """The backbone's masks (`Mixing`) with `count` class tokens in the place of one."""
@@ -124,16 +126,6 @@ class MCTformer(LocalizationModel):
         repeats = torch.cat([torch.zeros(count, dtype=torch.long), torch.arange(1, rows * columns + 1)])
         one = mixing.masks(rows, columns, depth)
         return [mask if mask is None else mask[repeats][:, repeats].to(device) for mask in one]
-
-    def forward(self, images: Tensor) -> MCTformerOutput:
-        """Classify (B, 3, H, W) normalised images; H and W multiples of the patch size."""
-        classes, patches, grid, attention, affinity = self.tokens(images)
-        features = patches.mT.unflatten(2, grid)
-        semantic_map = self.semantic(features)
-        token_logits, patch_logits = classes.mean(dim=2), semantic_map.mean(dim=(2, 3))
-        logits = (token_logits + patch_logits) / 2
-        attention = attention.unflatten(3, grid)
-        return MCTformerOutput(logits, token_logits, patch_logits, semantic_map, features, attention, affinity)
 
     def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
         """Return the sum of the multi-label losses of class tokens and of patches."""

@@ -46,15 +46,12 @@ class ProxyProbingDecoder(nn.Module):
 class LinearProbe(nn.Module):
     """Linear classifier of the class tokens of the last blocks and, with `pool`, of the last one's mean patch token.
 
-    dim: channels D of the tokens. prefix_tokens: how many of them come before the patches, those of the backbone. PPD
-    sets them where they are None.
+    dim: channels D of the tokens. PPD sets `prefix_tokens`, how many come before the patches, to those of the backbone.
     """
 
-    def __init__(
-        self, dim: int, num_classes: int, blocks: int = 4, pool: bool = True, prefix_tokens: int | None = None
-    ):
+    def __init__(self, dim: int, num_classes: int, blocks: int = 4, pool: bool = True):
         super().__init__()
-        self.blocks, self.pool, self.prefix_tokens = blocks, pool, prefix_tokens
+        self.blocks, self.pool, self.prefix_tokens = blocks, pool, 1
         self.linear = nn.Linear(dim * (blocks + pool), num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -63,7 +60,7 @@ class LinearProbe(nn.Module):
         """Return logits (B, C) from the normalised outputs (B, P + N, D) of the last blocks, in their order."""
         features = [tokens[:, 0] for tokens in last[-self.blocks :]]
         if self.pool:
-            features.append(last[-1][:, self.prefix_tokens or 1 :].mean(dim=1))
+            features.append(last[-1][:, self.prefix_tokens :].mean(dim=1))
         return self.linear(torch.cat(features, dim=-1))
 
 
@@ -84,36 +81,22 @@ class PPD(OnFrozen):
     maps = ("proxy",)
 
     def __init__(
-        self,
-        backbone: TransformerBackbone,
-        num_classes: int,
-        decoder: ProxyProbingDecoder | None = None,
-        probe: LinearProbe | None = None,
-        threshold: float | None = None,
-    ):
+        self, backbone: TransformerBackbone, num_classes: int, decoder: ProxyProbingDecoder | None = None,
+        probe: LinearProbe | None = None, threshold: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         if decoder is None and probe is None:
             raise ParameterError("a PPD of neither decoder nor probe", "give one of them, or both")
         self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
         self.decoder, self.probe, self.threshold = decoder, probe, threshold
-        if probe is not None and probe.prefix_tokens not in (None, backbone.prefix_tokens):
-            raise ParameterError(
-                f"a probe behind {probe.prefix_tokens} prefix tokens, on a backbone with {backbone.prefix_tokens}",
-                "leave prefix_tokens of the LinearProbe out",
-            )
         if probe is not None:
             probe.prefix_tokens = backbone.prefix_tokens
 
     @classmethod
     def create(
-        cls,
-        backbone: TransformerBackbone,
-        num_classes: int,
-        part: Literal["decoder", "probe"] = "decoder",
-        hidden: int = 2048,
-        channels: int = 256,
-        threshold: float | None = None,
-    ) -> PPD:
+        cls, backbone: TransformerBackbone, num_classes: int, part: Literal["decoder", "probe"] = "decoder",
+        hidden: int = 2048, channels: int = 256, threshold: float | None = None,
+    ) -> PPD:  # fmt: skip
         """Return a model with one part alone, to be trained.
 
         hidden, channels: of the `ProxyProbingDecoder`. threshold: of the attention that it learns.

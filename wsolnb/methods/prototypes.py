@@ -211,12 +211,9 @@ def directions_by_kind(
 
 
 def variant_maps(
-    source: FeatureSource,
-    by_name: Mapping[str, Directions | None],
-    config: LPCAMConfig,
-    indices: Iterable[int] | None = None,
-    unreadable: Unreadable = "stop",
-) -> Iterator[dict[str, ClassMaps]]:
+    source: FeatureSource, by_name: Mapping[str, Directions | None], config: LPCAMConfig,
+    indices: Iterable[int] | None = None, unreadable: Unreadable = "stop",
+) -> Iterator[dict[str, ClassMaps]]:  # fmt: skip
     """Yield, for every image, the maps of its own classes by name, all from one pass over the features.
 
     by_name: the `directions` of each variant; None stands for CAM. `config` says scales and flips, also of CAM.
@@ -235,14 +232,10 @@ def variant_maps(
 
 
 def all_seed_maps(
-    source: FeatureSource,
-    kinds: Sequence[str],
-    config: LPCAMConfig,
-    prototypes: Sequence[ClassPrototypes] | None = None,
-    indices: Iterable[int] | None = None,
-    unreadable: Unreadable = "stop",
-    missing: Literal["error", "zero"] = "error",
-) -> Iterator[dict[str, ClassMaps]]:
+    source: FeatureSource, kinds: Sequence[str], config: LPCAMConfig,
+    prototypes: Sequence[ClassPrototypes] | None = None, indices: Iterable[int] | None = None,
+    unreadable: Unreadable = "stop", missing: Literal["error", "zero"] = "error",
+) -> Iterator[dict[str, ClassMaps]]:  # fmt: skip
     """Yield the maps of every image by kind (`KINDS`), all from one pass over the features.
 
     `config` says scales and flips, also of CAM. prototypes: needed by all kinds but `cam`.
@@ -266,11 +259,11 @@ def write_maps(
     A file is written by rename, so that one that is there is whole.
     """
     stores = {name: Store(folder / name) for name in by_name}
-    left = [
-        index
-        for index, image_id in enumerate(source.image_ids)
-        if not all(store.path(image_id, ".npz").is_file() for store in stores.values())
-    ]
+
+    def lacks(image_id: str) -> bool:
+        return not all(store.path(image_id, ".npz").is_file() for store in stores.values())
+
+    left = [index for index, image_id in enumerate(source.image_ids) if lacks(image_id)]
     for found in variant_maps(source, by_name, config, left):
         for name, image in found.items():
             stores[name].write_maps(image)

@@ -7,7 +7,6 @@ It learns from masks; the background is a class of its own, index 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.methods import register
-from wsolnb.methods.base import Trainable
-from wsolnb.methods.deeplabv2 import pixel_loss
+from wsolnb.methods.base import SegmentationModel
 
 STEP = 32
 """Pixels that the sides of the encoder's input must be a multiple of."""
@@ -32,14 +30,12 @@ class Encoder(NamedTuple):
 
 
 @register("upernet")
-class UPerNet(Trainable):
+class UPerNet(SegmentationModel):
     """A Swin with UPerNet's decoder. Images of any size: padded to what the encoder takes, and cut back.
 
     encoder: as `make_backbone` gives it. classes: with the background.
     Raises WeightsError when published weights are asked for and cannot be had, ParameterError for another encoder.
     """
-
-    learns_from_masks = True
 
     def __init__(self, encoder: Encoder, classes: int):
         super().__init__()
@@ -50,10 +46,11 @@ class UPerNet(Trainable):
         try:
             self.net = smp.UPerNet(f"tu-{name}", encoder_weights=weights, classes=classes, strict_img_size=False)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise WeightsError(
-                f"UPerNet with {name!r} could not be built: {str(error).splitlines()[0]}",
-                "check the name (timm.list_models('swin*')); published weights need a network or timm's filled cache",
-            ) from error
+            problem = f"UPerNet with {name!r} could not be built: {str(error).splitlines()[0]}"
+            remedy = (
+                "check the name (timm.list_models('swin*')); published weights need a network or timm's filled cache"
+            )
+            raise WeightsError(problem, remedy) from error
 
     @classmethod
     def make_backbone(
@@ -63,11 +60,6 @@ class UPerNet(Trainable):
         if checkpoint:
             raise ParameterError("UPerNet takes no checkpoint", "set pretrained, or load weights into the network")
         return Encoder(name, pretrained)
-
-    @classmethod
-    def create(cls, backbone: Encoder, num_classes: int, **options: Any) -> UPerNet:
-        """Return a network for `num_classes` classes and the background."""
-        return cls(backbone, num_classes + 1, **options)
 
     @property
     def head(self) -> nn.Module:
@@ -79,7 +71,3 @@ class UPerNet(Trainable):
         height, width = images.shape[-2:]
         down, right = -height % STEP, -width % STEP
         return self.net(F.pad(images, (0, right, 0, down)))[..., :height, :width]
-
-    def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-        """Return `pixel_loss` of a batch."""
-        return pixel_loss(forward(batch["image"]), batch, label_smoothing)
