@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-# What is no statement about a result: code, formulas, links, numbers of equations, figures and years, and what a run takes
+# What states no result: code, formulas, links, numbers of equations, figures and years, and what a run takes
 # (minutes, memory, pixels), which no stored output holds.
 NOT_PROSE = re.compile(
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|https?://\S+"
