@@ -72,7 +72,6 @@ def test_fewer_images_than_a_batch_are_named(folder, batch_size):
     assert len(make_loader(dataset, None, batch_size)) == len(make_loader(dataset, None, len(dataset), drop_last=True))
 
 
-
 def test_multi_label_batches_are_multi_hot(folder):
     batch = next(iter(make_loader(Folder(folder, multi_label=True), None, 3)))
     assert batch["label"].dtype == torch.float32

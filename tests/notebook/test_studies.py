@@ -27,3 +27,23 @@ def test_pairs_are_compared_within_seeds():
     }
     assert 4.3027 * 0.1 / math.sqrt(3) == pytest.approx(0.248, abs=5e-4)
     assert studies.compare(table[:0], ["backbone"], ["top1"], {"old": "Old", "new": "New"}).empty
+
+
+def test_variants_are_compared_with_a_reference_of_the_same_seeds():
+    scores = {"old": (0.1, 0.5, 0.3), "new": (0.2, 0.7, 0.6)}
+    table = pd.DataFrame(
+        [{"variant": v, "seed": n, "gt_known": x} for v, values in scores.items() for n, x in enumerate(values)]
+        + [{"variant": "fewer", "seed": 1, "gt_known": 0.25}]
+    )
+    found = studies.against(table, "variant", "old", ["gt_known"])
+    assert found.to_dict("index") == {
+        "new": {"pairs": 3, "d gt_known": "+0.200 ± 0.248"},
+        "fewer": {"pairs": 1, "d gt_known": "-0.250 ± nan"},
+    }
+    assert studies.against(table, "variant", "not recorded", ["gt_known"]).empty
+
+
+def test_means_stand_with_their_intervals():
+    table = pd.DataFrame({"variant": ["a"] * 3 + ["b", "c"], "score": [0.2, 0.1, 0.3, 0.45, math.nan]})
+    found = studies.mean_and_interval(table, "variant", ["score", "unknown"]).score
+    assert found.to_dict() == {"a": "0.2 ± 0.248", "b": "0.45", "c": ""}

@@ -187,9 +187,11 @@ def test_studies_change_one_thing_at_a_time(pair):
     assert regimes["five epochs"].epochs == 5
     assert regimes["head rate 0.001"].changed(head_lr=pair.head_lr) == regimes["as studied"]
     switches = list(plan(pair).trials("switches"))
-    assert [t.variant for t in switches] == [*scm.SWITCHES, "paper"]
-    assert {t.method for t in switches} == {"scm"}
-    assert (switches[-1].pair.preset, switches[-1].pair.epochs) == ("paper", 1)
+    assert [t.variant for t in switches] == [scm.BASELINE, *scm.SWITCHES, "paper", "paper, no residual"]
+    assert [t.method for t in switches] == ["tscam"] + ["scm"] * (len(switches) - 1)
+    assert [(t.pair.preset, t.pair.epochs, t.module) for t in switches[-2:]] == [
+        ("paper", switches[0].pair.epochs, {}), ("paper", 1, {"residual": False}),
+    ]  # fmt: skip
     photographs = next(plan(pair).trials("photographs")).pair
     assert (photographs.dataset, photographs.epochs) == ("pets", 10)
     for study in scm.VARIANTS:

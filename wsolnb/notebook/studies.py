@@ -49,11 +49,33 @@ def compare(
     return pd.DataFrame(rows).round(3)
 
 
-def mean_and_spread(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
-    """Return mean and standard deviation of columns by group as text, `0.812 ± 0.010`; of one row the number alone."""
-    grouped = table.groupby(by, sort=False)[[name for name in measures if name in table]]
-    mean, spread = grouped.mean().round(3).astype(str), grouped.std().round(3).astype(str)
-    return mean.where(spread == "nan", mean + " ± " + spread).replace("nan", "")
+def against(table: pd.DataFrame, by: str, reference: str, measures: Sequence[str]) -> pd.DataFrame:
+    """Return what each variant differs by from a reference variant, paired by seed: `plus_minus` for each measure.
+
+    table: with the columns `seed`, `by` and the measures; one row per seed and variant. A row of the result is a
+    variant, in the order of the table; its column `pairs` counts the seeds that both have. Nothing where the reference
+    was not recorded.
+    """
+    wide = table.pivot(index="seed", columns=by, values=list(measures))
+    rows = {}
+    for variant in table[by].unique() if reference in set(table[by]) else ():
+        if variant != reference:
+            d = pd.DataFrame({name: wide[name, variant] - wide[name, reference] for name in measures}).dropna(how="all")
+            rows[variant] = {"pairs": len(d)} | {f"d {name}": plus_minus(d[name]) for name in measures}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
+
+
+def mean_and_interval(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Return means of columns by group with half of their 95 % interval as text, `0.812 ± 0.010`.
+
+    Of one row the number alone.
+    """
+
+    def text(values: pd.Series) -> str:
+        known = [str(round(value, 3)) for value in interval(values) if np.isfinite(value)]
+        return " ± ".join(known)
+
+    return table.groupby(by, sort=False)[[name for name in measures if name in table]].agg(text)
 
 
 def with_recorded(

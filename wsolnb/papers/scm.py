@@ -295,6 +295,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Studies of SCM alone: by study and variant, changes of its `SCMConfig`."""
 
+BASELINE = "TS-CAM"
+"""The first variant of each of these studies, which the others are compared with."""
+
 STUDIES = ("pairs", "photographs", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""
 
@@ -331,10 +334,10 @@ class Studies(BaseModel):
 
     def trials(self, study: str) -> Iterator[Trial]:
         """Yield the trainings of a study, one of `STUDIES`, in their order."""
-        methods = ["scm"] if study in VARIANTS else list(PAIR)
         seeds = self.pair_seeds if study in ("pairs", "photographs") else self.study_seeds
         for variant, changes, module in self._variants(study):
             pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
+            methods = list(PAIR) if study not in VARIANTS else ["tscam" if variant == BASELINE else "scm"]
             yield from (Trial(study, variant, method, seed, pair, module) for seed in seeds for method in methods)
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -349,9 +352,12 @@ class Studies(BaseModel):
         }
         if study in changes:
             return [(name, changed, {}) for name, changed in changes[study]]
-        # What the paper prints is trained for one epoch, since it does not learn.
-        paper = [("paper", {**own, "preset": "paper", "epochs": 1}, {})] if study == "switches" else []
-        return [(name, own, module) for name, module in VARIANTS[study].items()] + paper
+        found = [(BASELINE, own, {}), *((name, own, module) for name, module in VARIANTS[study].items())]
+        if study == "switches":
+            paper = {**own, "preset": "paper"}
+            # Without fig. 2's residual it does not learn: one epoch shows that.
+            found += [("paper", paper, {}), ("paper, no residual", {**paper, "epochs": 1}, {"residual": False})]
+        return found
 
     def rows(self, run: Run, studies: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Train the models of some studies, or find them; yield the rows of `measured`."""
