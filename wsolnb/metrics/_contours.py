@@ -81,21 +81,53 @@ def _sweep(filled, v):
     return changed.any()
 
 
+@njit(cache=True)
+def _settle(filled, v):
+    """Let values flow along any path until none changes; each pixel waits in the queue at most once."""
+    width, low, high = v.shape[1], v.ravel(), filled.ravel()
+    queue = np.empty(v.size, np.int64)
+    waits = np.zeros(v.size, np.uint8)
+    head = waiting = 0
+    for p in range(width, v.size - width):  # of the frame none changes
+        new = max(low[p], min(min(high[p - width], high[p + width]), min(high[p - 1], high[p + 1])))
+        if high[p] > new:
+            high[p] = new
+            queue[waiting] = p
+            waits[p] = 1
+            waiting += 1
+    tail = waiting
+    while waiting:
+        p = queue[head]
+        head = head + 1 if head + 1 < v.size else 0
+        waiting -= 1
+        waits[p] = 0
+        for q in (p - width, p - 1, p + 1, p + width):
+            new = max(low[q], high[p])
+            if high[q] > new:
+                high[q] = new
+                if not waits[q]:
+                    queue[tail] = q
+                    tail = tail + 1 if tail + 1 < v.size else 0
+                    waits[q] = 1
+                    waiting += 1
+
+
 def _fill_holes(v: np.ndarray) -> np.ndarray:
     """Return the map whose foreground at every level is that of `v` with its holes filled.
 
-    The value of a pixel becomes the least height over which a 4-connected path leads to the frame. A round of sweeps
-    finds the paths with two turns more: two to six rounds are enough for smooth maps, some 70 for noise.
+    The value of a pixel becomes the least height over which a 4-connected path leads to the frame. Where the paths
+    have few turns, a few rounds of sweeps find them; the queue finds the others.
     """
     filled = np.zeros_like(v)
     filled[1:-1, 1:-1] = 255
     across = cv2.transpose(v)
-    changes = True
-    while changes:
+    for _ in range(8):
         down = _sweep(filled, v)
         turned = cv2.transpose(filled)
-        changes = _sweep(turned, across) or down
+        if not _sweep(turned, across) and not down:
+            return filled
         filled = cv2.transpose(turned)
+    _settle(filled, v)
     return filled
 
 
