@@ -146,8 +146,8 @@ def read(name: str) -> pd.DataFrame:
         return pd.read_csv(path)
     if (path := path.with_suffix(".json")).is_file():
         return pd.json_normalize(json.loads(path.read_text(encoding="utf-8")), sep="/")
-    known = nearest(name, (p.stem for p in path.parent.glob("*.csv")))
-    raise ParameterError(f"there is no table {name!r} in outputs/reference{known}", "name one that is, or record it")
+    hint = nearest(name, (other.stem for other in path.parent.glob("*.csv")))
+    raise ParameterError(f"there is no table {name!r} in outputs/reference{hint}", "name one that is, or record it")
 
 
 def select(table: pd.DataFrame, by: Filter) -> pd.DataFrame:
@@ -162,9 +162,12 @@ def select(table: pd.DataFrame, by: Filter) -> pd.DataFrame:
     return table
 
 
+def _together(_: Any) -> str:
+    return ""
+
+
 def _scores(test: Test, group: pd.DataFrame, by: Filter) -> pd.Series:
-    found = select(group, by)
-    return found.groupby(test.pair_by)["_"].mean() if test.pair_by else pd.Series([found["_"].mean()])
+    return select(group, by).groupby(test.pair_by or _together)["_"].mean()
 
 
 def _difference(test: Test, group: pd.DataFrame) -> pd.Series:
@@ -181,11 +184,11 @@ def _best(test: Test, group: pd.DataFrame) -> pd.Series:
 
 def _trend(test: Test, group: pd.DataFrame) -> pd.Series:
     number = group[test.over].astype(str).str.extract(r"(-?[\d.]+)", expand=False).astype(float)
-    by_pair = group.assign(number=number).groupby(test.pair_by) if test.pair_by else [(0, group.assign(number=number))]
+    by_pair = group.assign(number=number).groupby(test.pair_by or _together)
     return pd.Series({key: stats.spearmanr(one.number, one["_"]).statistic for key, one in by_pair})
 
 
-RULES: dict[str, Callable[[Test, pd.DataFrame], pd.Series]] = {
+RULES = {
     "difference": _difference,
     "value": lambda test, group: _scores(test, group, {}),
     "best": _best,
@@ -227,9 +230,8 @@ def estimate(test: Test, table: pd.DataFrame) -> list[Estimate]:
         data = data.assign(_=(data[test.measure] if test.measure in data else data.eval(test.measure)).astype(float))
     except Exception as error:  # pandas raises what its parser, its names and its arithmetic raise
         raise ParameterError(f"the measure {test.measure!r} fails: {error}", "write an expression of columns") from None
-    groups = data.groupby(test.rows, sort=False, dropna=False) if test.rows else [((), data)]
     found = []
-    for key, group in groups:
+    for key, group in data.groupby(test.rows or _together, sort=False, dropna=False):
         values = RULES[test.rule](test, group).dropna()
         mean, half, n, unit = *interval(values), len(values), "seed" if len(values) == 1 else "seeds"
         if test.error:
