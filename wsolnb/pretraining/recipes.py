@@ -258,23 +258,25 @@ class SupervisedPretext(Pretext):
         images = batch["image"][:, 0]
         patches, whole, weights, grid = self.see(images)
         target = token_targets(batch, grid)
-        of_scene = ("scene", "composition", "place")
-        said = {name: head(whole if name in of_scene else patches).float() for name, head in self.projection.items()}
+
+        def say(name: str) -> Tensor:
+            return self.projection[name](whole if name in ("scene", "composition", "place") else patches).float()
+
         # By the creature's share of a token: on the background nothing is worn, so a classifier finds no class there.
         share = target["object"][..., None]
-        worn = F.binary_cross_entropy_with_logits(said["worn"], target["worn"] * share)
-        named = said["sash"].unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
+        worn = F.binary_cross_entropy_with_logits(say("worn"), target["worn"] * share)
+        named = say("sash").unflatten(-1, (2, len(PALETTE))).log_softmax(dim=-1)
         counted = target["sash"] * share[..., None]
         bands = -(counted * named).sum() / counted.sum().clamp(min=1)
         terms = {} if weights is None else {"attend": attend_loss(weights, target["object"])}
         return terms | {
-            "texture": F.cross_entropy(said["texture"].flatten(0, 1), target["textures"].flatten(0, 1)),
-            "part": F.cross_entropy(said["part"].flatten(0, 1), target["parts"].flatten(0, 1)),
+            "texture": F.cross_entropy(say("texture").flatten(0, 1), target["textures"].flatten(0, 1)),
+            "part": F.cross_entropy(say("part").flatten(0, 1), target["parts"].flatten(0, 1)),
             "colour": worn + bands,
-            "code": code_loss(said["code"], target),
-            "scene": F.binary_cross_entropy_with_logits(said["scene"], scene_target(batch)),
-            "composition": F.cross_entropy(said["composition"], composition(images, target["object"], grid)),
-            "place": F.cross_entropy(said["place"], places(target["object"], grid)),
+            "code": code_loss(say("code"), target),
+            "scene": F.binary_cross_entropy_with_logits(say("scene"), scene_target(batch)),
+            "composition": F.cross_entropy(say("composition"), composition(images, target["object"], grid)),
+            "place": F.cross_entropy(say("place"), places(target["object"], grid)),
         }
 
 
