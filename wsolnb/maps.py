@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,5 +25,29 @@ def normalise(maps: Tensor) -> Tensor:
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B, h, w) maps bilinearly to `size` = (H, W), pixel centres aligned, then min-max each to [0, 1]."""
-    resized = F.interpolate(maps.float()[:, None], size=size, mode="bilinear", align_corners=False)
-    return normalise(resized[:, 0])
+    return normalise(enlarge(maps.float(), size))
+
+
+def seen_area(
+    cells: Sequence[int], stride: int, given: Sequence[int], size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Return the (height, width) in pixels of an image of `size` that a network's cells see.
+
+    cells: (h, w) of the grid. stride: pixels of the network's input per cell. given: (height, width) of that input: the
+    image resized from `size`, or itself. Where the stride does not divide a side, the last cell reaches beyond the
+    image: 24 cells of stride 16 see 384 pixels of an image of 375. Never less than the image.
+    """
+    sides = zip(cells, given, size or given, strict=True)
+    height, width = (max(side, round(count * stride * side / seen)) for count, seen, side in sides)
+    return height, width
+
+
+def enlarge(maps: Tensor, size: tuple[int, int], area: tuple[int, int] | None = None) -> Tensor:
+    """Resize (B, h, w) maps bilinearly, pixel centres aligned, to the `area` that their cells see, and crop to `size`.
+
+    area: of `seen_area`; None where it is the whole image and no more. Stretching the grid to `size` instead would move
+    what lies at the lower and right edge by up to a cell.
+    """
+    height, width = size
+    full = F.interpolate(maps[:, None], size=area or size, mode="bilinear", align_corners=False)[:, 0]
+    return full[:, :height, :width]

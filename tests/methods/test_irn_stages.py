@@ -86,6 +86,26 @@ def test_the_walk_is_propagation_on_the_boundary_grid(scenes):
     assert next(walk(model, [nothing], train, config)).maps.shape == (0, 64, 64)
 
 
+def test_a_cell_of_the_walk_comes_out_where_it_is(scenes):
+    boundary = torch.zeros(94, 125)  # of an image of 375 x 500
+    area = irn.seen(boundary, (375, 500))
+    assert area == (376, 500)
+    assert irn.seen(torch.zeros(28, 28), (375, 500), 112) == (375, 500)
+    boundary = torch.zeros(15, 13)
+    assert irn.seen(boundary, (57, 50)) == (60, 52)
+    cell = torch.zeros(1, 15, 13)
+    cell[0, 13, 11] = 1
+    full = irn.unit_scores(cell, (57, 50), (60, 52))
+    expected = F.interpolate(cell[None], scale_factor=4, mode="bilinear", align_corners=False)[..., :57, :50]
+    torch.testing.assert_close(full, expected[0] / expected.max())  # as the released code writes it
+    seeds = torch.zeros(1, 57, 50)
+    seeds[0, 52:56, 44:48] = 1  # that cell
+    on_grid = irn.on_grid(seeds.numpy(), boundary, (60, 52))
+    assert on_grid[0].argmax() == 13 * 13 + 11
+    index = torch.arange(15.0) + 0.5
+    assert abs(float((on_grid[0].sum(dim=1) * index).sum() / on_grid.sum()) - 13.5) < 0.05
+
+
 def test_pseudo_masks_are_those_of_the_walk_and_an_interrupted_stage_goes_on(scenes, tmp_path):
     train, store, made = scenes["train"], Store(tmp_path / "seeds"), Store(tmp_path / "pseudo")
     for found in true_maps(train):

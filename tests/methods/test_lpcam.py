@@ -25,6 +25,9 @@ def test_pixels_are_split_as_equation_2_says():
     assert torch.equal(foreground, torch.stack(expected[True]))
     assert torch.equal(context, torch.stack(expected[False]))
     assert len(foreground) + len(context) == 14
+    plain, rest = split_local_features(features, cam, 0.3, "context", divide=False)  # the values as they are
+    assert torch.equal(plain, torch.stack([features[:, y, x] for y in range(3) for x in range(5) if cam[y, x] > 0.3]))
+    assert len(plain) + len(rest) == 15
     nothing, everything = split_local_features(features, torch.zeros(3, 5), 0.1)
     assert (len(nothing), len(everything)) == (0, 15)
     with pytest.raises(MapError, match="NaN"):
@@ -195,3 +198,23 @@ def test_ties_and_scales():
         assert len(split_local_features(features, torch.zeros(2, 2), 0.0, ties)[1]) == 4
     with pytest.raises(ValueError, match="the first is 1"):
         LPCAMConfig(scales=(0.5, 1.0))
+    with pytest.raises(ValueError, match="needs split_cam='final'"):
+        LPCAMConfig(split_maximum="image")
+
+
+def test_presets_say_which_maximum_tau_is_a_share_of():
+    assert (LPCAMConfig.paper().split_cam, LPCAMConfig.paper().split_maximum) == ("grid", "grid")
+    for dataset in ("voc", "coco"):
+        released = LPCAMConfig.released(dataset)
+        assert (released.split_cam, released.split_maximum) == ("final", "image")
+
+
+def test_the_relu_is_all_the_same_to_features_behind_one():
+    """Without context prototypes FG >= 0, so that `relu` and the floor of context scores are separate switches."""
+    scales = [torch.rand(2, 5, 3, 4)]
+    both = module.Directions(module.direction(torch.rand(4, 5))[None], torch.tensor([False]))
+    maps = [
+        module.lpcam_of(scales, both, (12, 16), LPCAMConfig(relu=relu, scales=(1.0,)))
+        for relu in ("always", "with_context")
+    ]
+    assert torch.equal(*maps)

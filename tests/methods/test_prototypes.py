@@ -71,6 +71,58 @@ def test_features_are_aligned_at_every_scale_and_flip():
     assert next(seeds.LiveFeatures(Pixels(), source.dataset, 64).images()).scales[0].shape == (1, 5, 8, 8)
 
 
+class OneSquare(Images):
+    """A black image of 375 x 500 pixels with one white square, two cells of stride 16 wide: one at half the size."""
+
+    def __init__(self, row, column):
+        super().__init__([(0,)], [(375, 500)])
+        self.place = slice(16 * row, 16 * row + 32), slice(16 * column, 16 * column + 32)
+
+    def read(self, index, truth=True):
+        image = np.zeros((375, 500, 3), np.uint8)
+        image[self.place] = 255
+        return Sample(image, self.image_ids[index], self.labels[index])
+
+
+class Brightness:
+    """A host of stride 16: its one feature is the mean brightness of a cell, of what lies inside of the image."""
+
+    stride, mean, std = 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    weight = torch.ones(3, 1)
+
+    def __call__(self, images):
+        return F.avg_pool2d(images.mean(dim=1, keepdim=True), 16, ceil_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["live", "dump"])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_a_square_at_the_edge_is_found_at_its_place(scales, kind, tmp_path):
+    dataset = OneSquare(20, 26)
+    source = seeds.LiveFeatures(Brightness(), dataset)
+    if kind == "dump":
+        source = seeds.write_dump(source, tmp_path, scales)
+    found = next(source.images(scales=scales))
+    assert (found.size, found.area) == ((375, 500), (384, 512))
+    made = next(seeds.seed_maps(source, "cam", LPCAMConfig(scales=scales, flip="none"))).maps[0].astype(float)
+    for index, place in zip(np.indices(made.shape), dataset.place, strict=True):
+        assert abs((made * (index + 0.5)).sum() / made.sum() - (place.start + 16)) < 1
+    both = lpcam.Directions(torch.ones(1, 1), torch.tensor([False]))
+    config = LPCAMConfig(scales=scales, flip="none")
+    # The cosine of one feature is 1 in the square's cells and 0 outside.
+    same = lpcam.lpcam_of(found.scales[:1], both, found.size, config, found.area)[0].numpy()
+    assert np.argwhere(same > 0.5).mean(axis=0) + 0.5 == pytest.approx([16 * 20 + 16, 16 * 26 + 16], abs=1)
+    resized = next(seeds.LiveFeatures(Brightness(), dataset, 112).images())
+    assert resized.area == resized.size == (375, 500)  # 7 cells of 16 are the 112 pixels that it was given
+
+
+def test_the_area_of_a_real_network():
+    model = CAMClassifier(backbones.create_backbone("resnet_mini", output_stride=16), 3)
+    source = seeds.LiveFeatures(seeds.ConvExtractor(model), Images([(0,), (1,)], [(70, 90), (64, 96)]))
+    found = list(source.images())
+    assert [image.scales[0].shape[2:] for image in found] == [(5, 6), (4, 6)]
+    assert [image.area for image in found] == [(80, 96), (64, 96)]
+
+
 def test_split_and_clusters_by_loops():
     source = live()
     config = LPCAMConfig(clusters=500, tau=0.3, **ONE)  # more clusters than features: centres are the features
@@ -91,14 +143,19 @@ def test_split_and_clusters_by_loops():
     torch.testing.assert_close(made.context.double(), torch.stack(context))
 
 
-def test_split_by_the_final_map_takes_the_nearest_pixel():
+@pytest.mark.parametrize("maximum", ["grid", "image"])
+def test_split_by_the_final_map_takes_the_nearest_pixel(maximum):
     source = live()
-    config = LPCAMConfig(clusters=500, tau=0.2, split_cam="final", scales=(1.0, 2.0), flip="features")
+    config = LPCAMConfig(
+        clusters=500, tau=0.2, split_cam="final", split_maximum=maximum, scales=(1.0, 2.0), flip="features"
+    )
     made = seeds.fit_class(source, 1, config)
     found = next(source.images([1], config.scales, True))
     full = lpcam.cam_of(found.scales, source.weight[1:2], found.size)[0]
     grid = torch.stack([torch.stack([full[8 * y, 8 * x] for x in range(4)]) for y in range(4)])
-    assert made.features == (int((grid > 0.2 * grid.max()).sum()), int((grid <= 0.2 * grid.max()).sum()))
+    assert grid.max() < full.max() == 1  # no cell takes the pixel of the maximum
+    top = grid.max() if maximum == "grid" else 1
+    assert made.features == (int((grid > 0.2 * top).sum()), int((grid <= 0.2 * top).sum()))
 
 
 def test_sampling_of_images_and_features():

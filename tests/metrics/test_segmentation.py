@@ -47,7 +47,30 @@ def test_segmentation_equals_sets():
         assert result.mean(name) == pytest.approx(np.nanmean(expected[name]))
         assert result.mean(name, background=False) == pytest.approx(np.nanmean(expected[name][1:]))
     assert result.miou == result.mean("iou")
+    means = result.means()
+    plain = {name: [v for v in expected[name] if not np.isnan(v)] for name in SCORES}
+    for name in SCORES:
+        assert means["miou" if name == "iou" else name] == pytest.approx(sum(plain[name]) / len(plain[name]))
+    for name in ("fp", "fn"):  # the background is the first class, which occurs
+        assert means[f"{name}_foreground"] == pytest.approx(sum(plain[name][1:]) / (len(plain[name]) - 1))
+    assert set(means) == {"miou", *SCORES[1:], "fp_foreground", "fn_foreground"}
     np.testing.assert_allclose((result.iou + result.fp + result.fn)[:5], 1)
+
+
+def test_false_positives_and_negatives_of_two_kinds():
+    """With the background they add to one with the mIoU; without it they do not, unless its IoU is the others' mean."""
+    metric = SegmentationScores(3)
+    # Background: 6 of 8 pixels hit, one more predicted, IoU 6/9. Class 1: 2 hits, 1 wrong, 1 missed. Class 2: 1, 1, 0.
+    metric.update(np.array([[0, 0, 0, 0, 0, 0, 1, 2, 1, 1, 0, 2]]), np.array([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2]]))
+    found = metric.compute().means()
+    assert found["miou"] == pytest.approx((6 / 9 + 2 / 4 + 1 / 2) / 3)
+    assert found["fp"] == pytest.approx((1 / 9 + 1 / 4 + 1 / 2) / 3)
+    assert found["fn"] == pytest.approx((2 / 9 + 1 / 4 + 0) / 3)
+    assert found["miou"] + found["fp"] + found["fn"] == pytest.approx(1)
+    assert found["fp_foreground"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert found["fn_foreground"] == pytest.approx((1 / 4 + 0) / 2)
+    excess = found["miou"] + found["fp_foreground"] + found["fn_foreground"] - 1
+    assert excess == pytest.approx((6 / 9 - (2 / 4 + 1 / 2) / 2) / 3)  # background's IoU less the others' mean, over C
 
 
 def test_segmentation_by_hand():
@@ -114,6 +137,7 @@ def test_seeds_equal_masks_made_at_every_threshold():
             np.testing.assert_array_equal(getattr(result.at(t), name), getattr(expected, name))
             curve = result.curve["miou" if name == "iou" else name]
             assert curve[j] == pytest.approx(expected.mean(name))
+        assert result.curve.at(t) == pytest.approx(expected.means())
     best = np.argmax(result.curve["miou"])
     assert result.best() == (thresholds[best], result.curve["miou"][best])
     assert result.images == 10

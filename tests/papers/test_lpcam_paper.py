@@ -92,6 +92,14 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
     difference = rows[2]["miou"] - rows[0]["miou"]
     assert compared["lpcam, paper"].startswith(f"{difference + 0.05:+.3f} ± ")
     assert compared.seeds == 2
+    errors = lpcam.differences(table, "claim", ["epochs"], ["fp", "miou"], hyper="paper").iloc[0]
+    assert errors["miou"] == compared["lpcam, paper"]
+    assert errors["fp"] == f"{rows[2]['fp'] - rows[0]['fp']:+.3f} ± 0.000"
+    for row in rows:  # with the background as a class they add to one
+        assert row["miou"] + row["fp"] + row["fn"] == pytest.approx(1)
+        assert {"fp_foreground", "fn_foreground"} <= set(row)
+    assert rows[-1]["hyper"] == "chosen, floor"
+    assert lpcam.FLOOR == {"mu_b_least": 0.05}  # the floor alone
     first = lpcam.CHECKED["clustering"][0]
     assert next(lpcam.checked(run, host, base, "clustering"))["variant"] == ", ".join(
         f"{k} {v}" for k, v in first.items()

@@ -16,7 +16,6 @@ from wsolnb.train.recipe import Recipe, fit
 from wsolnb.train.segmentation import (
     Inference,
     class_mask,
-    means,
     predict,
     probabilities,
     score_masks,
@@ -130,7 +129,7 @@ def test_evaluation_takes_images_of_any_size():
     for sample, mask in predict(Colour(), Sized(), resized):
         assert mask.shape == sample.size
         by_hand.update(mask, sample.mask)
-    assert score_model(Colour(), Sized(), resized) == [pytest.approx(means(by_hand.compute()))]
+    assert score_model(Colour(), Sized(), resized) == [pytest.approx(by_hand.compute().means())]
 
 
 def test_scores_of_masks_leave_unknown_pixels_out(train, tmp_path):
@@ -144,4 +143,4 @@ def test_scores_of_masks_leave_unknown_pixels_out(train, tmp_path):
         given[:20] = IGNORE
         store.write_mask(name, given)
         by_hand.update(given[20:], truth[20:])
-    assert score_masks(WithMasks(train, store)) == [means(by_hand.compute())]
+    assert score_masks(WithMasks(train, store)) == [by_hand.compute().means()]

@@ -28,6 +28,7 @@ from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from wsolnb.data.transforms import resize
 from wsolnb.errors import DataError, ParameterError
 from wsolnb.files import write_atomically
+from wsolnb.maps import seen_area
 from wsolnb.methods.cam import CAMClassifier
 
 Unreadable = Literal["stop", "skip"]
@@ -37,7 +38,8 @@ Unreadable = Literal["stop", "skip"]
 class Extractor(Protocol):
     """What makes a network a host: a function of images, and the classifier's weights.
 
-    weight: (C, D), the linear classifier behind the pooling.
+    weight: (C, D), the linear classifier behind the pooling. An extractor may also have `mean` and `std`, of the images
+    that it takes, and `stride`, pixels per cell, where it takes images that the stride does not divide.
     """
 
     weight: Tensor
@@ -53,6 +55,7 @@ class ConvExtractor:
         self.model = model.eval()
         self.mean, self.std = normalisation(model)
         self.weight = model.classifier.weight.detach().float()
+        self.stride = model.backbone.stride
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the feature map that the pooling sees."""
@@ -92,13 +95,16 @@ class ImageFeatures(NamedTuple):
 
     image_id, labels: as in the data set. size: (height, width) of the image on disk, in pixels.
     scales: per scale (F, D, h, w) float32: the image and, where there is a second one, its mirror image, mirrored back
-    so that both show the same place at the same position.
+    so that both show the same place at the same position (where the stride does not divide the width, to within the
+    part of the last cell that is outside, as released).
+    area: (height, width) in the same pixels that the cells see at the first scale (`maps.seen_area`); None is `size`.
     """
 
     image_id: str
     labels: tuple[int, ...]
     size: tuple[int, int]
     scales: list[Tensor]
+    area: tuple[int, int] | None = None
 
 
 class FeatureSource(ABC):
@@ -187,15 +193,20 @@ class LiveFeatures(FeatureSource):
                 if flip:
                     views.append(self.extractor(images.flip(3)).float().flip(3))
             found.append(torch.stack(views, dim=1))
+        cells, stride = found[0].shape[-2:], getattr(self.extractor, "stride", None)
         for row, (index, _, size) in enumerate(held):
-            yield ImageFeatures(self.image_ids[index], self.labels[index], size, [values[row] for values in found])
+            own, area = [values[row] for values in found], None
+            if stride:
+                area = seen_area(cells, stride, batch.shape[2:], size)
+            yield ImageFeatures(self.image_ids[index], self.labels[index], size, own, area)
 
 
 class FeatureDump(FeatureSource):
     """Features of any host, dumped to a folder: what `write_dump` writes, or another program.
 
     `index.json`: {"class_names": [...], "scales": [1.0, ...], "flip": bool, "images": [{"id", "labels", "size"}, ...]},
-    `weight.npy` (C, D), and of each image `<id>.npz` with one array (F, D, h, w) per scale, named `scale_0`, ...
+    each image with its "area" where the cells see more than the image; `weight.npy` (C, D), and of each image
+    `<id>.npz` with one array (F, D, h, w) per scale, named `scale_0`, ...
 
     Raises DataError when index or weights are missing or damaged.
     """
@@ -211,6 +222,7 @@ class FeatureDump(FeatureSource):
             self.image_ids = tuple(str(image["id"]) for image in index["images"])
             self.labels = tuple(tuple(sorted(image["labels"])) for image in index["images"])
             self._sizes = [tuple(image["size"]) for image in index["images"]]
+            self._areas = [tuple(image.get("area") or image["size"]) for image in index["images"]]
             self.scales, self.flip = tuple(index["scales"]), bool(index["flip"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.folder} is no feature dump: {error}", self.REMEDY) from error
@@ -230,7 +242,8 @@ class FeatureDump(FeatureSource):
                     arrays = [torch.from_numpy(stored[name]).float()[: 2 if flip else 1] for name in names]
             except (OSError, ValueError, KeyError, EOFError) as error:
                 raise DataError(f"cannot read {path}: {error}", self.REMEDY) from error
-            return ImageFeatures(self.image_ids[index], self.labels[index], self._sizes[index], arrays)
+            named = self.image_ids[index], self.labels[index], self._sizes[index]
+            return ImageFeatures(*named, arrays, self._areas[index])
 
         yield from self._guarded(indices, unreadable, read)
 
@@ -248,7 +261,8 @@ def write_dump(
         path = folder / f"{found.image_id}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)
-        written.append({"id": found.image_id, "labels": list(found.labels), "size": list(found.size)})
+        facts = {"id": found.image_id, "labels": list(found.labels), "size": list(found.size)}
+        written.append(facts | ({"area": list(found.area)} if found.area else {}))
     np.save(folder / "weight.npy", source.weight.cpu().numpy())
     index = {"class_names": source.class_names, "scales": list(scales), "flip": flip, "images": written}
     write_atomically(folder / "index.json", json.dumps(index))

@@ -13,6 +13,8 @@ between them. A random walk whose transition is that affinity spreads each class
     boundary = boundaries(model, images)                              # (B, h, w), stride 4
     scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
 
+Of sides that 4 does not divide, `unit_scores` is told the area that the cells see, `seen(boundary[0], (H, W))`.
+
 The equations stand first, as https://arxiv.org/abs/1904.05044 writes them: matrices over all pairs of pixels. What runs
 is behind them, and gives the same without a matrix of N x N numbers.
 
@@ -44,10 +46,14 @@ from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.store import ClassMaps, Store
 from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.maps import enlarge, seen_area
 from wsolnb.methods import crf, register
 from wsolnb.methods.base import Trainable
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.metrics.segmentation import seed_mask
+
+STRIDE = 4
+"""Pixels of the network's input per cell of a boundary map."""
 
 EPSILON = 1e-5
 """Inside of the logarithms and the denominators of the loss, as released."""
@@ -240,14 +246,15 @@ def walks(
     return found
 
 
-def unit_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return scores (K, h, w) >= 0 of an image's classes, resized bilinearly to `size`, in [0, 1]; zeros stay zero.
+def unit_scores(scores: Tensor, size: tuple[int, int], area: tuple[int, int] | None = None) -> Tensor:
+    """Return scores (K, h, w) >= 0 of an image's classes, enlarged to `size` in pixels, in [0, 1]; zeros stay zero.
 
-    They are divided by the maximum of *all* of them, as released: a weak second class stays weak.
+    area: that the cells see (`seen`); None is `size`. Divided by the maximum of *all* of them, as released: a weak
+    second class stays weak.
     """
     if not len(scores):
         return scores.new_zeros((0, *size), dtype=torch.float32)
-    up = F.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    up = enlarge(scores.float(), size, area)
     return (up / up.max().clamp(min=1e-12)).clamp(0, 1)
 
 
@@ -458,11 +465,22 @@ def boundary_of(model: IRN, image: np.ndarray, image_size: int | None = None) ->
     return boundaries(model, to_tensor(image, model.mean, model.std)[None].to(device))[0]
 
 
-def on_grid(maps: np.ndarray, boundary: Tensor) -> Tensor:
-    """Return seed maps (K, H, W) on the grid of a boundary map, each by its own maximum, as released."""
+def seen(boundary: Tensor, size: tuple[int, int], image_size: int | None = None) -> tuple[int, int]:
+    """Return the area in pixels of an image of `size` that the cells of its boundary map see: four times the grid."""
+    return seen_area(boundary.shape, STRIDE, (image_size, image_size) if image_size else size, size)
+
+
+def on_grid(maps: np.ndarray, boundary: Tensor, area: tuple[int, int] | None = None) -> Tensor:
+    """Return seed maps (K, H, W) on the grid of a boundary map, each by its own maximum, as released.
+
+    area: that the cells see (`seen`); None is that of the maps. Beyond them the last row and column go on.
+    """
     if not len(maps):
         return boundary.new_zeros((0, *boundary.shape))
     small = torch.from_numpy(maps).to(boundary.device)[None]
+    if area:
+        below, right = (more - own for more, own in zip(area, maps.shape[1:], strict=True))
+        small = F.pad(small, (0, right, 0, below), mode="replicate")
     small = F.interpolate(small, size=boundary.shape, mode="bilinear", align_corners=False, antialias=True)[0]
     return small / small.amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
 
@@ -480,9 +498,11 @@ def walk_steps(
     for seed in found:
         image = dataset.read(position[seed.image_id], truth=False).image
         boundary = boundary_of(model, image, image_size)
-        maps, size = on_grid(seed.maps, boundary), seed.maps.shape[1:]
+        size = seed.maps.shape[1:]
+        area = seen(boundary, size, image_size)
+        maps = on_grid(seed.maps, boundary, area)
         walked = walks(maps, boundary, config.radius, config.beta, exp_times, config.damping)
-        scores = (unit_scores(one, size).cpu().numpy() for one in walked)
+        scores = (unit_scores(one, size, area).cpu().numpy() for one in walked)
         yield {e: seed._replace(maps=values) for e, values in zip(exp_times, scores, strict=True)}
 
 

@@ -17,27 +17,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans, kmeans_plusplus
 from torch import Tensor
 
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.maps import enlarge
 
 # Equations 2 to 6, as the paper writes them
 
 
 def split_local_features(
-    features: Tensor, cam: Tensor, tau: float, ties: Literal["context", "dropped"] = "dropped"
+    features: Tensor, cam: Tensor, tau: float, ties: Literal["context", "dropped"] = "dropped", divide: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return F = {f(x, y): CAM(x, y) > tau} (n, D) and B, the other local features (m, D), of one image (eq. 2).
 
-    features: f (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here, and all context where
-    it is zero everywhere. What equals tau is context or dropped, as `ties` says.
+    features: f (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here if `divide`, else taken
+    as it is. All is context where it is zero everywhere. What equals tau is context or dropped, as `ties` says.
     Raises MapError for NaN or shapes that do not fit.
     """
     if features.ndim != 3 or features.shape[1:] != cam.shape:
@@ -45,7 +46,7 @@ def split_local_features(
         raise MapError(problem, "give (D, h, w) and (h, w)")
     if not (cam.isfinite().all() and features.isfinite().all()):
         raise MapError("features or CAM hold NaN or infinity", "look at the classifier's training")
-    unit = (cam / cam.max().clamp(min=1e-12)).flatten()
+    unit = (cam / cam.max().clamp(min=1e-12) if divide else cam).flatten()
     local = features.flatten(1).T
     below = (unit <= tau) if ties == "context" or not cam.any() else (unit < tau)
     return local[unit > tau], local[below]
@@ -170,10 +171,12 @@ def by_maximum(maps: Tensor) -> Tensor:
 class LPCAMConfig(BaseModel):
     """Everything that paper and released code do differently, and the hyperparameters.
 
-    clusters: K, of foreground and of context each. tau: of eq. 2, on CAM divided by its maximum.
+    clusters: K, of foreground and of context each. tau: of eq. 2, on CAM divided by a maximum, see `split_maximum`.
     ties: where a pixel goes whose CAM equals tau: to the `context`, or nowhere (`dropped`).
     split_cam: the CAM of eq. 2 is that of the feature `grid` at scale 1, or the `final` one (all scales and flips, at
         the image's size), of which each cell of the grid takes the nearest pixel.
+    split_maximum: of that CAM, over the cells of the `grid`, or over the pixels of the `image`. The final CAM has been
+        divided by the latter: `image` takes its values as they are, as released. The CAM of the grid has `grid` only.
     mu_f: least score of a class prototype (eq. 3). mu_b, mu_b_least: a context prototype scores between them (eq. 4).
     score: of a centre, the classifier's `softmax` over classes, or the `sigmoid` that its loss was made for.
     metric: of the assignment to centres. algorithm: `kmeans`, `minibatch` (k-means for large sets) or `hierarchical`.
@@ -186,7 +189,8 @@ class LPCAMConfig(BaseModel):
     flip: how the mirror image enters a map: its `features` are added to the image's before the cosine, its `maps` are,
         or not at all (`none`).
     scales: of the input image. over_scales: the maps' `mean` or `sum`; they are divided by their maximum afterwards.
-    relu: of eq. 6, `always` or only `with_context` prototypes.
+    relu: of eq. 6, `always` or only `with_context` prototypes. It is all the same to features behind a ReLU: their
+        cosines to means of such features are not negative.
     seed: of everything drawn: images, features, the clustering's start.
     """
 
@@ -196,6 +200,7 @@ class LPCAMConfig(BaseModel):
     tau: float = Field(0.1, ge=0, lt=1)
     ties: Literal["context", "dropped"] = "context"
     split_cam: Literal["grid", "final"] = "grid"
+    split_maximum: Literal["grid", "image"] = "grid"
     mu_f: float = Field(0.9, ge=0, le=1)
     mu_b: float = Field(0.9, ge=0, le=1)
     mu_b_least: float = Field(0.0, ge=0, le=1)
@@ -221,6 +226,12 @@ class LPCAMConfig(BaseModel):
             raise ValueError("scales are positive, the first is 1, whose features are clustered")
         return scales
 
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.split_cam == "grid" and self.split_maximum == "image":
+            raise ValueError("split_maximum='image' needs split_cam='final': the CAM of the grid has no other maximum")
+        return self
+
     @classmethod
     def paper(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
         """As the paper writes it."""
@@ -230,8 +241,8 @@ class LPCAMConfig(BaseModel):
     @classmethod
     def released(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
         """As the released code computes it."""
-        both = {"ties": "dropped", "split_cam": "final", "start": "random", "tolerance": 5.0, "flip": "features"}
-        both["relu"] = "with_context"
+        both = {"ties": "dropped", "split_cam": "final", "split_maximum": "image", "start": "random", "tolerance": 5.0}
+        both |= {"flip": "features", "relu": "with_context"}
         voc = {"mu_b_least": 0.05, "none_left": "error"}
         coco = {"over_scales": "sum", "replacement": True}
         return cls.paper(dataset, **both | (coco if dataset == "coco" else voc) | changes)
@@ -283,18 +294,27 @@ class Directions(NamedTuple):
     has_context: Tensor
 
 
-def cam_of(scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
+def cam_of(
+    scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int], area: tuple[int, int] | None = None
+) -> Tensor:
     """Return CAM (C, H, W) in [0, 1] of one image over scales and flips (eq. 1, as the lineage computes it).
 
     scales: per scale features (F, D, h, w) of the image and, F = 2, of its mirror image, mirrored back.
-    weight: (C, D) of the classes of interest. At each scale the rectified maps of both are added, then upsampled to
-    `size`, summed over scales and divided by their maximum.
+    weight: (C, D) of the classes of interest. size: (H, W). area: that the cells see (`maps.enlarge`); None is `size`.
+    At each scale the rectified maps of both are added, then enlarged, summed over scales and divided by their maximum.
+
+    As released, the maps of *every* scale are enlarged to the area of the first one. That is exact where a scale s has
+    s times the cells. Else its map is off at the lower and right edge: of 500 pixels at stride 16 and scale 1.5, 47
+    cells see 501 and are enlarged to 512.
     """
     both = (torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu() for features in scales)
-    return by_maximum(_summed((maps.sum(dim=1) for maps in both), size))
+    return by_maximum(_summed((maps.sum(dim=1) for maps in both), size, area))
 
 
-def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, int], config: LPCAMConfig) -> Tensor:
+def lpcam_of(
+    scales: Sequence[Tensor], directions: Directions, size: tuple[int, int], config: LPCAMConfig,
+    area: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Return LPCAM (C, H, W) in [0, 1] of one image over scales and flips; arguments as of `cam_of`.
 
     `config.flip`, `over_scales` and `relu` say how.
@@ -311,10 +331,10 @@ def lpcam_of(scales: Sequence[Tensor], directions: Directions, size: tuple[int, 
             rectified = torch.where(directions.has_context[None, :, None, None], rectified, maps)
         return rectified.mean(dim=0)
 
-    total = _summed((at(features.to(directions.vectors)) for features in scales), size)
+    total = _summed((at(features.to(directions.vectors)) for features in scales), size, area)
     return by_maximum(total / len(scales) if config.over_scales == "mean" else total)
 
 
-def _summed(grids: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
-    """Resize the (C, h, w) maps of each scale bilinearly to `size`, pixel centres aligned, and add them; C may be 0."""
-    return sum(F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] for maps in grids)
+def _summed(grids: Iterable[Tensor], size: tuple[int, int], area: tuple[int, int] | None) -> Tensor:
+    """Enlarge the (C, h, w) maps of each scale to pixels, and add them; C may be 0."""
+    return sum(enlarge(maps, size, area) for maps in grids)

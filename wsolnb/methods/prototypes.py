@@ -96,11 +96,13 @@ def fit_class(
     for found in source.images(class_images(source, class_index, config), scales, flip, unreadable):
         features = found.scales[0][0]
         if final:
-            cam = lpcam.cam_of(found.scales, weight, found.size)
+            cam = lpcam.cam_of(found.scales, weight, found.size, found.area)
             cam = F.interpolate(cam[None], size=features.shape[1:], mode="nearest")[0, 0]
         else:
             cam = torch.einsum("dhw,d->hw", features, weight[0].to(features)).relu()
-        for part, rows in zip(parts, lpcam.split_local_features(features, cam, config.tau, config.ties), strict=True):
+        divide = config.split_maximum == "grid"
+        split = lpcam.split_local_features(features, cam, config.tau, config.ties, divide)
+        for part, rows in zip(parts, split, strict=True):
             part.add(rows.cpu())
         images += 1
     dim = source.weight.shape[1]
@@ -109,8 +111,8 @@ def fit_class(
 
 
 CLUSTERING = (
-    "clusters", "tau", "ties", "split_cam", "metric", "algorithm", "start", "tolerance", "images_per_class",
-    "replacement", "features_per_class", "seed",
+    "clusters", "tau", "ties", "split_cam", "split_maximum", "metric", "algorithm", "start", "tolerance",
+    "images_per_class", "replacement", "features_per_class", "seed",
 )  # fmt: skip
 """The fields of the configuration that decide the centres; what else differs can share them."""
 
@@ -223,10 +225,10 @@ def variant_maps(
         own, result = list(found.labels), {}
         for name, chosen in by_name.items():
             if chosen is None:
-                maps = lpcam.cam_of(found.scales, source.weight[own], found.size)
+                maps = lpcam.cam_of(found.scales, source.weight[own], found.size, found.area)
             else:
                 theirs = Directions(*(values[own] for values in chosen))
-                maps = lpcam.lpcam_of(found.scales, theirs, found.size, config)
+                maps = lpcam.lpcam_of(found.scales, theirs, found.size, config, found.area)
             result[name] = ClassMaps(found.image_id, found.labels, maps.float().cpu().numpy())
         yield result
 

@@ -2,14 +2,20 @@
 
 Masks hold class indices, 0 for the background; 255 is not counted. A class's scores come from three counts of pixels
 over all images: truth T (pixels of the class), prediction P (pixels predicted as it) and hits H (both). With the union
-U = T + P - H: IoU = H / U, false positives FP = (P - H) / U, false negatives FN = (T - H) / U (so that
-IoU + FP + FN = 1, as in the LPCAM lineage's tables), precision = H / P, recall = H / T.
+U = T + P - H: IoU = H / U, false positives FP = (P - H) / U, false negatives FN = (T - H) / U, precision = H / P,
+recall = H / T. For one class IoU + FP + FN = 1.
+
+Means are over the classes that occur, of two kinds. `miou`, `fp`, `fn`, `precision` and `recall` count the background
+as a class: mIoU + FP + FN = 1. `fp_foreground` and `fn_foreground` leave it out. The tables of LPCAM print FP and FN
+whose sum with the mIoU is above 1 (VOC: 1.014 and 1.015). Means over all classes cannot do that: theirs is 1. The
+foreground's do it where the background's IoU is above theirs, so that these stand beside the paper's. The released code
+computes neither.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +53,27 @@ class Segmentation:
         """
         return float(_mean(getattr(self, name)[0 if background else 1 :]))
 
+    def means(self) -> dict[str, float]:
+        """Return the means over classes, by name (`MEANS`)."""
+        return {name: float(values) for name, values in _means(vars(self)).items()}
+
+
+MEANS = ("miou", "fp", "fn", "precision", "recall", "fp_foreground", "fn_foreground")
+"""Names of the means over classes: with the background, and of two without it."""
+
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """Return the mean over the last axis without NaN; NaN when nothing else is there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis=-1)
+
+
+def _means(classes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `MEANS` of scores per class, each (..., C)."""
+    of = {name: (name.replace("miou", "iou"), 0) for name in MEANS[:5]}
+    of |= {f"{name}_foreground": (name, 1) for name in ("fp", "fn")}
+    return {name: _mean(classes[score][..., first:]) for name, (score, first) in of.items()}
 
 
 def _ratios(truth: np.ndarray, predicted: np.ndarray, hits: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,7 +175,7 @@ def _count_seeds(maps, values, mask, thresholds, pixels):
 class SeedSegmentation(Scored):
     """What `SeedScores.compute` returns.
 
-    curve: per threshold `miou`, `fp`, `fn`, `precision`, `recall`, each the mean over all classes that occur.
+    curve: per threshold the means over classes that occur, by name (`MEANS`).
     classes: the same per class, name -> (T, C), NaN as in `Segmentation`. images: number of images.
     """
 
@@ -221,8 +242,7 @@ class SeedScores:
         predicted[:, 0] = self._truth.sum() - predicted[:, 1:].sum(axis=1)
         hits[:, 0] = self._truth[0] - exceeding[:, 1].sum(axis=0)
         classes = _ratios(self._truth, predicted, hits)
-        means = {"miou" if name == "iou" else name: _mean(values) for name, values in classes.items()}
-        return SeedSegmentation(ThresholdCurve(self.thresholds, means), classes, self._images)
+        return SeedSegmentation(ThresholdCurve(self.thresholds, _means(classes)), classes, self._images)
 
 
 def seed_mask(maps: np.ndarray, classes: Sequence[int], threshold: float) -> np.ndarray:

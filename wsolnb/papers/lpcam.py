@@ -175,11 +175,13 @@ CHECKED: dict[str, list[dict[str, Any]]] = {
     "clustering": [{"algorithm": "kmeans", "metric": "cosine"}, {"algorithm": "kmeans", "metric": "euclidean"},
                    {"algorithm": "minibatch", "metric": "cosine"}, {"algorithm": "hierarchical", "metric": "cosine"}],
     "switches": [{}, {"score": "sigmoid"}, {"flip": "none"}, {"flip": "features"}, {"scales": (1.0, 0.5, 1.5)},
-                 {"split_cam": "final", "ties": "dropped"}, {"relu": "with_context", "mu_b_least": 0.05}],
+                 {"split_cam": "final", "ties": "dropped"},
+                 {"split_cam": "final", "ties": "dropped", "split_maximum": "image"}, {"relu": "with_context"},
+                 {"mu_b_least": 0.05}],
 }  # fmt: skip
 """Variants of a configuration by study: what one classifier tells of everything but the selection."""
 
-FLOOR = {"mu_b_least": 0.05, "relu": "with_context"}
+FLOOR = {"mu_b_least": 0.05}
 """What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
 
 
@@ -252,21 +254,18 @@ class Claim(BaseModel):
         chosen = self.choose(run, host, prototypes, base)
         floor = chosen["lpcam"].model_copy(update=FLOOR)
         variants = [(kind, "paper", base) for kind in KINDS]
-        variants += [(kind, "chosen", config) for kind, config in chosen.items()]
+        variants += [(kind, "chosen", config) for kind, config in chosen.items()] + [("lpcam", "chosen, floor", floor)]
         alike = {}
         if host.splits.val[0].parts is not None:
             alike = region_features(host.sources.val, host.splits.val).similarity()
-        # The floor's ReLU is another one, so that its maps are made apart.
-        for made_by, some in ((base, variants), (floor, [("lpcam", "chosen, floor", floor)])):
-            by_name = {
-                f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
-                for kind, hyper, config in some
-            }
-            rows = scored(run, host, by_name, made_by).values()
-            for (kind, hyper, config), row in zip(some, rows, strict=True):
-                own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
-                own["mAP"] = host.mean_average_precision
-                yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
+        by_name = {
+            f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
+            for kind, hyper, config in variants
+        }
+        for (kind, hyper, config), row in zip(variants, scored(run, host, by_name, base).values(), strict=True):
+            own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
+            own["mAP"] = host.mean_average_precision
+            yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
 
     def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
@@ -320,6 +319,23 @@ def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
                     row[f"{kind}, {hyper}{name}"] = plus_minus(other[column] - cam[column])
         rows.append(row)
     return pd.DataFrame(rows).round(3)
+
+
+def differences(
+    table: pd.DataFrame, study: str, by: list[str], measures: Sequence[str], kind: str = "lpcam",
+    hyper: str = "chosen, floor",
+) -> pd.DataFrame:  # fmt: skip
+    """Return a row per condition: the paired differences to CAM of one kind of map, with 95 % intervals, by measure.
+
+    Arguments as of `against_cam`. measures: columns of the table. hyper: how the kind's hyperparameters were found.
+    """
+    rows = []
+    for key, group in table[table.study == study].groupby(by, sort=False):
+        cam = group[group["map"] == "cam"].set_index("seed")
+        other = group[(group["map"] == kind) & (group.hyper == hyper)].set_index("seed")
+        found = {name: plus_minus(other[name] - cam[name]) for name in measures}
+        rows.append(dict(zip(by, key, strict=True)) | {"map": f"{kind}, {hyper}"} | found)
+    return pd.DataFrame(rows)
 
 
 def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[dict[str, Any]]:

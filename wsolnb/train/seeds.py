@@ -22,7 +22,7 @@ from wsolnb.methods.prototypes import variant_maps
 from wsolnb.metrics import PartCoverage, SeedScores, SegmentationScores, seed_mask
 from wsolnb.metrics.parts import Coverage
 from wsolnb.metrics.segmentation import SeedSegmentation
-from wsolnb.train.segmentation import class_mask, means
+from wsolnb.train.segmentation import class_mask
 
 THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """The 100 thresholds that seed maps are judged at."""
@@ -80,8 +80,8 @@ def evaluate(
 def scored(validation: SeedEvaluation, test: SeedEvaluation, fixed: float = 0.3) -> dict[str, float]:
     """Return a row of test scores: at the threshold of the highest validation mIoU, at a fixed one, and coverage.
 
-    miou, fp, fn, precision, recall: at the validation threshold, `threshold`. miou_fixed: at `fixed`. oracle: the mIoU
-    at the test images' own best threshold. covers_*: shares of the parts above the validation threshold.
+    Means over classes (`segmentation.MEANS`): at the validation threshold, `threshold`. miou_fixed: at `fixed`. oracle:
+    the mIoU at the test images' own best threshold. covers_*: shares of the parts above the validation threshold.
     """
     threshold = validation.segmentation.best()[0]
     curve = test.segmentation.curve
@@ -117,10 +117,10 @@ def best_threshold(found: SeedSegmentation) -> dict[str, float]:
 def score_stored(
     maps: Store, dataset: LocalizationDataset, val_maps: Store, val: LocalizationDataset
 ) -> list[dict[str, float]]:
-    """Return one row: the `threshold` chosen on validation maps, its `val_miou`, and `means` of the other images."""
+    """Return one row: the `threshold` chosen on validation maps, its `val_miou`, and the means of the other images."""
     chosen = best_threshold(_of_stored(val_maps, val))
     found = _of_stored(maps, dataset).at(chosen["threshold"])
-    return [{"threshold": chosen["threshold"], "val_miou": chosen["miou"], **means(found)}]
+    return [{"threshold": chosen["threshold"], "val_miou": chosen["miou"], **found.means()}]
 
 
 def _of_stored(maps: Store, dataset: LocalizationDataset) -> SeedSegmentation:

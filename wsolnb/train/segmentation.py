@@ -17,7 +17,6 @@ from wsolnb.data.loading import to_tensor
 from wsolnb.data.store import Store, WithMasks
 from wsolnb.data.transforms import resize
 from wsolnb.metrics import SegmentationScores
-from wsolnb.metrics.segmentation import Segmentation
 
 
 def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
@@ -85,31 +84,26 @@ def _predict(model, held: list[tuple[Sample, Tensor]], inference: Inference) -> 
         yield sample, own.argmax(axis=0).astype(np.uint8)
 
 
-def means(found: Segmentation) -> dict[str, float]:
-    """Return `miou` and the means of `fp`, `fn`, `precision` and `recall` over all classes that occur."""
-    return {"miou": found.miou} | {name: found.mean(name) for name in ("fp", "fn", "precision", "recall")}
-
-
 def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Inference) -> list[dict[str, float]]:
-    """Return one row: the `means` of predicted masks against a data set's true ones; images without one are left out.
+    """Return one row: `Segmentation.means` of predicted masks against a data set's true ones, scored image by image.
 
-    Scored image by image.
+    Images without a true mask are left out.
     """
     scores = SegmentationScores(len(dataset.class_names) + 1)
     for sample, mask in predict(model, dataset, inference):
         if sample.mask is not None:
             scores.update(mask, class_mask(sample, dataset.multi_label))
-    return [means(scores.compute())]
+    return [scores.compute().means()]
 
 
 def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
-    """Return one row: the `means` of stored masks against the data set's own true ones; 255 in them is not counted."""
+    """Return one row: `Segmentation.means` of stored masks against the true ones; 255 in the stored is not counted."""
     scores = SegmentationScores(len(dataset.class_names) + 1)
     for index in range(len(dataset)):
         sample = dataset.dataset[index]
         truth, given = class_mask(sample, dataset.multi_label), dataset[index].mask
         scores.update(np.where(given == IGNORE, 0, given), np.where(given == IGNORE, IGNORE, truth))
-    return [means(scores.compute())]
+    return [scores.compute().means()]
 
 
 def write_true_masks(dataset: LocalizationDataset, folder: Path) -> None:
