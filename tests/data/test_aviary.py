@@ -153,6 +153,9 @@ def test_written_and_read_back_is_what_was_rendered(variant, tmp_path):
     for split, count in (("train", 14), ("val", 3), ("test", 5)):
         dataset = aviary.load(config, split, tmp_path)
         assert len(dataset) == count
+        name, classes = f"aviary({split}", len(config.class_names)
+        assert repr(dataset) == f"{name}: {count} images, {classes} classes)", "not the name of the layout's owner"
+        assert repr(dataset.subset([0, 1])) == f"{name}: 2 images, {classes} classes)"
         assert tuple(name.split(".")[-1] for name in dataset.class_names) == config.class_names
         for index in range(count):
             read, made = dataset[index], aviary.render(config, split, index)

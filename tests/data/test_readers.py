@@ -607,7 +607,7 @@ class TestOpenDataset:
         assert open_dataset("cub", cub, "val", val_fraction=0.5).name == "cub"
         assert len(open_dataset("pets", pets, "val", seed=3)) == 2
         metadata = open_dataset("metadata", boxed["root"], "test", metadata_root=boxed["metadata_root"])
-        assert repr(metadata) == "MetadataFolder(test: 2 images, 3 classes)"
+        assert repr(metadata) == "metadata(test: 2 images, 3 classes)"
 
     def test_unknown_names_and_options(self, cub):
         with pytest.raises(ParameterError, match=r"no data set 'cup' .*did you mean 'cub'"):

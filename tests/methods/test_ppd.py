@@ -1,12 +1,18 @@
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
-from wsolnb.methods import create_method
-from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
+from wsolnb.methods import create_method, ppd
+from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder, logistic
 from wsolnb.train.loop import TrainingConfig, train
 
 
@@ -163,3 +169,98 @@ def test_a_part_is_made_by_its_name():
         create_method("ppd", mini(), 5, part="generator")
     with pytest.raises(ParameterError, match="each of them alone"):
         whole().loss(None, {"image": images})
+
+
+# The probe at the minimum of its loss
+
+
+def clouds(count, classes=5, seed=0):
+    """Features (n, 12) of overlapping clouds, in dimensions of very different scale, and labels."""
+    labels = np.arange(count) % classes
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, 12))
+    return (centres[labels] + rng.normal(size=(count, 12))) * 10.0 ** np.linspace(-2, 2, 12) + 3, labels
+
+
+def predicted(features, weight, bias):
+    return (features @ weight.T + bias).argmax(axis=1)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("c", [1e-3, 1.0])
+def test_logistic_regression_is_scikit_learns(classes, c):
+    (features, labels), (held, truth) = clouds(200, classes), clouds(300, classes, seed=1)
+    weight, bias = logistic(features, labels, c)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-8, max_iter=10_000))
+    reference.fit(features, labels)
+    assert weight.shape == (classes, 12)
+    assert np.array_equal(predicted(held, weight, bias), reference.predict(held))
+    probabilities = torch.from_numpy(held @ weight.T + bias).softmax(dim=1).numpy()
+    assert np.allclose(probabilities, reference.predict_proba(held), atol=1e-3)
+    assert (predicted(held, weight, bias) == truth).mean() > 0.7
+
+
+def test_logistic_regression_is_at_the_minimum():
+    features, labels = clouds(200)
+    weight, bias = (torch.from_numpy(part) for part in logistic(features, labels, 0.1))
+    mean, scale = features.mean(axis=0), features.std(axis=0)
+    x, y = torch.from_numpy((features - mean) / scale), torch.from_numpy(labels)
+    weight, bias = weight * torch.from_numpy(scale), bias + weight @ torch.from_numpy(mean)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    loss = F.cross_entropy(x @ weight.T + bias, y) + 0.5 * weight.square().sum() / (0.1 * len(y))
+    loss.backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 2e-5
+
+
+def test_the_scale_of_the_features_does_not_matter():
+    (features, labels), (held, _) = clouds(200), clouds(300, seed=1)
+    plain = predicted(held, *logistic(features, labels, 0.1))
+    for scale in (1000, 1e-3):
+        assert np.array_equal(predicted(scale * held, *logistic(scale * features, labels, 0.1)), plain)
+
+
+def test_permuted_labels_give_chance():
+    (features, labels), (held, truth) = clouds(200), clouds(1000, seed=1)
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert abs((predicted(held, *logistic(features, shuffled, 1.0)) == truth).mean() - 0.2) < 0.06
+
+
+def test_a_fit_that_has_not_converged_is_an_error(monkeypatch):
+    monkeypatch.setattr(ppd, "LogisticRegression", lambda **options: LogisticRegression(**{**options, "max_iter": 1}))
+    with pytest.warns(match="converge"), pytest.raises(ParameterError, match="not converged"):
+        logistic(*clouds(50), 1.0)
+
+
+def test_c_is_chosen_on_validation_images(tmp_path, monkeypatch):
+    """The maker is given no test images. Of validation labels that a fit of one C predicts, this C is chosen."""
+    monkeypatch.setattr(ppd, "described", lambda model, data, transform: data.features)
+    many = 5 * 96
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 5
+    features = rng.normal(size=(60, many)).astype(np.float32)
+    held = rng.normal(size=(400, many)).astype(np.float32)
+    train = SimpleNamespace(features=(features, labels), class_names="abcde")
+    for c in (1e-3, 1e-1):
+        weight, bias = logistic(features, labels, c)
+        val = SimpleNamespace(features=(held, predicted(held, weight, bias)))
+        folder = tmp_path / str(c)
+        folder.mkdir()
+        ppd.probe_maker(mini(), train, val, None)(folder)
+        choice = pd.read_csv(folder / "choice.csv")
+        assert tuple(choice.C) == ppd.C_GRID
+        assert choice.C[choice["validation top-1"].idxmax()] == c
+        probe = ppd.read_probe(mini(), 5, folder).probe.linear
+        assert np.allclose(probe.weight.detach().numpy(), weight, atol=1e-6)
+        assert np.allclose(probe.bias.detach().numpy(), bias, atol=1e-6)
+    train = SimpleNamespace(features=(features, labels), class_names="abcdef")
+    with pytest.raises(ParameterError, match=r"\[5\] have no training image"):
+        ppd.probe_maker(mini(), train, val, None)(tmp_path)
+
+
+def test_the_probe_classifies_what_the_model_describes():
+    model = whole()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        features = model.describe(images)
+        assert features.shape == (3, 5 * 96)
+        assert torch.allclose(model.probe.linear(features), model.classify(images))

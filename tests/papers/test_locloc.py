@@ -11,6 +11,7 @@ from wsolnb.data.store import Store, WithMasks
 from wsolnb.errors import ParameterError
 from wsolnb.methods import grabcut
 from wsolnb.methods.locloc import Enhance, LocLoc
+from wsolnb.methods.ppd import described, logistic
 from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.papers import locloc
@@ -131,7 +132,9 @@ def test_every_part_trains_once_and_is_found_again(run, splits, taught, capsys):
         assert changed
         assert not any(name.startswith("frozen") for name in changed)
         assert not model.frozen.backbone.training
-    assert experiment.fit(run, "probe", 1, taught, False)[1] != folder
+    assert experiment.fit(run, "probe", 1, taught, False)[1] == folder, "logistic regression has no seed"
+    sgd = small(probe="sgd")
+    assert sgd.fit(run, "probe", 1, taught, False)[1] != sgd.fit(run, "probe", 0, taught, False)[1] != folder
     out = capsys.readouterr().out
     assert out.count("reusing generator-0") == 1
 
@@ -150,7 +153,7 @@ def test_only_what_learns_from_masks_is_given_any(run, splits, taught, monkeypat
     seen = {}
     monkeypatch.setattr(locloc, "fit", lambda run, name, recipe, data, *_: seen.update({name: data}) or (None, None))
     for part in PARTS:
-        small().fit(run, part, 0, taught)
+        small(probe="sgd").fit(run, part, 0, taught)
     assert isinstance(seen["generator-0"], WithMasks)
     assert isinstance(seen["classifier-0"], WithMasks)
     assert seen["decoder-0"] is seen["probe-0"] is splits.train
@@ -189,6 +192,17 @@ def test_masks_that_were_damaged_since_are_made_anew(run, splits):
     file.write_bytes(whole[:50])
     assert small().masks.store(run, splits.val, progress=False).folder == store.folder
     assert file.read_bytes() == whole
+
+
+def test_the_logistic_probe_is_that_of_plain_images(run, splits, taught):
+    model, folder = small().fit(run, "probe", 0, taught, progress=False)
+    (features, labels), (held, _) = (described(model, part, small().test_transform()) for part in splits[:2])
+    choice = pd.read_csv(folder / "choice.csv")
+    weight, bias = logistic(features, labels, choice.C[choice["validation top-1"].idxmax()])
+    linear = model.probe.linear.cpu()
+    assert np.allclose(linear.weight.detach().numpy(), weight, atol=1e-4)
+    with torch.no_grad():
+        assert np.allclose(linear(torch.from_numpy(held)).numpy(), held @ weight.T + bias, atol=1e-3)
 
 
 # Notebook 30
@@ -368,7 +382,7 @@ def test_the_variants_of_the_studies_are_those_that_the_notebooks_offer():
 
 def test_paired_differences_over_seeds():
     table = pd.DataFrame({"seed": [0, 1, 0, 1], "variant": ["a", "a", "b", "b"], "iou": [0.5, 0.75, 0.25, 0.75]})
-    assert locloc.paired(table, "variant", "iou", "a", "b") == "+0.125 ± 0.177 (1 of 2 seeds)"
+    assert locloc.paired(table, "variant", "iou", "a", "b") == "+0.125 ± 1.588 (above 0 for 1 of 2 seeds)"
 
 
 def test_a_store_with_a_changed_mask_is_another_key(run, splits, tmp_path):

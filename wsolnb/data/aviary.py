@@ -496,9 +496,14 @@ _PALETTE = bytes(3) + np.random.default_rng(0).integers(40, 256, (256, 3), dtype
 
 
 def load(config: AviaryConfig, split: str, cache: str | Path) -> LocalizationDataset:
-    """Return a split of the benchmark, read by the reader of the layout it is written in (rendered when absent)."""
+    """Return a split of the benchmark, read by the reader of the layout it is written in (rendered when absent).
+
+    It goes by its own name, `aviary`: only the layout is that of CUB-200-2011 or VOC2012.
+    """
     root = ensure(config, cache)
-    return CUB(root, split) if config.variant == "single" else VOC(root, split)
+    dataset = CUB(root, split) if config.variant == "single" else VOC(root, split)
+    dataset.name = "aviary"
+    return dataset
 
 
 def _write(config: AviaryConfig, root: Path, workers: int | None) -> None:

@@ -68,7 +68,7 @@ class LocalizationDataset(ABC):
         return Subset(self, indices)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.split}: {len(self)} images, {len(self.class_names)} classes)"
+        return f"{self.name}({self.split}: {len(self)} images, {len(self.class_names)} classes)"
 
 
 class Derived(LocalizationDataset):

@@ -7,13 +7,22 @@ the frozen transformer over images that are loaded separately.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from wsolnb.backbones import TransformerBackbone
+from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.loading import make_loader
+from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError
 from wsolnb.maps import normalise
 from wsolnb.methods import register
@@ -56,12 +65,16 @@ class LinearProbe(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, last: list[Tensor]) -> Tensor:
-        """Return logits (B, C) from the normalised outputs (B, P + N, D) of the last blocks, in their order."""
+    def features(self, last: list[Tensor]) -> Tensor:
+        """Return what is classified (B, F) of the normalised outputs (B, P + N, D) of the last blocks."""
         features = [tokens[:, 0] for tokens in last[-self.blocks :]]
         if self.pool:
             features.append(last[-1][:, self.prefix_tokens :].mean(dim=1))
-        return self.linear(torch.cat(features, dim=-1))
+        return torch.cat(features, dim=-1)
+
+    def forward(self, last: list[Tensor]) -> Tensor:
+        """Return logits (B, C) from the normalised outputs (B, P + N, D) of the last blocks, in their order."""
+        return self.linear(self.features(last))
 
 
 class PPDOutput(NamedTuple):
@@ -118,8 +131,14 @@ class PPD(OnFrozen):
         """Return logits (B, C): one pass of the transformer, then the probe."""
         if self.probe is None:
             return images.new_zeros(len(images), self.num_classes)
-        last = self.frozen(images, self.probe.blocks).last
-        return self.probe([self.frozen.normalise(tokens) for tokens in last])
+        return self.probe(self._last(images))
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Return what the probe classifies, (B, F)."""
+        return self.probe.features(self._last(images))
+
+    def _last(self, images: Tensor) -> list[Tensor]:
+        return [self.frozen.normalise(tokens) for tokens in self.frozen(images, self.probe.blocks).last]
 
     def draw(self, images: Tensor) -> Tensor | None:
         """Return maps (B, h, w): another pass of the transformer, then the decoder."""
@@ -158,3 +177,72 @@ class PPD(OnFrozen):
             if self.threshold is not None:
                 target = (target >= self.threshold).float()
         return half_squared_error(drawn, target)
+
+
+# The probe at the minimum of its loss
+
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Inverse strengths of the penalty among which validation images choose."""
+
+
+def logistic(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (C, F) and biases (C,) of the multinomial logistic regression of features (n, F).
+
+    Features are standardised for the fit; the scaling is folded into the weights. c: inverse strength of the penalty.
+    Raises ParameterError where the solver did not reach the minimum.
+    """
+    scaler = StandardScaler().fit(features.astype(np.float64))
+    solver = LogisticRegression(C=c, tol=1e-5, max_iter=10_000)
+    found = solver.fit(scaler.transform(features.astype(np.float64)), labels)
+    if found.n_iter_.max() >= solver.max_iter:
+        raise ParameterError(f"logistic regression with C = {c:g} has not converged", "use a smaller C")
+    weight, bias = found.coef_, found.intercept_
+    if len(weight) == 1:  # two classes: scikit-learn keeps the second one's alone
+        weight, bias = np.vstack([0 * weight, weight]), np.append(0 * bias, bias)
+    weight = weight / scaler.scale_
+    return weight, bias - weight @ scaler.mean_
+
+
+def described(model: PPD, dataset: LocalizationDataset, transform: Transform) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the model's probe reads of all images (n, F), and their labels (n,)."""
+    device = next(model.parameters()).device
+    loader = make_loader(dataset, transform, 50, mean=model.mean, std=model.std)
+    with torch.inference_mode():
+        found = [(model.describe(batch["image"].to(device)).cpu().numpy(), batch["label"].numpy()) for batch in loader]
+    features, labels = (np.concatenate(part) for part in zip(*found, strict=True))
+    return features, labels
+
+
+def probe_maker(
+    backbone: TransformerBackbone, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
+) -> Callable[[Path], None]:
+    """Return what fills a folder with a probe, `logistic` of the frozen transformer's features; see `read_probe`.
+
+    Each image is seen once, not augmented. `C` is the smallest of `C_GRID` with the best top-1 on `val`.
+    Raises ParameterError for a class without a training image.
+    """
+
+    def make(folder: Path) -> None:
+        model = PPD.create(backbone, len(train.class_names), "probe")
+        (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
+        if missing := set(range(model.num_classes)) - set(labels.tolist()):
+            raise ParameterError(f"the classes {sorted(missing)} have no training image", "use more images")
+        rows, linear = [], model.probe.linear
+        for c in C_GRID:
+            weight, bias = logistic(features, labels, c)
+            right = (held @ weight.T + bias).argmax(axis=1) == truth
+            fitted = (features @ weight.T + bias).argmax(axis=1) == labels
+            if all(right.mean() > row["validation top-1"] for row in rows):
+                linear.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+            rows.append({"C": c, "training top-1": fitted.mean(), "validation top-1": right.mean()})
+        save_file(linear.state_dict(), folder / "probe.safetensors")
+        pd.DataFrame(rows).to_csv(folder / "choice.csv", index=False)
+
+    return make
+
+
+def read_probe(backbone: TransformerBackbone, num_classes: int, folder: Path) -> PPD:
+    """Return the model with the probe that `probe_maker` has left in a folder; `choice.csv` there has top-1 by C."""
+    model = PPD.create(backbone, num_classes, "probe")
+    model.probe.linear.load_state_dict(load_file(folder / "probe.safetensors"))
+    return model.eval()

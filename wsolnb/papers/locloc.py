@@ -38,7 +38,8 @@ from wsolnb.methods import grabcut
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.grabcut import Attend, GrabCutConfig
 from wsolnb.methods.locloc import LocLoc, LocLocConfig
-from wsolnb.methods.ppd import PPD
+from wsolnb.methods.ppd import PPD, probe_maker, read_probe
+from wsolnb.notebook import studies
 from wsolnb.notebook.runs import Run
 from wsolnb.train.evaluation import Prediction, beside, evaluate, predict, score
 from wsolnb.train.loop import pick_device
@@ -123,7 +124,11 @@ class Decoders(TrainingSettings):
 
 
 class Classifiers(BaseModel):
-    """Notebook 32: LocLoc's classifier, and PPD's probe. The fields are the notebook's parameters."""
+    """Notebook 32: LocLoc's classifier, and PPD's probe. The fields are the notebook's parameters.
+
+    probe: `logistic` is the minimum of its loss on features that are computed once; `sgd` trains it as all else is
+        trained, with `probe_epochs` and `probe_lr`, where the images are too many for that.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -131,6 +136,7 @@ class Classifiers(BaseModel):
     classifier_epochs: int
     classifier_lr: float
     classifier_head_lr: float
+    probe: Literal["logistic", "sgd"]
     probe_epochs: int
     probe_lr: float
     seeds: tuple[int, ...]
@@ -187,6 +193,7 @@ class Experiment(BaseModel):
 
         train: the training images, with the masks where the part learns from them (`Masks.taught`); a part that does
         not learn from masks is given the images alone. changes: as of `recipe`.
+        A logistic probe has no seed: it is the same for every one.
         Raises ParameterError when a part that learns from masks is given none.
         """
         recipe = self.recipe(part, seed, **changes)
@@ -195,7 +202,15 @@ class Experiment(BaseModel):
             raise ParameterError(f"the {part} learns from masks, and none were given", "give it `masks.taught(...)`")
         if not learns and isinstance(train, WithMasks):
             train = train.dataset
+        if part == "probe" and self.classifiers.probe == "logistic":
+            return self._logistic_probe(run, train)
         return fit(run, f"{part}-{seed}", recipe, train, None, progress)
+
+    def _logistic_probe(self, run: Run, train: LocalizationDataset) -> tuple[PPD, Path]:
+        backbone, val = self.masks.transformer(self.classifiers.device), self.masks.splits().val
+        folder = run.cached("probe", probe_maker(backbone, train, val, self.test_transform()))
+        model = read_probe(backbone, len(train.class_names), folder)
+        return model.to(pick_device(self.classifiers.device)), folder
 
     def assemble(
         self, run: Run, seed: int, train: LocalizationDataset, progress: bool = True
@@ -373,13 +388,13 @@ def map_scores(run: Run, experiment: Experiment, splits: Splits, models: Models)
 
 
 def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> str:
-    """Return mean and standard deviation over seeds of the difference of two rows of a study, and its sign, in words.
+    """Return the difference of two rows of a study with its 95 % interval over seeds, and its sign, in words.
 
     table: columns `seed`, `by` and the measure. one, other: values of `by`.
     """
     wide = table.pivot(index="seed", columns=by, values=measure)
     gain = wide[one] - wide[other]
-    return f"{gain.mean():+.3f} ± {gain.std():.3f} ({(gain > 0).sum()} of {len(gain)} seeds)"
+    return f"{studies.plus_minus(gain)} (above 0 for {(gain > 0).sum()} of {len(gain)} seeds)"
 
 
 # Notebook 32: classifiers
