@@ -206,6 +206,15 @@ def test_tanh_shrink_keeps_its_digits_where_the_difference_cancels(kind, room):
         assert float(x.grad) == pytest.approx(slope, rel=room)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_tanh_shrink_of_large_values_has_a_derivative(kind):
+    x = torch.tensor([1.0, 30.0, 190.0, 1e3, 1e6, 1e12, -1e6], dtype=kind, requires_grad=True)
+    found = scm.tanh_shrink(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, x - x.tanh())
+    torch.testing.assert_close(x.grad, x.detach().tanh() ** 2)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("likeness", [1.0, 0.01])

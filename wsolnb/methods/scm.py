@@ -87,11 +87,11 @@ def tanh_shrink(x: Tensor) -> Tensor:
 
     The difference cancels near 0, so below 0.15 its series is used.
     """
-    square = x * x
-    series = torch.zeros_like(x)
+    small = x.clamp(-0.15, 0.15)  # elsewhere the series would overflow, and 0 times its derivative be NaN
+    square, series = small * small, torch.zeros_like(x)
     for coefficient in reversed(SERIES):
         series = series * square + coefficient
-    return torch.where(x.abs() < 0.15, x * square * series, x - x.tanh())
+    return torch.where(x.abs() < 0.15, small * square * series, x - x.tanh())
 
 
 def min_max(x: Tensor) -> Tensor:
