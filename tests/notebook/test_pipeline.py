@@ -566,7 +566,7 @@ def test_a_worker_that_hangs_is_killed(repository, monkeypatch):
 
     def interrupt():
         until((repository.root / "outputs/mini/started").exists)
-        [worker] = psutil.Process().children()
+        [worker] = [one for one in psutil.Process().children() if one in of_run("hangs")]
         worker.suspend()
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -3,7 +3,7 @@ import math
 import pandas as pd
 import pytest
 
-from wsolnb.notebook import studies
+from wsolnb.notebook import runs, studies
 
 
 def rows(backbone, scores):
@@ -47,3 +47,28 @@ def test_means_stand_with_their_intervals():
     table = pd.DataFrame({"variant": ["a"] * 3 + ["b", "c"], "score": [0.2, 0.1, 0.3, 0.45, math.nan]})
     found = studies.mean_and_interval(table, "variant", ["score", "unknown"]).score
     assert found.to_dict() == {"a": "0.2 ± 0.248", "b": "0.45", "c": ""}
+
+
+def test_new_rows_take_the_place_of_recorded_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
+    folder = tmp_path / "outputs" / "reference"
+    folder.mkdir(parents=True)
+    old = pd.DataFrame({"variant": ["a", "a", "b"], "seed": [0, 1, 0], "top1": [0.1, 0.2, 0.3]})
+    old.to_csv(folder / "32_studies.csv", index=False)
+    run = runs.start("x", {"seed": 0})
+    made = [{"variant": "a", "seed": 1, "top1": 0.9}, {"variant": "a", "seed": 2, "top1": 0.8}]
+
+    def found(by, rows=made):
+        table = studies.with_recorded(run, "32_studies", rows, by, ["top1"])
+        return list(table.itertuples(index=False, name=None))
+
+    assert found(["variant", "seed"]) == [("a", 0, 0.1), ("b", 0, 0.3), ("a", 1, 0.9), ("a", 2, 0.8)]
+    assert found("variant") == [("b", 0, 0.3), ("a", 1, 0.9), ("a", 2, 0.8)]
+    assert found("variant", []) == list(old.itertuples(index=False, name=None))
+    (folder / "32_studies.csv").unlink()
+    assert found(["variant", "seed"]) == [("a", 1, 0.9), ("a", 2, 0.8)]
+    assert list(studies.with_recorded(run, "32_studies", [], ["variant", "seed"], ["top1"])) == [
+        "variant",
+        "seed",
+        "top1",
+    ]

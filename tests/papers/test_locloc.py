@@ -366,6 +366,30 @@ def test_class_scores_and_studies(run, splits, taught):
     assert not {"map", "top1", "top1_loc"} & set(maps)
 
 
+def test_a_classifier_of_the_paper_is_shown_masked_images_at_test(run, splits, taught):
+    experiment, transform = small(), small().test_transform()
+    generator = experiment.fit(run, "generator", 0, taught, False)[0]
+    variants = {f"LFDM, paper, {kind} masks": kind for kind in ("GrabCut", "generator", "true")}
+    table = pd.DataFrame(locloc.study(run, experiment, splits, [*variants], [0], generator)).set_index("variant")
+    level = evaluation.evaluate(generator, splits.val, transform).thresholds()["generated"]
+    drawn = [found.maps["generated"] >= level for found in evaluation.predict(generator, splits.test, transform)]
+    cut = locloc.Masks.taught(experiment.masks, run, splits.test)
+    folders = set()
+    known = {"GrabCut": [one.mask for one in cut], "generator": drawn, "true": [one.mask for one in splits.test]}
+    for name, kind in variants.items():
+        data = locloc.masked_by(run, experiment, splits, kind, generator)
+        model, folder = experiment.fit(run, "classifier", 0, data(splits.train), False, **locloc.PAPER)
+        folders.add(folder)
+        right = []
+        for sample, mask in zip(splits.test, known[kind], strict=True):
+            black = np.where((np.asarray(mask) != 0)[..., None], sample.image, 0).astype(np.float32) / 255
+            image = torch.from_numpy(((black - np.array(model.mean)) / np.array(model.std)).transpose(2, 0, 1)[None])
+            with torch.no_grad():
+                right.append(int(model(image.float()).logits.argmax()) == sample.label)
+        assert table.top1_enhanced[name] == np.mean(right)
+    assert len(folders) == 3, "each learns from masks of its own"
+
+
 def test_a_classifier_alone_is_shown_plain_images(run, splits, taught):
     """Of the preset `paper`, too, whose joint model masks its test images."""
     experiment = small(preset="paper")

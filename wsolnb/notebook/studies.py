@@ -79,15 +79,17 @@ def mean_and_interval(table: pd.DataFrame, by: str | Sequence[str], measures: Se
 
 
 def with_recorded(
-    run: Run, name: str, made: Iterable[dict[str, Any]], by: str, columns: Sequence[str] = ()
+    run: Run, name: str, made: Iterable[dict[str, Any]], by: str | Sequence[str], columns: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Return the recorded table of a study, with rows that were made here in place of the recorded ones, and save it.
 
     name: of the table in `outputs/reference`; without the notebook's number it is the name in the run folder.
-    by: the column that tells which rows were made anew. columns: of the table where nothing is recorded.
+    by: the columns that tell which rows were made anew. columns: of the table where nothing is recorded.
     """
-    new, table = pd.DataFrame(list(made)), run.recorded(name, [by, *columns])
+    by = [by] if isinstance(by, str) else list(by)
+    new, table = pd.DataFrame(list(made)), run.recorded(name, [*by, *columns])
     if len(new):
-        table = pd.concat([table[~table[by].isin(new[by])], new], ignore_index=True) if len(table) else new
+        stays = ~table.set_index(by).index.isin(new.set_index(by).index)
+        table = pd.concat([table[stays], new], ignore_index=True) if len(table) else new
     run.save_table(table, name.partition("_")[2])
     return table

@@ -30,14 +30,14 @@ from wsolnb.data import IGNORE, LocalizationDataset, Sample, open_dataset
 from wsolnb.data.loading import make_loader
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import Store, WithMasks
-from wsolnb.data.transforms import Transform, resize
+from wsolnb.data.transforms import Compose, Resize, Transform, resize
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve
 from wsolnb.maps import upsample
 from wsolnb.methods import grabcut
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.grabcut import Attend, GrabCutConfig
-from wsolnb.methods.locloc import LocLoc, LocLocConfig
+from wsolnb.methods.locloc import Enhance, LocLoc, LocLocConfig
 from wsolnb.methods.ppd import PPD, probe_maker, read_probe
 from wsolnb.notebook import studies
 from wsolnb.notebook.runs import Run
@@ -438,27 +438,74 @@ def class_scores(
 # The studies of notebooks 31 and 32
 
 
+MaskKind = Literal["GrabCut", "attention", "generator", "true"]
+BEST_PLAIN = 0.07
+"""The attention's best threshold (notebook 30): what it is without GrabCut."""
+
+
 class Variant(NamedTuple):
-    """One variant of a study: the part, changes of its recipe, and whether plain attention replaces GrabCut's masks."""
+    """One variant of a study: the part, changes of its recipe, and the masks that it learns from.
+
+    same_at_test: a classifier's test images are black outside of masks of the same kind, as its training images are.
+    """
 
     part: Part
     changes: dict[str, Any]
-    attention: bool = False
+    masks: MaskKind = "GrabCut"
+    same_at_test: bool = False
 
 
-BEST_PLAIN = 0.07
-"""The attention's best threshold (notebook 30): what it is without GrabCut."""
+PAPER = {"enhance_training": True, "rectangle": False}
+"""How the supplement trains LFDM: on images that are black outside of their mask. No rectangle stays as it was."""
 
 VARIANTS = {
     "GEG": Variant("generator", {}),
     "GEG, third level alive": Variant("generator", {"third_level": True}),
-    "GEG, attention >= 0.07": Variant("generator", {}, attention=True),
+    "GEG, attention >= 0.07": Variant("generator", {}, "attention"),
     "PPD": Variant("decoder", {}),
     "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
     "LFDM": Variant("classifier", {}),
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
+    "LFDM, paper, GrabCut masks": Variant("classifier", PAPER, same_at_test=True),
+    "LFDM, paper, generator masks": Variant("classifier", PAPER, "generator", same_at_test=True),
+    "LFDM, paper, true masks": Variant("classifier", PAPER, "true", same_at_test=True),
     "linear probe": Variant("probe", {}),
 }
+
+
+def masked_by(
+    run: Run, experiment: Experiment, splits: Splits, kind: MaskKind, generator: LocLoc | None = None
+) -> Callable[[LocalizationDataset], WithMasks]:
+    """Return what gives a data set masks of a kind in place of its truth; each is made once per run folder.
+
+    kind: `attention` is the attention from `BEST_PLAIN` on; `generator` is the given generator's map from that
+    threshold on which is best for boxes on validation images; `true` is the truth, as an upper bound.
+    """
+    masks = experiment.masks
+    if kind == "GrabCut":
+        return lambda dataset: masks.taught(run, dataset)
+    if kind == "attention":  # no uncertain pixel: the mask is the thresholded attention
+        plain = masks.grabcut(fg_threshold=BEST_PLAIN, bg_threshold=BEST_PLAIN)
+        return lambda dataset: masks.taught(run, dataset, plain)
+    square, threshold = Resize(masks.image_size), 0.0
+    if kind == "generator":
+        threshold = evaluate(generator, splits.val, experiment.test_transform()).thresholds()["generated"]
+
+    def drawn(dataset: LocalizationDataset) -> Iterator[tuple[str, np.ndarray]]:
+        if kind == "true":
+            yield from ((sample.image_id, sample.mask) for sample in map(dataset.__getitem__, range(len(dataset))))
+        else:
+            for found in predict(generator, dataset, square):
+                yield found.sample.image_id, found.maps["generated"] >= threshold
+
+    def masked(dataset: LocalizationDataset) -> WithMasks:
+        def build(folder: Path) -> None:
+            for image_id, mask in drawn(dataset):
+                Store(folder).write_mask(image_id, mask)
+
+        return WithMasks(dataset, Store(run.cached(f"masks-{kind}-{dataset.split}", build)))
+
+    return masked
 
 
 def study(
@@ -473,23 +520,25 @@ def study(
 
     generator: whose maps enhance the test images that a classifier is also scored on.
     """
-    transform, masks = experiment.test_transform(), experiment.masks
-    # No uncertain pixel: the mask is the thresholded attention.
-    plain = masks.grabcut(fg_threshold=BEST_PLAIN, bg_threshold=BEST_PLAIN)
-    asked = {VARIANTS[name].attention for name in variants}
-    taught = {attention: masks.taught(run, splits.train, plain if attention else None) for attention in asked}
+    transform = experiment.test_transform()
+    asked = {VARIANTS[name].masks for name in variants}
+    masked = {kind: masked_by(run, experiment, splits, kind, generator) for kind in asked}
+    taught = {kind: masked[kind](splits.train) for kind in asked}
     for seed, name in itertools.product(seeds, variants):
-        part, changes, attention = VARIANTS[name]
-        model, _ = experiment.fit(run, part, seed, taught[attention], False, **changes)
+        part, changes, kind, same_at_test = VARIANTS[name]
+        model, _ = experiment.fit(run, part, seed, taught[kind], False, **changes)
         row: dict[str, Any] = {"variant": name, "seed": seed}
         if part in ("classifier", "probe"):
             row["top1"] = top1(model, splits.test, transform)
         if part != "probe":
             val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
             own = test.table(val)[0]
+        if same_at_test:
+            row["top1_enhanced"] = top1(model, masked[kind](splits.test), Compose([Enhance(), transform]))
+        elif part == "classifier":
+            found = enhanced_at_test(generator, model, experiment.config(), splits, transform)
+            row |= {"top1_enhanced": found["top1"], "mask_threshold": found["threshold"]}
         if part == "classifier":
-            masked = enhanced_at_test(generator, model, experiment.config(), splits, transform)
-            row |= {"top1_enhanced": masked["top1"], "mask_threshold": masked["threshold"]}
             row |= {"gt_known_class_map": own["gt_known"]} | {c: own[c] for c in own if c.startswith("covers")}
         elif part != "probe":
             row |= {c: own[c] for c in own if not c.startswith("top") and c != "map"}
