@@ -1,5 +1,6 @@
-"""Record the tables of the default run in outputs/reference; to be run after `make reproduce`."""
+"""Record the tables of a run in outputs/reference: after `make reproduce`, or with PROFILE=smoke in its folder."""
 
+import sys
 from pathlib import Path
 
 from wsolnb.notebook import pipeline
@@ -8,9 +9,12 @@ READERS = ("90_leaderboard", "91_claims")
 """Notebooks that show what is recorded, and so record nothing."""
 
 if __name__ == "__main__":
+    profile = sys.argv[1] if len(sys.argv) > 1 else "mini"
     root = Path(__file__).parents[1] / "outputs"
-    for name, table in pipeline.tables(root / "mini").items():
+    folder = root / "reference" / ("" if profile == "mini" else profile)
+    folder.mkdir(exist_ok=True)
+    for name, table in pipeline.tables(root / profile).items():
         if name in READERS:
             continue
-        table.round(4).to_csv(root / "reference" / f"{name}.csv", index=False)
-        print(root / "reference" / f"{name}.csv")
+        table.round(4).to_csv(folder / f"{name}.csv", index=False)
+        print(folder / f"{name}.csv")

@@ -1,8 +1,11 @@
 """The numbers of the default run, compared with the recorded ones. Needs the notebook to have been run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).parents[2]
@@ -14,9 +17,10 @@ ROOM = {"01_data": 0.01, "02_metrics": 0.02, "03_cam_and_tscam": 0.05, "04_pretr
         "23_lpcam_segmentation": 0.12, "30_locloc_grabcut": 0.03, "31_locloc_generator": 0.08,
         "32_locloc_classifier": 0.12, "33_locloc_results": 0.12}  # fmt: skip
 NOT_COMPARED = {"threshold", "seed"}
+ROOM_IN_SMALL = 0.05
 
 
-def spread_over_seeds(notebook: str, recorded: pd.DataFrame, column: str) -> list[float] | float:
+def spread_over_seeds(notebook: str, recorded: pd.DataFrame, column: str) -> np.ndarray | float:
     """Three standard deviations over training seeds, per row of notebooks 03 and 04: another processor, or another
     number of threads, rounds differently, which is to a training what another seed is."""
     if notebook == "03_cam_and_tscam":
@@ -29,20 +33,33 @@ def spread_over_seeds(notebook: str, recorded: pd.DataFrame, column: str) -> lis
     if column not in seeds:
         return 0.0
     spread = seeds.groupby(row)[column].std()
-    return [3 * spread.get(tuple(values), 0.0) for values in recorded[row].itertuples(index=False)]
+    return np.array([3 * spread.get(tuple(values), 0.0) for values in recorded[row].itertuples(index=False)])
 
 
 def compare(notebook: str) -> None:
     """Assert that the table of the default run is the recorded one."""
     recorded = pd.read_csv(REFERENCE / f"{notebook}.csv")
-    run = ROOT / "outputs" / "mini" / "metrics" / f"{notebook}.json"
-    table = pd.DataFrame(json.loads(run.read_text())["table"])
+    table = made(notebook, ROOT / "outputs" / "mini")
+    _compare(table, recorded, lambda column: ROOM[notebook] + spread_over_seeds(notebook, recorded, column))
+
+
+def compare_small(notebook: str, folder: Path) -> None:
+    """Assert that the table of a run of the profile `smoke` is the recorded one, in a few steps of float32."""
+    recorded = pd.read_csv(REFERENCE / "smoke" / f"{notebook}.csv")
+    _compare(made(notebook, folder), recorded, lambda column: ROOM_IN_SMALL)
+
+
+def made(notebook: str, folder: Path) -> pd.DataFrame:
+    """Return the table that a notebook left in a run folder."""
+    return pd.DataFrame(json.loads((folder / "metrics" / f"{notebook}.json").read_text())["table"])
+
+
+def _compare(table: pd.DataFrame, recorded: pd.DataFrame, room: Callable[[str], Any]) -> None:
     assert list(table.columns) == list(recorded.columns)
     assert len(table) == len(recorded)
     for column in recorded.columns:
         if pd.api.types.is_numeric_dtype(recorded[column]) and column not in NOT_COMPARED:
-            room = ROOM[notebook] + pd.Series(spread_over_seeds(notebook, recorded, column), recorded.index)
-            beyond = (table[column].astype(float) - recorded[column]).abs() - room
+            beyond = (table[column].astype(float) - recorded[column]).abs() - room(column)
             assert not beyond.max() > 0, f"{column} differs:\n{table[column]}\nrecorded:\n{recorded[column]}"
             assert (table[column].isna() == recorded[column].isna()).all(), column
         elif column not in NOT_COMPARED:

@@ -29,8 +29,13 @@ def by_depth(steps):
 
 STEPS = {step.notebook: step for step in pipeline.plan("mini")}
 NOTEBOOKS = by_depth(STEPS.values())
-LONG = ("12_scm_results", "23_lpcam_segmentation", "32_locloc_classifier", "33_locloc_results")
+SMALL = {
+    "SCM": ("03_cam_and_tscam", "04_pretraining", "11_scm_training", "12_scm_results", "00_overview"),
+    "LPCAM": ("23_lpcam_segmentation",),
+    "LocLoc": ("31_locloc_generator", "32_locloc_classifier", "33_locloc_results"),
+}
 """`make test` runs them in small, `make test-full` as they are. No other notebook needs one of them."""
+LONG = {name for names in SMALL.values() for name in names}
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
@@ -45,15 +50,18 @@ def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_long_notebooks_run_in_small(tmp_path):  # first, as it takes longest
+@pytest.mark.parametrize("chain", SMALL)  # first, as they take longest
+def test_the_long_notebooks_give_the_recorded_numbers_in_small(chain, tmp_path):
     command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
     command += ["--outputs", str(tmp_path)]
     environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [word for name in LONG for word in ("--only", name)]
+    command += [word for name in SMALL[chain] for word in ("--only", name)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
-    assert set(LONG) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
+    assert set(SMALL[chain]) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
+    for name in set(SMALL[chain]) & set(reference.ROOM):
+        reference.compare_small(name, tmp_path / "smoke")
 
 
 @pytest.fixture

@@ -369,7 +369,7 @@ def test_class_scores_and_studies(run, splits, taught):
 def test_a_classifier_of_the_paper_is_shown_masked_images_at_test(run, splits, taught):
     experiment, transform = small(), small().test_transform()
     generator = experiment.fit(run, "generator", 0, taught, False)[0]
-    variants = {f"LFDM, paper, {kind} masks": kind for kind in ("GrabCut", "generator", "true")}
+    variants = {"LFDM, GrabCut": "GrabCut", "LFDM, generator": "generator", "LFDM, truth": "true"}
     table = pd.DataFrame(locloc.study(run, experiment, splits, [*variants], [0], generator)).set_index("variant")
     level = evaluation.evaluate(generator, splits.val, transform).thresholds()["generated"]
     drawn = [found.maps["generated"] >= level for found in evaluation.predict(generator, splits.test, transform)]

@@ -7,6 +7,7 @@ import pytest
 from wsolnb.data import aviary
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam
+from wsolnb.train.seeds import region_features
 
 ROOT_NOTEBOOKS = ("20_lpcam_classifier", "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation")
 
@@ -104,6 +105,36 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
     assert next(lpcam.checked(run, host, base, "clustering"))["variant"] == ", ".join(
         f"{k} {v}" for k, v in first.items()
     )
+
+
+def test_the_shared_dimensions_are_counted_one_by_one(host):
+    table = lpcam.weight_overlap(host, top=3).set_index("class")
+    regions = region_features(host.sources.val, host.splits.val)
+    for c, name in enumerate(host.splits.val.class_names):
+        weight = host.weight[c].double()
+        own = sorted(range(len(weight)), key=lambda d: -weight[d])[:3]
+        for r, region in enumerate(("head", "rest", "context")):
+            feature = regions.raw[c, r]
+            theirs = sorted(range(len(feature)), key=lambda d: -feature[d])[:3]
+            assert table.loc[name, region] == sum(d in theirs for d in own)
+            cosine = float(weight @ feature / (weight.norm() * feature.norm()))
+            assert table.loc[name, f"cosine {region}"] == pytest.approx(cosine, abs=0.006, nan_ok=True)
+    assert (table.chance == round(9 / len(weight), 1)).all()
+
+
+def test_the_studies_of_several_classifiers(run, host, base, monkeypatch):
+    few = {"checked_seeds": [0, 1], "claim_seeds": [0, 1], "grid_mu_f": [0.1, 0.9], "grid_mu_b": [0.9]}
+    claim = lpcam.Claim(**defaults("22_lpcam_results", **few))
+    monkeypatch.setitem(lpcam.CHECKED, "tau", [{"tau": 0.1}])
+    _, checked = claim.tables(run, ["tau", "bias"], host.classifier, base)
+    tau, bias = (checked[checked.study == name] for name in ("tau", "bias"))
+    assert list(tau.seed) == [0, 1]
+    assert list(tau.variant) == ["tau 0.1"] * 2
+    assert sorted(bias[bias.seed == 1].variant) == sorted(host.splits.val.class_names)
+    own = lpcam.weight_overlap(host).set_index("class")
+    assert list(bias[bias.seed == host.number].set_index("variant")["head"]) == list(own["head"])
+    hosts = list(claim.trainings("hosts", host.classifier))
+    assert [changes["train_seed"] for _, changes in hosts] == [0, 1]
 
 
 def test_every_stage_after_the_other(run, host, base, capsys):

@@ -50,7 +50,7 @@ _RULES = {
     "32 or more": (32, inf, "image_size irn_size segmenter_size"),
     "8 to 160": (8, 160, "crf_side"),
 }  # fmt: skip
-_FILLED = "seeds claim_seeds pair_seeds study_seeds grid_mu_? floors steps dampings dilations scales test_scales"
+_FILLED = "seeds c*_seeds pair_seeds study_seeds grid_mu_? floors steps dampings dilations scales test_scales"
 
 
 @dataclass(frozen=True)

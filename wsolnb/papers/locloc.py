@@ -466,9 +466,9 @@ VARIANTS = {
     "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
     "LFDM": Variant("classifier", {}),
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
-    "LFDM, paper, GrabCut masks": Variant("classifier", PAPER, same_at_test=True),
-    "LFDM, paper, generator masks": Variant("classifier", PAPER, "generator", same_at_test=True),
-    "LFDM, paper, true masks": Variant("classifier", PAPER, "true", same_at_test=True),
+    "LFDM, GrabCut": Variant("classifier", PAPER, same_at_test=True),
+    "LFDM, generator": Variant("classifier", PAPER, "generator", same_at_test=True),
+    "LFDM, truth": Variant("classifier", PAPER, "true", same_at_test=True),
     "linear probe": Variant("probe", {}),
 }
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -41,7 +42,15 @@ from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.train import multilabel
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
-from wsolnb.train.seeds import best_threshold, best_thresholds, evaluate, region_features, score_stored, score_variants
+from wsolnb.train.seeds import (
+    REGIONS,
+    best_threshold,
+    best_thresholds,
+    evaluate,
+    region_features,
+    score_stored,
+    score_variants,
+)
 from wsolnb.train.segmentation import Inference, score_masks, score_model, write_true_masks
 
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
@@ -166,6 +175,23 @@ def cached_prototypes(run: Run, host: Host, config: LPCAMConfig) -> tuple[list[C
     return fit_prototypes(source, asked, folder), folder
 
 
+def weight_overlap(host: Host, top: int = 10) -> pd.DataFrame:
+    """Return what a classifier's weights share with features of head, rest and background (fig. S1), a row per class.
+
+    Columns: of the `top` largest dimensions of the class's weights, how many are among the largest of its mean feature
+    in the region (`head`, `rest`, `context`), and how many chance would give; the cosine of weights and feature.
+    """
+    regions, weight = region_features(host.sources.val, host.splits.val), host.weight.cpu().double()
+    largest = [[set(v.topk(top).indices.tolist()) for v in rows] for rows in regions.raw]
+    own = [set(w.topk(top).indices.tolist()) for w in weight]
+    overlap = [[len(mine & found) for found in theirs] for mine, theirs in zip(own, largest, strict=True)]
+    table = pd.DataFrame(overlap, columns=list(REGIONS))
+    table.insert(0, "class", host.splits.val.class_names)
+    table["chance"] = round(top * top / weight.shape[1], 1)
+    cosine = torch.nn.functional.cosine_similarity(weight[:, None], regions.raw, dim=2).numpy().round(2)
+    return table.assign(**{f"cosine {name}": cosine[:, place] for place, name in enumerate(REGIONS)})
+
+
 # ------------------------------------------------------------------------------- LPCAM against CAM (notebook 22)
 
 CHECKED: dict[str, list[dict[str, Any]]] = {
@@ -179,7 +205,12 @@ CHECKED: dict[str, list[dict[str, Any]]] = {
                  {"split_cam": "final", "ties": "dropped", "split_maximum": "image"}, {"relu": "with_context"},
                  {"mu_b_least": 0.05}],
 }  # fmt: skip
-"""Variants of a configuration by study: what one classifier tells of everything but the selection."""
+"""Variants of a configuration by study: everything but the selection."""
+REFERENCES = {
+    "tau": "tau 0.1", "K": "clusters 12", "samples": "images_per_class 50",
+    "clustering": "algorithm kmeans, metric cosine", "switches": "as chosen",
+}  # fmt: skip
+"""What the variants of each study are compared with."""
 
 FLOOR = {"mu_b_least": 0.05}
 """What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
@@ -225,6 +256,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     claim_seeds: tuple[int, ...]
+    checked_seeds: tuple[int, ...]
     cases: tuple[tuple[float, float, int], ...]
     study_train_images: int
     study_val_images: int
@@ -274,33 +306,42 @@ class Claim(BaseModel):
         """
         cases: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
-        seeds = self.claim_seeds
         if study == "claim":
             cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in self.cases]
             changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
         elif study == "photographs":
             cases, changes = [{"epochs": self.photo_epochs}], {"dataset": "pets", "data_root": self.photos_root}
         elif study == "hosts":
-            cases, seeds = [{"epochs": classifier.epochs}], (classifier.train_seed,)
+            cases = [{"epochs": classifier.epochs}]
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
-        yield from ((case, {**changes, **case, "train_seed": seed}) for case in cases for seed in seeds)
+        yield from ((case, {**changes, **case, "train_seed": seed}) for case in cases for seed in self.claim_seeds)
 
     def tables(
-        self, run: Run, studies: Sequence[str], host: Host, base: LPCAMConfig, chosen: LPCAMConfig
+        self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the recorded tables of the paired studies, and of those of `CHECKED`, with some made here.
+        """Return the recorded tables of the paired studies, and of `CHECKED` and `bias`, with some made here.
 
-        studies: to make: of `trainings`, or of `CHECKED`. chosen: what `CHECKED` varies.
+        studies: to make. base: the configuration of notebook 21; of each classifier, `CHECKED` varies what `choose`
+        makes of it.
         """
+
+        def looked_at() -> Iterator[dict[str, Any]]:
+            for number in self.checked_seeds if {"bias", *CHECKED} & set(studies) else ():
+                host = classifier.changed(train_seed=number).host(run)
+                if "bias" in studies:
+                    bias = weight_overlap(host).rename(columns={"class": "variant"})
+                    yield from ({"study": "bias", "seed": number, **row} for row in bias.to_dict("records"))
+                chosen = self.choose(run, host, cached_prototypes(run, host, base)[0], base)["lpcam"]
+                yield from (row for study in studies if study in CHECKED for row in checked(run, host, chosen, study))
+
         rows = (
             row
             for study in studies
-            for where, changes in self.trainings(study, host.classifier)
-            for row in self.measured(run, host.classifier.changed(**changes), base, study, where)
+            for where, changes in self.trainings(study, classifier)
+            for row in self.measured(run, classifier.changed(**changes), base, study, where)
         )
-        claims = with_recorded(run, "22_claim", rows, "study")
-        rows = (row for study in studies if study in CHECKED for row in checked(run, host, chosen, study))
-        return claims, with_recorded(run, "22_checked", rows, "study")
+        claims = with_recorded(run, "22_claim", rows, ["study", "seed"])
+        return claims, with_recorded(run, "22_checked", looked_at(), ["study", "seed"])
 
 
 def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
