@@ -12,8 +12,8 @@ WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1
 
 help:
 	@echo "make reproduce   run every notebook (PROFILE=mini|smoke|pets|seeds) and print the table of metrics"
-	@echo "make test        lint, unit tests, every notebook against its stored outputs and recorded numbers; four long ones in small"
-	@echo "make test-full   the same with the long ones as they are: half an hour on two cores"
+	@echo "make test        lint, unit tests, notebooks against their stored outputs and recorded numbers, those that train long in small"
+	@echo "make test-full   the same with every notebook as it is: an hour and more on two cores"
 	@echo "make unit        the fast part of the tests"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       speed and memory claims, measured side by side"

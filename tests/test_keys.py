@@ -723,6 +723,7 @@ def test_all_code_that_ran_is_part_of_the_key(made, name):
     assert {_name(module) for module in executed} <= made[name].code.keys()
 
 
+@pytest.mark.slow
 def test_a_changed_number_makes_exactly_those_stale_that_depend_on_it(made, copy):
     before = _code(made)
     assert before == {name: artefact.code for name, artefact in made.items()}

@@ -285,6 +285,7 @@ def test_collect_sees_unknown_names_that_papermill_passed(repository):
     params.collect("03_cam", {**namespace, "In": [*history[:2], "# Parameters\ncount = 3\n"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

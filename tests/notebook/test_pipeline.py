@@ -408,6 +408,7 @@ def test_the_table_shows_gaps_and_damage_is_named(repository, capsys):
 # Notebooks that do run
 
 
+@pytest.mark.slow
 def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, capsys, monkeypatch):
     # A kernel `python3` of another Python in the user's folder must not be taken.
     kernel = repository.root / "jupyter/kernels/python3/kernel.json"
@@ -443,6 +444,7 @@ def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, cap
     assert Path.cwd() == repository.root
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, capsys):
     def meets(own, other):
@@ -495,6 +497,7 @@ def until(condition):
     assert condition()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("jobs", "number"), [("1", "SIGINT"), ("2", "SIGINT"), ("1", "SIGTERM")])
 def test_an_interruption_keeps_what_is_done(repository, jobs, number):
@@ -526,6 +529,7 @@ def of_run(mark):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("number", "count"), [("SIGHUP", 1), ("SIGTERM", 1), ("SIGKILL", 2)])
 def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, count):
@@ -557,6 +561,7 @@ def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, 
     assert again["tables"] == summary["tables"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_worker_that_hangs_is_killed(repository, monkeypatch):
     repository.notebook("01_data", "import time", "(run.folder / 'started').touch(); time.sleep(50)")

@@ -14,7 +14,7 @@ from wsolnb.metrics import LocalizationAccuracy
 from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.papers import scm
-from wsolnb.train.evaluation import THRESHOLDS, predict
+from wsolnb.train.evaluation import THRESHOLDS, evaluate, predict
 
 FEW = {"train_images": 16, "val_images": 6, "test_images": 6, "classes": 4, "batch_size": 8, "device": "cpu"}
 
@@ -157,6 +157,11 @@ def test_couplings_start_with_the_models_own_product_up_to_scale(trained):
     for name, i, j in (("S0 F0", 0, 0), ("S2 F4", 2, 4)):
         raw = levels[i].semantic[:, own.sample.label] * levels[j].attention
         np.testing.assert_allclose(coupled.maps[name], upsample(raw, (112, 112))[0].numpy(), atol=1e-3)
+    rows = scm.coupled(model, splits.val, transform)
+    assert [row["coupling"] for row in rows] == list(cascade.maps)
+    assert {(row["coupling"], row["semantic_level"], row["attention_level"]) for row in rows} >= {("S2 F4", 2, 4)}
+    own = evaluate(model, splits.val, transform).localization
+    assert rows[0]["gt_known"] == pytest.approx(next(iter(own.values())).best("gt_known")[1])
 
 
 def test_drift_is_half_the_distance_of_two_maps(pair, trained):
@@ -206,3 +211,8 @@ def test_a_row_of_a_study_says_what_was_trained(run, pair):
     assert (rows[0]["variant"], rows[0]["lr"], rows[0]["epochs"]) == ("p = 2", pair.lr, 1)
     assert rows[0]["drift"] > 0
     assert {k: v for k, v in rows[0].items() if k != "epoch"} == {k: v for k, v in rows[1].items() if k != "epoch"}
+    model = pair.fit(run, "scm", 0, pair.splits(), progress=False, **trial.module).model
+    for number, block in enumerate(model.calibration.blocks, 1):
+        assert rows[1][f"lambda_{number}"] == pytest.approx(float(block.lam))
+        assert rows[1][f"beta_{number}"] == pytest.approx(float(block.beta))
+    assert "lambda_1" not in next(scm.measured(run, trial._replace(method="tscam", module={})))

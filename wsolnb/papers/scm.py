@@ -376,21 +376,43 @@ class Studies(BaseModel):
                 rows = swapped(models, pair.start(seed, models["scm"]), splits, found["scm"].transform)
                 yield from ({"backbone": backbone, "seed": seed, **row} for row in rows)
 
+    def couplings(self, run: Run) -> Iterator[dict[str, Any]]:
+        """Yield GT-known of every coupling of levels on validation images (fig. 9), of SCM as in the other studies."""
+        pair = self.pair.changed(epochs=self.study_epochs, backbone=self.study_start)
+        splits = pair.splits()
+        for seed in self.study_seeds:
+            one = pair.fit(run, "scm", seed, splits, progress=False)
+            yield from ({"seed": seed, **row} for row in coupled(one.model, splits.val, one.transform))
+
+
+def coupled(model: SCM, dataset: LocalizationDataset, transform: Transform) -> list[dict[str, Any]]:
+    """Return GT-known of every coupling of a model's levels, at the best threshold of these images."""
+    found = evaluate(cascade := Couplings(model), dataset, transform, quick=True).localization
+    return [
+        {
+            "semantic_level": int(s[1:]),
+            "attention_level": int(a[1:]),
+            "coupling": name,
+            "gt_known": found[name].best("gt_known")[1],
+        }
+        for name, (a, s) in cascade.pairs.items()
+    ]
+
 
 def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
     """Train one model of a study, or find it; yield a row for its best and one for its last epoch.
 
     Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds
-    chosen on validation images; the drift is that of validation images.
+    chosen on validation images; the drift is that of validation images. Of SCM also lambda and beta of every block.
     """
     pair, splits = trial.pair, trial.pair.splits()
     one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)
     start = pair.start(trial.seed, one.model)
     where = {"study": trial.study, "variant": trial.variant, "method": trial.method, "backbone": pair.backbone}
     where |= {"seed": trial.seed, **{name: getattr(pair, name) for name in ("body_cue", "lr", "epochs")}}
-    best_is_last = one.history["gt_known"].idxmax() + 1 == pair.epochs
-    for epoch in ("best", "last"):
-        if epoch == "best" or not best_is_last:
+    chosen = {"best": one.history["gt_known"].idxmax(), "last": pair.epochs - 1}
+    for epoch, index in chosen.items():
+        if epoch == "best" or index != chosen["best"]:
             model = one.at(epoch)
             val, test = (evaluate(model, part, one.transform) for part in (splits.val, splits.test))
             found, _, attention = test.table(val)
@@ -398,4 +420,5 @@ def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
             row = {name: found[name] for name in (*names, *(c for c in found if c.startswith("covers")))}
             row["gt_known_attention"] = attention["gt_known"]
             row["drift"] = drift(model, start, splits.val, one.transform)
+            row |= one.history.filter(regex="^(lambda|beta)_").iloc[index].to_dict()
         yield {**where, "epoch": epoch, **row}
