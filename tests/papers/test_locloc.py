@@ -12,6 +12,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.methods import grabcut
 from wsolnb.methods.locloc import Enhance, LocLoc
 from wsolnb.methods.ppd import described, logistic
+from wsolnb.metrics import ERRORS
 from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.papers import locloc
@@ -320,6 +321,7 @@ def test_four_maps_are_those_of_their_sources(run, splits, taught):
     expected = test.table(val)[0]
     row = scores.set_index("map").loc["GEG"]
     assert all(row[name] == pytest.approx(expected[name]) for name in ("gt_known", "maxboxacc_v2", "mask_iou", "pxap"))
+    assert scores[["top1_loc", *ERRORS[1:]]].sum(axis=1).tolist() == pytest.approx([1] * 4)
 
 
 def test_the_whole_is_put_together_from_what_was_trained(run, splits, taught, capsys):

@@ -39,6 +39,7 @@ from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.grabcut import Attend, GrabCutConfig
 from wsolnb.methods.locloc import Enhance, LocLoc, LocLocConfig
 from wsolnb.methods.ppd import PPD, probe_maker, read_probe
+from wsolnb.metrics import ERRORS
 from wsolnb.notebook import studies
 from wsolnb.notebook.runs import Run
 from wsolnb.train.evaluation import Prediction, beside, evaluate, predict, score
@@ -376,15 +377,19 @@ def four_maps(
 
 
 def map_scores(run: Run, experiment: Experiment, splits: Splits, models: Models) -> pd.DataFrame:
-    """Return what `four_maps` score on test images at thresholds of the validation images; no class is asked for."""
+    """Return what `four_maps` score on test images at thresholds of the validation images; no class is asked for.
+
+    The columns of the errors (`wsolnb.metrics.ERRORS`) and `top1_loc` add up to one.
+    """
     attend, transform = experiment.masks.attend(), experiment.test_transform()
     held = [(part, experiment.masks.store(run, part)) for part in (splits.val, splits.test)]
 
     def measure() -> list[dict[str, Any]]:
         val, test = (score(four_maps(attend, store, models, part, transform)) for part, store in held)
-        return test.table(val)
+        at = {name: test.localization[name].at(threshold) for name, threshold in val.thresholds().items()}
+        return [row | {error: at[row["map"]][error] for error in ERRORS[1:]} for row in test.table(val)]
 
-    return pd.DataFrame(run.cached_rows("generator-scores", measure)).drop(columns=["top1", "top1_loc", "top5_loc"])
+    return pd.DataFrame(run.cached_rows("generator-scores", measure)).drop(columns=["top1", "top5_loc"])
 
 
 def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> str:
