@@ -3,11 +3,15 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from wsolnb.data import aviary
+from wsolnb.data.transforms import resize
+from wsolnb.maps import upsample
+from wsolnb.methods.prototypes import directions_by_kind
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam
-from wsolnb.train.seeds import region_features
+from wsolnb.train.seeds import evaluate, region_features, scored
 
 ROOT_NOTEBOOKS = ("20_lpcam_classifier", "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation")
 
@@ -135,6 +139,46 @@ def test_the_studies_of_several_classifiers(run, host, base, monkeypatch):
     assert list(bias[bias.seed == host.number].set_index("variant")["head"]) == list(own["head"])
     hosts = list(claim.trainings("hosts", host.classifier))
     assert [changes["train_seed"] for _, changes in hosts] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def mctformer(run):
+    changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+    return lpcam.Classifier(**defaults("20_lpcam_classifier", **SMALL, **changes)).host(run)
+
+
+def test_mctformers_own_map_is_refined_attention_times_cam(mctformer, base):
+    data = mctformer.splits.val
+    found = list(lpcam.plugged(mctformer, {"cam": None}, base, data))
+    model = mctformer.model.eval()
+    for sample, maps in zip(data, (one["cam"] for one in found), strict=True):
+        assert maps.image_id == sample.image_id
+        image = torch.from_numpy(resize(sample, (64, 64)).image).permute(2, 0, 1)[None] / 255
+        image = (image - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1)
+        with torch.no_grad():
+            output = model(image)
+        for c, values in zip(maps.classes, maps.maps, strict=True):
+            product = (output.attention.mean(dim=1)[0, c] * output.semantic_map[0, c].relu()).flatten()
+            by_hand = torch.stack([(row * product).sum() for row in output.affinity[0]]).view(1, *model.backbone.grid)
+            np.testing.assert_allclose(values, upsample(by_hand, sample.size)[0].numpy(), atol=1e-4)
+
+
+def test_lpcam_in_mctformer_takes_the_place_of_cam(run, mctformer, base):
+    prototypes, _ = lpcam.cached_prototypes(run, mctformer, base)
+    by_name = {"cam": None} | directions_by_kind(prototypes, mctformer.weight, base, ["lpcam"], "zero")
+    both = list(lpcam.plugged(mctformer, by_name, base, mctformer.splits.test))
+    assert all(set(one) == {"cam", "lpcam"} and one["lpcam"].maps.shape == one["cam"].maps.shape for one in both)
+    assert any(not np.allclose(one["lpcam"].maps, one["cam"].maps, atol=0.01) for one in both)
+    claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.9], grid_mu_b=[0.9]))
+    rows = pd.DataFrame(claim.measured(run, mctformer.classifier, base, "hosts", {"epochs": 1}))
+    inside = rows[rows.study == "mctformer"]
+    assert list(zip(inside["map"], inside.hyper, strict=True)) == [
+        ("cam", "paper"), ("lpcam", "paper"), ("lpcam", "chosen, floor"),
+    ]  # fmt: skip
+    held = mctformer.splits[1:]
+    expected = scored(*(evaluate(lpcam.plugged(mctformer, {"x": None}, base, part), part)["x"] for part in held))
+    assert all(inside.iloc[0][name] == pytest.approx(value, nan_ok=True) for name, value in expected.items())
+    assert (rows.study == "hosts").sum() == 6
 
 
 def test_every_stage_after_the_other(run, host, base, capsys):

@@ -28,15 +28,18 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from wsolnb.data import LocalizationDataset, open_dataset
+from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import DataSettings, Splits
-from wsolnb.data.store import Store, WithMasks
+from wsolnb.data.store import ClassMaps, Store, WithMasks
+from wsolnb.data.transforms import resize
 from wsolnb.files import resolve
+from wsolnb.maps import upsample
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
 from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
-from wsolnb.methods.lpcam import Directions, LPCAMConfig
-from wsolnb.methods.mctformer import MCTformer, PatchTokens
+from wsolnb.methods.lpcam import Directions, LPCAMConfig, lpcam_of
+from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
 from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
@@ -51,6 +54,7 @@ from wsolnb.train.seeds import (
     score_stored,
     score_variants,
 )
+from wsolnb.train.seeds import scored as score_pair
 from wsolnb.train.segmentation import Inference, score_masks, score_model, write_true_masks
 
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
@@ -224,6 +228,40 @@ def scored(
     return dict(zip(by_name, run.cached_rows(f"scores-{host.number}", measure), strict=True))
 
 
+def plugged(
+    host: Host, by_name: Mapping[str, Directions | None], config: LPCAMConfig, dataset: LocalizationDataset
+) -> Iterator[dict[str, ClassMaps]]:
+    """Yield the maps that MCTformer makes of an image's classes, with CAM or with LPCAM in CAM's place.
+
+    The map is multiplied by the class's attention, and the affinity of patches refines the product. One scale, no flip.
+    by_name: as of `variant_maps`. Maps are those of the image resized to the classifier's size, enlarged to the image.
+    """
+    model, tokens = host.model, host.extractor
+    device, side = host.weight.device, host.classifier.image_size
+    for index, (image_id, labels) in enumerate(zip(dataset.image_ids, dataset.labels, strict=True)):
+        sample, own = dataset.read(index, truth=False), list(labels)
+        image = to_tensor(resize(sample, (side, side)).image, tokens.mean, tokens.std)[None].to(device)
+        with torch.inference_mode():
+            found = model(image)
+        attention = found.attention[0].mean(dim=0)[own]
+        result = {}
+        for name, chosen in by_name.items():
+            if chosen is None:
+                maps = found.semantic_map[0, own].float().relu()
+            else:
+                theirs = Directions(*(values[own] for values in chosen))
+                maps = lpcam_of([found.features.float()], theirs, attention.shape[1:], config)
+            refined = refine((attention * maps.to(attention))[None], found.affinity)[0]
+            result[name] = ClassMaps(image_id, labels, upsample(refined, sample.size).cpu().numpy())
+        yield result
+
+
+def score_plugged(host: Host, by_name: Mapping[str, Directions | None], config: LPCAMConfig) -> list[dict[str, float]]:
+    """Return test scores of each variant of `plugged`, in their order, at thresholds that validation images chose."""
+    val, test = (evaluate(plugged(host, by_name, config, part), part) for part in host.splits[1:])
+    return [score_pair(val[name], test[name]) for name in by_name]
+
+
 Grids = Mapping[str, list[LPCAMConfig]]
 
 
@@ -279,6 +317,7 @@ class Claim(BaseModel):
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of one classifier: CAM, and LPCAM-F and LPCAM with the paper's and with chosen hyperparameters.
 
+        Of MCTformer also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
         where: columns that tell the case.
         """
         host = classifier.host(run)
@@ -298,6 +337,14 @@ class Claim(BaseModel):
             own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
             own["mAP"] = host.mean_average_precision
             yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
+        if isinstance(host.model, MCTformer):
+            asked = [one for one in variants if one[0] == "cam" or (one[0] == "lpcam" and one[1] != "chosen")]
+            inside = {name: by_name[name] for name in (f"{kind}, {hyper}" for kind, hyper, _ in asked)}
+            found = run.cached_rows(f"plugged-{host.number}", partial(score_plugged, host, inside, base))
+            for (kind, hyper, config), row in zip(asked, found, strict=True):
+                own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
+                own["mAP"] = host.mean_average_precision
+                yield {"study": "mctformer", **where, "seed": host.number, **own, **row}
 
     def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
