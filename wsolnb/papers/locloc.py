@@ -523,6 +523,7 @@ def study(
 ) -> Iterator[dict[str, Any]]:
     """Train some of `VARIANTS` with each seed; yields the scores of each on test images, of a probe top-1 alone.
 
+    `top1` is of the test images that the variant is shown, `top1_plain` and `top1_enhanced` of the other kind.
     generator: whose maps enhance the test images that a classifier is also scored on.
     """
     transform = experiment.test_transform()
@@ -539,7 +540,8 @@ def study(
             val, test = (evaluate(model, held, transform) for held in (splits.val, splits.test))
             own = test.table(val)[0]
         if same_at_test:
-            row["top1_enhanced"] = top1(model, masked[kind](splits.test), Compose([Enhance(), transform]))
+            row["top1_plain"] = row["top1"]
+            row["top1"] = top1(model, masked[kind](splits.test), Compose([Enhance(), transform]))
         elif part == "classifier":
             found = enhanced_at_test(generator, model, experiment.config(), splits, transform)
             row |= {"top1_enhanced": found["top1"], "mask_threshold": found["threshold"]}
