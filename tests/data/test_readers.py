@@ -16,6 +16,7 @@ from wsolnb.data.cub import CUB
 from wsolnb.data.metadata_folder import MetadataFolder
 from wsolnb.data.pets import OxfordPets
 from wsolnb.data.tiny_imagenet import TinyImageNet
+from wsolnb.data.transforms import resize
 from wsolnb.data.voc import CLASS_NAMES, VOC
 from wsolnb.errors import DataError, ParameterError
 
@@ -586,6 +587,31 @@ class TestMetadataFolder:
         with pytest.raises(DataError, match=r"0\.jpg is 20x12, .*image_sizes\.txt says 12x20"):
             dataset[0]
         assert dataset[1].size == (HEIGHT, WIDTH)
+
+    @pytest.mark.parametrize("square", [7, 16, 33])
+    def test_squares_are_those_of_the_published_evaluation(self, masked, square):
+        """Each mask file goes straight to the square, pixel by pixel; images as they always do."""
+
+        def resized(name):
+            file = np.array(Image.open(masked["root"] / f"test/{name}.png")) > 0
+            found = np.zeros((square, square), bool)
+            for row, column in np.ndindex(square, square):
+                # OpenCV's own order of operations: a quotient of integers would round differently at some sizes
+                found[row, column] = file[
+                    tuple(int(i * (1 / (square / n))) for i, n in zip((row, column), file.shape, strict=True))
+                ]
+            return found
+
+        dataset = MetadataFolder(**masked, split="test", square=square)
+        plain = MetadataFolder(**masked, split="test")
+        inside, ignored = resized("0a") | resized("0b"), resized("0i")
+        truth = np.where(inside, 1, np.where(ignored, 255, 0)), resized("1a").astype(int)
+        for index, expected in enumerate(truth):
+            sample = dataset[index]
+            np.testing.assert_array_equal(sample.mask, expected)
+            np.testing.assert_array_equal(sample.image, resize(plain[index], (square, square)).image)
+            assert np.array_equal(dataset.read(index, truth=False).image, sample.image)
+            assert resize(sample, (square, square)) is sample, "the test's own resizing leaves it as it is"
 
     def test_mask_of_another_aspect_ratio(self, masked):
         write_mask(masked["root"] / "test/1a.png", np.ones((20, 20)))

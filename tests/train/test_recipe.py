@@ -117,6 +117,8 @@ def test_splits_of_the_published_lists(tmp_path):
         (folder / "class_labels.txt").write_text(f"{split}.png,0\n")
     splits = load_splits("metadata", str(tmp_path))
     assert [part.image_ids[0] for part in splits] == ["train-weaksup.png", "train-fullsup.png", "test.png"]
+    sides = [part.square for part in load_splits("metadata", str(tmp_path), square=224)]
+    assert sides == [None, 224, 224], "training images are cropped from their own size"
     with pytest.raises(DataError, match="no folder given for the data set 'metadata'"):
         load_splits("metadata")
     with pytest.raises(ParameterError, match="did you mean 'metadata'"):

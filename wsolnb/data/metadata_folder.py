@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from wsolnb.data.base import FolderDataset, number, read_mask
 from wsolnb.data.sample import IGNORE, Sample
-from wsolnb.data.transforms import resize_map
+from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import DataError, check_choice
 
 REMEDY = (
@@ -30,13 +32,15 @@ class MetadataFolder(FolderDataset):
     split: name of that subfolder: `train`, `val`, `test` (or `train-weaksup`, `train-fullsup`, `test`).
     class_names: names of the classes; default their numbers, up to the largest label of any split.
     proxy: take image_ids_proxy.txt, the small stand-in for a training list.
+    square: side in pixels that images with mask files are resized to, as the published evaluation does (224). A mask is
+        brought there straight from its file, by OpenCV's nearest neighbour: pixel floor(i old / new).
 
     Boxes are the published numbers as they stand: the published evaluation scales x1 and y1 as it scales x0 and y0,
     without adding the last pixel, although most annotations include it (a box to the right edge of a 500-pixel image
     ends at 499). Adding it here would make scores differ from the published ones.
     Masks: 1 where any of an image's mask files is not zero, else 255 where its ignore file is not zero, as in the
-    published evaluation: object overrides ignore. OpenImages has masks in another resolution than their images; those
-    are sampled, nearest pixel centre, at the size of the image.
+    published evaluation: object overrides ignore. OpenImages has masks in another resolution than their images. Without
+    `square` those are sampled, nearest pixel centre, at the size of the image.
     A split without localization.txt has labels only.
 
     Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split.
@@ -52,7 +56,9 @@ class MetadataFolder(FolderDataset):
         split: str,
         class_names: Sequence[str] | None = None,
         proxy: bool = False,
+        square: int | None = None,
     ):
+        self.square = square
         self.root, self.split = self.require(Path(root)), split
         metadata_root = self.require(Path(metadata_root))
         splits = sorted(path.parent.name for path in metadata_root.glob("*/class_labels.txt"))
@@ -111,6 +117,13 @@ class MetadataFolder(FolderDataset):
         """Return the file of image `index`."""
         return self.root / self.image_ids[index]
 
+    def read(self, index: int, truth: bool = True) -> Sample:
+        """Read sample `index`; where it has mask files, at the size `square`."""
+        sample = super().read(index, truth)
+        if not (self.square and sample.image_id in self._masks):
+            return sample
+        return replace(resize(replace(sample, mask=None), (self.square, self.square)), mask=sample.mask)
+
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the boxes or the mask, and check the size of the image against image_sizes.txt."""
         image = sample.image_id
@@ -128,8 +141,8 @@ class MetadataFolder(FolderDataset):
             sample.mask = np.where(inside, 1, np.where(ignored, IGNORE, 0)).astype(np.uint8)
 
     def _read_union(self, files: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-        """Return where any of the mask files is not zero, (H, W) bool at the given size."""
-        union = np.zeros(size, bool)
+        """Return where any of the mask files is not zero, (H, W) bool at the size of the image, or at `square`."""
+        union = np.zeros((self.square, self.square) if self.square else size, bool)
         for name in filter(None, files):
             path = self.root / name
             values = read_mask(path, REMEDY)
@@ -137,5 +150,9 @@ class MetadataFolder(FolderDataset):
             if abs(stretch - 1) > 0.02:
                 shapes = f"{values.shape[1]}x{values.shape[0]}, its image {size[1]}x{size[0]}"
                 raise DataError(f"{path} has another aspect ratio than its image: {shapes}", REMEDY)
-            union |= resize_map(values, size) > 0
+            if self.square:
+                square, inside = (self.square, self.square), (values > 0).astype(np.uint8)
+                union |= cv2.resize(inside, square, interpolation=cv2.INTER_NEAREST) > 0
+            else:
+                union |= resize_map(values, size) > 0
         return union

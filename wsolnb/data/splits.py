@@ -47,13 +47,16 @@ class DataSettings(BaseModel):
         if self.dataset == "aviary":
             dials = self.model_dump(include={"classes", "body_cue", "context_correlation"})
             dials |= {split: getattr(self, f"{split}_images") for split in aviary.SPLITS} | {"variant": variant}
+        if self.dataset == "metadata" and getattr(self, "protocol", "crop") != "crop":  # the test resizes whole images
+            dials["square"] = self.image_size
         return load_splits(self.dataset, self.data_root, self.seed, **dials)
 
 
 def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) -> Splits:
     """Open train, validation and test images of a data set.
 
-    dataset: `aviary` (rendered into the cache when it is not there; `dials` are its parameters) or a reader's name.
+    dataset: `aviary` (rendered into the cache when it is not there; `dials` are its parameters) or a reader's name. Of
+    `metadata` the dial `square` is that of `MetadataFolder`, for validation and test.
     data_root: folder of a data set on disk, relative to the repository; of `metadata` (ILSVRC, OpenImages) it holds the
     images and, in `metadata/`, the lists, whose splits may be called `train-weaksup` and `train-fullsup`.
     seed: of the rendering or of the held-out validation images.
@@ -69,6 +72,8 @@ def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) 
         lists = root / "metadata"
         published = {"train": "train-weaksup", "val": "train-fullsup"}
         folders = [n if (lists / n).is_dir() else published.get(n, n) for n in names]
-        return Splits(*(open_dataset(dataset, root, name, metadata_root=lists) for name in folders))
+        squares = ({}, dials, dials)
+        opened = zip(folders, squares, strict=True)
+        return Splits(*(open_dataset(dataset, root, name, metadata_root=lists, **square) for name, square in opened))
     options = {"seed": seed} if "seed" in inspect.signature(get_reader(dataset)).parameters else {}
     return Splits(*(open_dataset(dataset, root, name, **options) for name in names))
