@@ -410,6 +410,8 @@ def test_the_variants_of_the_studies_are_those_that_the_notebooks_offer():
 def test_paired_differences_over_seeds():
     table = pd.DataFrame({"seed": [0, 1, 0, 1], "variant": ["a", "a", "b", "b"], "iou": [0.5, 0.75, 0.25, 0.75]})
     assert locloc.paired(table, "variant", "iou", "a", "b") == "+0.125 ± 1.588 (above 0 for 1 of 2 seeds)"
+    more = pd.concat([table, pd.DataFrame({"seed": [2], "variant": ["a"], "iou": [0.9]})])
+    assert locloc.paired(more, "variant", "iou", "a", "b") == "+0.125 ± 1.588 (above 0 for 1 of 2 seeds)"
 
 
 def test_a_store_with_a_changed_mask_is_another_key(run, splits, tmp_path):

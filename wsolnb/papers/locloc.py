@@ -398,7 +398,7 @@ def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> 
     table: columns `seed`, `by` and the measure. one, other: values of `by`.
     """
     wide = table.pivot(index="seed", columns=by, values=measure)
-    gain = wide[one] - wide[other]
+    gain = (wide[one] - wide[other]).dropna()
     return f"{studies.plus_minus(gain)} (above 0 for {(gain > 0).sum()} of {len(gain)} seeds)"
 
 
