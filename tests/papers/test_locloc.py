@@ -321,7 +321,7 @@ def test_four_maps_are_those_of_their_sources(run, splits, taught):
     expected = test.table(val)[0]
     row = scores.set_index("map").loc["GEG"]
     assert all(row[name] == pytest.approx(expected[name]) for name in ("gt_known", "maxboxacc_v2", "mask_iou", "pxap"))
-    assert scores[["top1_loc", *ERRORS[1:]]].sum(axis=1).tolist() == pytest.approx([1] * 4)
+    assert scores[["right", *ERRORS[1:]]].sum(axis=1).tolist() == pytest.approx([1] * 4)
 
 
 def test_the_whole_is_put_together_from_what_was_trained(run, splits, taught, capsys):

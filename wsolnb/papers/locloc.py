@@ -379,7 +379,7 @@ def four_maps(
 def map_scores(run: Run, experiment: Experiment, splits: Splits, models: Models) -> pd.DataFrame:
     """Return what `four_maps` score on test images at thresholds of the validation images; no class is asked for.
 
-    The columns of the errors (`wsolnb.metrics.ERRORS`) and `top1_loc` add up to one.
+    The columns of the errors (`wsolnb.metrics.ERRORS`) and `right`, of boxes with an IoU above 0.5, add up to one.
     """
     attend, transform = experiment.masks.attend(), experiment.test_transform()
     held = [(part, experiment.masks.store(run, part)) for part in (splits.val, splits.test)]
@@ -389,7 +389,8 @@ def map_scores(run: Run, experiment: Experiment, splits: Splits, models: Models)
         at = {name: test.localization[name].at(threshold) for name, threshold in val.thresholds().items()}
         return [row | {error: at[row["map"]][error] for error in ERRORS[1:]} for row in test.table(val)]
 
-    return pd.DataFrame(run.cached_rows("generator-scores", measure)).drop(columns=["top1", "top5_loc"])
+    table = pd.DataFrame(run.cached_rows("generator-scores", measure))
+    return table.drop(columns=["top1", "top5_loc"]).rename(columns={"top1_loc": "right"})
 
 
 def paired(table: pd.DataFrame, by: str, measure: str, one: str, other: str) -> str:
