@@ -51,7 +51,7 @@ def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", SMALL)  # first, as they take longest
-def test_the_long_notebooks_give_the_recorded_numbers_in_small(chain, tmp_path):
+def test_the_long_notebooks_give_the_recorded_tables_in_small(chain, tmp_path):
     command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
     command += ["--outputs", str(tmp_path)]
     environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
