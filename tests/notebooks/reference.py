@@ -18,8 +18,8 @@ ROOM = {"01_data": 0.01, "02_metrics": 0.02, "03_cam_and_tscam": 0.05, "04_pretr
         "23_lpcam_segmentation": 0.12, "30_locloc_grabcut": 0.03, "31_locloc_generator": 0.08,
         "32_locloc_classifier": 0.12, "33_locloc_results": 0.12}  # fmt: skip
 NOT_COMPARED = {"threshold", "seed"}
-# A few steps on few images leave networks near chance: on another processor validation may choose quite another threshold,
-# and what is measured at it moves, too. What is compared is the form of the table, and that nothing is far off.
+# A few steps on few images leave networks near chance. On another processor validation may choose quite another
+# threshold, and what is measured at it moves, too. Compared are the form of the table, and that nothing is far off.
 ROOM_IN_SMALL = 0.3
 NOT_COMPARED_IN_SMALL = r"threshold|covers_|spill|drift"
 
