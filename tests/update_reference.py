@@ -14,7 +14,7 @@ if __name__ == "__main__":
     folder = root / "reference" / ("" if profile == "mini" else profile)
     folder.mkdir(exist_ok=True)
     for name, table in pipeline.tables(root / profile).items():
-        if name in READERS:
-            continue
+        if name in READERS or (profile != "mini" and not (folder / f"{name}.csv").exists()):
+            continue  # of a small run only the tables that a test compares are kept
         table.round(4).to_csv(folder / f"{name}.csv", index=False)
         print(folder / f"{name}.csv")

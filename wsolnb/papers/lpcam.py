@@ -333,18 +333,18 @@ class Claim(BaseModel):
             f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
             for kind, hyper, config in variants
         }
-        for (kind, hyper, config), row in zip(variants, scored(run, host, by_name, base).values(), strict=True):
-            own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
-            own["mAP"] = host.mean_average_precision
-            yield {"study": study, **where, "seed": host.number, **own, **row, **alike}
+        columns = {
+            f"{kind}, {hyper}": {**where, "seed": host.number, "map": kind, "hyper": hyper, "mu_f": config.mu_f,
+                                 "mu_b": config.mu_b, "mAP": host.mean_average_precision}
+            for kind, hyper, config in variants
+        }  # fmt: skip
+        for name, row in scored(run, host, by_name, base).items():
+            yield {"study": study, **columns[name], **row, **alike}
         if isinstance(host.model, MCTformer):
-            asked = [one for one in variants if one[0] == "cam" or (one[0] == "lpcam" and one[1] != "chosen")]
-            inside = {name: by_name[name] for name in (f"{kind}, {hyper}" for kind, hyper, _ in asked)}
+            inside = {name: by_name[name] for name in ("cam, paper", "lpcam, paper", "lpcam, chosen, floor")}
             found = run.cached_rows(f"plugged-{host.number}", partial(score_plugged, host, inside, base))
-            for (kind, hyper, config), row in zip(asked, found, strict=True):
-                own = {"map": kind, "hyper": hyper, "mu_f": config.mu_f, "mu_b": config.mu_b}
-                own["mAP"] = host.mean_average_precision
-                yield {"study": "mctformer", **where, "seed": host.number, **own, **row}
+            for name, row in zip(inside, found, strict=True):
+                yield {"study": "mctformer", **columns[name], **row}
 
     def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
@@ -387,8 +387,8 @@ class Claim(BaseModel):
             for where, changes in self.trainings(study, classifier)
             for row in self.measured(run, classifier.changed(**changes), base, study, where)
         )
-        claims = with_recorded(run, "22_claim", rows, ["study", "seed"])
-        return claims, with_recorded(run, "22_checked", looked_at(), ["study", "seed"])
+        claims = with_recorded(run, "22_claim", rows, "study")
+        return claims, with_recorded(run, "22_checked", looked_at(), "study")
 
 
 def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
