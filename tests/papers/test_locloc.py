@@ -368,29 +368,36 @@ def test_class_scores_and_studies(run, splits, taught):
     assert not {"map", "top1", "top1_loc"} & set(maps)
 
 
-def test_a_classifier_of_the_paper_is_shown_masked_images_at_test(run, splits, taught):
-    experiment, transform = small(), small().test_transform()
+def test_a_classifier_of_the_paper_is_shown_masked_images_at_test(run, splits, taught, monkeypatch):
+    experiment, transform, shown = small(), small().test_transform(), []
+
+    def top1(model, dataset, asked, measure=locloc.top1):
+        shown.append([asked(dataset[index], None).image for index in range(len(dataset))])
+        return measure(model, dataset, asked)
+
+    monkeypatch.setattr(locloc, "top1", top1)
     generator = experiment.fit(run, "generator", 0, taught, False)[0]
-    variants = {"LFDM, GrabCut": "GrabCut", "LFDM, generator": "generator", "LFDM, truth": "true"}
-    table = pd.DataFrame(locloc.study(run, experiment, splits, [*variants], [0], generator)).set_index("variant")
     level = evaluation.evaluate(generator, splits.val, transform).thresholds()["generated"]
-    drawn = [found.maps["generated"] >= level for found in evaluation.predict(generator, splits.test, transform)]
-    cut = locloc.Masks.taught(experiment.masks, run, splits.test)
-    folders = set()
-    known = {"GrabCut": [one.mask for one in cut], "generator": drawn, "true": [one.mask for one in splits.test]}
-    for name, kind in variants.items():
-        data = locloc.masked_by(run, experiment, splits, kind, generator)
-        model, folder = experiment.fit(run, "classifier", 0, data(splits.train), False, **locloc.PAPER)
-        folders.add(folder)
-        right = []
-        for sample, mask in zip(splits.test, known[kind], strict=True):
-            black = np.where((np.asarray(mask) != 0)[..., None], sample.image, 0).astype(np.float32) / 255
-            image = torch.from_numpy(((black - np.array(model.mean)) / np.array(model.std)).transpose(2, 0, 1)[None])
-            with torch.no_grad():
-                right.append(int(model(image.float()).logits.argmax()) == sample.label)
-        assert table.top1[name] == np.mean(right)
-        assert table.top1_plain[name] == locloc.top1(model, splits.test, transform)
-    assert len(folders) == 3, "each learns from masks of its own"
+    images = [sample.image for sample in splits.test]
+    masks = {
+        "LFDM, GrabCut": [one.mask for one in experiment.masks.taught(run, splits.test)],
+        "LFDM, generator": [
+            f.maps["generated"] >= level for f in evaluation.predict(generator, splits.test, transform)
+        ],
+        "LFDM, truth": [sample.mask for sample in splits.test],
+    }
+    rows = list(locloc.study(run, experiment, splits, [*masks], [0], generator))
+    for name, row, plain, black in zip(masks, rows, shown[::2], shown[1::2], strict=True):
+        assert np.array_equal(plain, images)
+        assert np.array_equal(
+            black, [image * (mask != 0)[..., None] for image, mask in zip(images, masks[name], strict=True)]
+        )
+        assert np.array_equal(plain, black) == (name == "LFDM, generator" and level == 0), "a mask hides something"
+        assert {"top1", "top1_plain"} <= set(row)
+    kinds = ("GrabCut", "generator", "true")
+    data = [locloc.masked_by(run, experiment, splits, kind, generator)(splits.train) for kind in kinds]
+    trained = {experiment.fit(run, "classifier", 0, one, False, **locloc.PAPER)[1] for one in data}
+    assert len(trained) == 3, "each learns from masks of its own"
 
 
 def test_a_classifier_alone_is_shown_plain_images(run, splits, taught):
