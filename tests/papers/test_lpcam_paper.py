@@ -91,6 +91,15 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
         ("lpcam", "chosen, floor"),
     ]  # fmt: skip
     assert all(0 <= row["miou"] <= row["oracle"] + 1e-12 for row in rows)
+    best, kept = [], []
+    for c, own in enumerate(lpcam.cached_prototypes(run, host, base)[0]):
+        logits = [[float(centre @ weight) for weight in host.weight] for centre in own.foreground]
+        shares = [math.exp(row[c]) / sum(math.exp(value) for value in row) for row in logits]
+        best.append(max(shares))
+        kept.append(sum(share > base.mu_f for share in shares))
+    for row in rows:
+        assert row["best_centre"] == pytest.approx(sum(best) / len(best))
+        assert row["kept_centres"] == sum(kept) / len(kept)
     table = pd.DataFrame(rows)
     table = pd.concat([table, table.assign(seed=1, miou=table.miou + 0.1 * (table["map"] == "lpcam"))])
     compared = lpcam.against_cam(table, "claim", ["epochs"]).iloc[0]
@@ -109,6 +118,15 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
     assert next(lpcam.checked(run, host, base, "clustering"))["variant"] == ", ".join(
         f"{k} {v}" for k, v in first.items()
     )
+
+
+def test_the_ladder_differs_in_the_epochs_alone(host):
+    claim = lpcam.Claim(**defaults("22_lpcam_results", ladder=[2, 7], claim_seeds=[0, 3]))
+    cases = list(claim.trainings("ladder", host.classifier))
+    assert [(where["epochs"], changes["train_seed"]) for where, changes in cases] == [(2, 0), (2, 3), (7, 0), (7, 3)]
+    trained = [host.classifier.changed(**changes) for _, changes in cases]
+    assert len({one.changed(epochs=1, train_seed=0) for one in trained}) == 1
+    assert trained[0].train_images == claim.study_train_images
 
 
 def test_the_shared_dimensions_are_counted_one_by_one(host):

@@ -38,7 +38,7 @@ from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
 from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
-from wsolnb.methods.lpcam import Directions, LPCAMConfig, lpcam_of
+from wsolnb.methods.lpcam import Directions, LPCAMConfig, centre_scores, lpcam_of
 from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
 from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
@@ -262,6 +262,18 @@ def score_plugged(host: Host, by_name: Mapping[str, Directions | None], config: 
     return [score_pair(val[name], test[name]) for name in by_name]
 
 
+def confidence(prototypes: Sequence[ClassPrototypes], weight: Tensor, config: LPCAMConfig) -> dict[str, float]:
+    """Return how sure a classifier (C, D) is of its clusters, as means over the classes.
+
+    `best_centre`: the largest score of a class's foreground centres (eq. 3). `kept_centres`: how many of them score
+    above `config.mu_f`; one of which none does counts as 0, though its best centre is used.
+    """
+    scores = [centre_scores(own.foreground, weight, c, config.score) for c, own in enumerate(prototypes)]
+    known = [found for found in scores if len(found)]
+    kept = [int((found > config.mu_f).sum()) for found in known]
+    return {"best_centre": float(np.mean([float(s.max()) for s in known])), "kept_centres": float(np.mean(kept))}
+
+
 Grids = Mapping[str, list[LPCAMConfig]]
 
 
@@ -296,6 +308,7 @@ class Claim(BaseModel):
     claim_seeds: tuple[int, ...]
     checked_seeds: tuple[int, ...]
     cases: tuple[tuple[float, float, int], ...]
+    ladder: tuple[int, ...]
     study_train_images: int
     study_val_images: int
     study_test_images: int
@@ -326,9 +339,9 @@ class Claim(BaseModel):
         floor = chosen["lpcam"].model_copy(update=FLOOR)
         variants = [(kind, "paper", base) for kind in KINDS]
         variants += [(kind, "chosen", config) for kind, config in chosen.items()] + [("lpcam", "chosen, floor", floor)]
-        alike = {}
+        alike = confidence(prototypes, host.weight, base)
         if host.splits.val[0].parts is not None:
-            alike = region_features(host.sources.val, host.splits.val).similarity()
+            alike |= region_features(host.sources.val, host.splits.val).similarity()
         by_name = {
             f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
             for kind, hyper, config in variants
@@ -349,12 +362,15 @@ class Claim(BaseModel):
     def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
 
-        study: `claim`; `photographs`, on Oxford-IIIT Pet; `hosts`, which is MCTformer. Others train nothing.
+        study: `claim`; `ladder`, which trains for more and more epochs; `photographs`, on Oxford-IIIT Pet; `hosts`,
+        which is MCTformer. Others train nothing.
         """
         cases: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
-        if study == "claim":
-            cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in self.cases]
+        if study in ("claim", "ladder"):
+            by_epochs = [(classifier.body_cue, classifier.context_correlation, epochs) for epochs in self.ladder]
+            chosen = self.cases if study == "claim" else by_epochs
+            cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in chosen]
             changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
         elif study == "photographs":
             cases, changes = [{"epochs": self.photo_epochs}], {"dataset": "pets", "data_root": self.photos_root}
