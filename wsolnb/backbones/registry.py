@@ -106,7 +106,7 @@ def create_backbone(
 
 
 def published_classifier(name: str) -> nn.Linear:
-    """Return the linear classifier that was published with a convolutional backbone's weights, as of ImageNet's classes.
+    """Return the linear classifier that was published with a convolutional backbone's weights, mostly ImageNet's.
 
     name: as of `create_backbone`. Raises ParameterError for a network that classifies in another way, WeightsError when
     weights are missing or do not fit.
