@@ -11,7 +11,14 @@ from wsolnb.backbones.base import Backbone
 from wsolnb.backbones.checkpoints import positioned_prefix
 from wsolnb.backbones.cnn import ConvBackbone
 from wsolnb.backbones.conformer import ConformerBackbone
-from wsolnb.backbones.registry import BACKBONES, MIXING, TRANSFORMERS, create_backbone, normalisation
+from wsolnb.backbones.registry import (
+    BACKBONES,
+    MIXING,
+    TRANSFORMERS,
+    create_backbone,
+    normalisation,
+    published_classifier,
+)
 from wsolnb.backbones.vit import (
     BoundedNorm,
     Mixing,

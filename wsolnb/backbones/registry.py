@@ -16,6 +16,7 @@ from wsolnb.backbones.checkpoints import load_weights
 from wsolnb.backbones.cnn import STRIDES, ConvBackbone
 from wsolnb.backbones.conformer import Conformer, ConformerBackbone
 from wsolnb.backbones.vit import PLAIN, BoundedNorm, ConvStem, Mixing, TransformerBackbone, check_size
+from wsolnb.backbones.wheels import WHEELS, installed, load_installed
 from wsolnb.errors import ParameterError, WeightsError, nearest
 
 TRANSFORMERS = {
@@ -25,6 +26,8 @@ TRANSFORMERS = {
     "vit_small": "vit_small_patch16_224.augreg_in1k",
     "dino_small": "vit_small_patch16_224.dino",
 }
+LITES = {"efficientnet_lite0": "tf_efficientnet_lite0.in1k", "efficientnet_lite2": "tf_efficientnet_lite2.in1k"}
+"""ImageNet networks whose weights are installed with this package (`lite0`), or by pip (`lite2`)."""
 RESNETS = {"resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
 MINI = ("vit_mini", "vit_mini_dino", "vit_mini_dino_co", "vit_mini_plain", "resnet_mini")
 """Backbones small enough for two CPU cores. All but `vit_mini_plain` have embedded pretrained weights
@@ -35,7 +38,10 @@ attends to every other, to be trained from scratch."""
 CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 12, 6)}
 """First stage's channels, token width, depth and heads."""
 
-BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *MINI)
+PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
+"""timm's names of the short ones that timm has weights of."""
+
+BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI)
 """The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
 
 MIXING = {
@@ -63,7 +69,8 @@ def create_backbone(
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
     pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones, the
-        embedded weights, after checking their hash.
+        embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed package
+        (`wsolnb.backbones.wheels`), both after checking their hash.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112.
         Position embeddings are resized to it.
@@ -98,13 +105,28 @@ def create_backbone(
     return backbone
 
 
+def published_classifier(name: str) -> nn.Linear:
+    """Return the linear classifier that was published with a convolutional backbone's weights, mostly ImageNet's.
+
+    name: as of `create_backbone`. Raises ParameterError for a network that classifies in another way, WeightsError when
+    weights are missing or do not fit.
+    """
+    timm_name = timm_name_of(name)
+    if name in MINI or name in CONFORMERS:
+        raise ParameterError(f"{name!r} has no published classifier", f"use one of {', '.join((*LITES, *RESNETS))}")
+    classifier = _convolutional(name, timm_name, True).get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise ParameterError(f"{name!r} has no linear classifier ({type(classifier).__name__})", "use another network")
+    return classifier
+
+
 def timm_name_of(name: str) -> str:
     """Return timm's name of a backbone, of one that timm does not have its own.
 
     Raises ParameterError for an unknown name or tag; the nearest one is given.
     """
     if name in BACKBONES:
-        return {**TRANSFORMERS, **RESNETS}.get(name, name)
+        return PUBLISHED.get(name, name)
     architecture, _, tag = name.partition(".")
     tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
     if not timm.is_model(architecture) or (tag and name not in tagged):
@@ -120,7 +142,7 @@ def normalisation(source: str | nn.Module) -> tuple[Colour, Colour]:
     source: a backbone's name, or a model that holds a backbone; of all others, ImageNet's.
     """
     if isinstance(source, str):
-        timm_name = {**TRANSFORMERS, **RESNETS}.get(source, source)
+        timm_name = PUBLISHED.get(source, source)
         config = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
         return colours(config and config.to_dict())
     backbone = next((part for part in source.modules() if isinstance(part, Backbone)), None)
@@ -167,9 +189,9 @@ def _cnn(name: str, timm_name: str, pretrained: bool, output_stride: int) -> Con
         model = ResNet(BasicBlock, (1, 1, 1, 1), channels=widths, stem_width=32, output_stride=output_stride)
         return ConvBackbone(model, name)
     try:
-        model = _timm_model(timm_name, pretrained, output_stride=output_stride)
+        model = _convolutional(name, timm_name, pretrained, output_stride=output_stride)
     except (AssertionError, NotImplementedError, TypeError):  # timm's ways to say that a network has one stride only
-        model = _timm_model(timm_name, pretrained)
+        model = _convolutional(name, timm_name, pretrained)
     backbone = ConvBackbone(model, name)
     if backbone.stride != output_stride:
         raise ParameterError(
@@ -177,6 +199,15 @@ def _cnn(name: str, timm_name: str, pretrained: bool, output_stride: int) -> Con
             f"use output_stride={backbone.stride}, or a ResNet, EfficientNet or ConvNeXt",
         )
     return backbone
+
+
+def _convolutional(name: str, timm_name: str, pretrained: bool, **options) -> nn.Module:
+    """Return timm's network with its classifier; weights come from an installed package where there is one."""
+    from_package = pretrained and name in WHEELS and installed(name) is not None
+    model = _timm_model(timm_name, pretrained and not from_package, **options)
+    if from_package:
+        load_installed(name, model)
+    return model
 
 
 def _timm_model(timm_name: str, pretrained: bool, **options) -> nn.Module:

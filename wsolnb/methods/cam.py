@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wsolnb.backbones import ConvBackbone
+from wsolnb.backbones import ConvBackbone, create_backbone, published_classifier
 from wsolnb.errors import ParameterError, nearest
 from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel, pick
@@ -101,14 +101,30 @@ class CAMOutput(NamedTuple):
 
 @register("cam")
 class CAMClassifier(LocalizationModel):
-    """A convolutional backbone, global average pooling and a linear classifier without bias."""
+    """A convolutional backbone, global average pooling and a linear classifier.
+
+    bias: of the classifier. It moves the scores of whole images, and no map.
+    """
 
     maps = ("cam", "layercam")
 
-    def __init__(self, backbone: ConvBackbone, num_classes: int):
+    def __init__(self, backbone: ConvBackbone, num_classes: int, bias: bool = False):
         super().__init__()
         self.backbone = backbone
-        self.classifier = nn.Linear(backbone.dim, num_classes, bias=False)
+        self.classifier = nn.Linear(backbone.dim, num_classes, bias=bias)
+
+    @classmethod
+    def published(cls, name: str, **options: Any) -> CAMClassifier:
+        """Return a network with its published weights and classifier, in evaluation mode: nothing is left to train.
+
+            model = CAMClassifier.published("efficientnet_lite0")  # of ImageNet's 1,000 classes
+
+        name, options: as of `create_backbone`, which raises the errors; see also `published_classifier`.
+        """
+        classifier = published_classifier(name)
+        model = cls(create_backbone(name, pretrained=True, **options), classifier.out_features, bias=True)
+        model.classifier.load_state_dict(classifier.state_dict())
+        return model.eval()
 
     @property
     def head(self) -> nn.Module:
