@@ -121,10 +121,18 @@ def test_without_the_package_timm_is_asked(monkeypatch):
 
 
 def test_a_network_without_a_published_classifier_is_told():
-    with pytest.raises(ParameterError, match="'resnet_mini' has no published classifier"):
-        published_classifier("resnet_mini")
-    with pytest.raises(ParameterError, match="'conformer_tiny' has no published classifier"):
-        CAMClassifier.published("conformer_tiny")
+    for name in ("resnet_mini", "conformer_tiny", "deit_tiny"):
+        with pytest.raises(ParameterError, match=f"'{name}' has no published classifier"):
+            published_classifier(name)
+
+
+def test_a_classifier_behind_more_than_a_mean_is_refused(monkeypatch):
+    create_model = timm.create_model
+    # The weights are not at hand; what lies between the map and the classifier does not depend on them.
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create_model(name, **options))
+    with pytest.raises(ParameterError, match="'convnext_atto' does not classify the mean of its final map"):
+        CAMClassifier.published("convnext_atto")
+    assert published_classifier("resnet18").out_features == 1000
 
 
 def test_photographs_have_no_truth():

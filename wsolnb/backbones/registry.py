@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import timm
+import torch
 from timm.models import is_model_in_modules
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -13,7 +14,7 @@ from torch import nn
 from wsolnb import weights
 from wsolnb.backbones.base import Backbone, Colour, colours
 from wsolnb.backbones.checkpoints import load_weights
-from wsolnb.backbones.cnn import STRIDES, ConvBackbone
+from wsolnb.backbones.cnn import PROBE, STRIDES, ConvBackbone
 from wsolnb.backbones.conformer import Conformer, ConformerBackbone
 from wsolnb.backbones.vit import PLAIN, BoundedNorm, ConvStem, Mixing, TransformerBackbone, check_size
 from wsolnb.backbones.wheels import WHEELS, installed, load_installed
@@ -105,18 +106,22 @@ def create_backbone(
     return backbone
 
 
+@torch.no_grad()
 def published_classifier(name: str) -> nn.Linear:
     """Return the linear classifier that was published with a convolutional backbone's weights, mostly ImageNet's.
 
-    name: as of `create_backbone`. Raises ParameterError for a network that classifies in another way, WeightsError when
-    weights are missing or do not fit.
+    name: as of `create_backbone`. Raises ParameterError for a network that puts more than a mean over positions between
+    its final map and the classifier, as ConvNeXt puts a normalisation; WeightsError when weights are missing or do not
+    fit.
     """
-    timm_name = timm_name_of(name)
-    if name in MINI or name in CONFORMERS:
-        raise ParameterError(f"{name!r} has no published classifier", f"use one of {', '.join((*LITES, *RESNETS))}")
-    classifier = _convolutional(name, timm_name, True).get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise ParameterError(f"{name!r} has no linear classifier ({type(classifier).__name__})", "use another network")
+    one_of = f"use one of {', '.join((*LITES, *RESNETS))}"
+    if name in MINI or name in CONFORMERS or not isinstance(create_backbone(name), ConvBackbone):
+        raise ParameterError(f"{name!r} has no published classifier of a final map", one_of)
+    network = _convolutional(name, timm_name_of(name), True).eval()
+    classifier, probe = network.get_classifier(), torch.linspace(-1, 1, 3 * PROBE**2).view(1, 3, PROBE, PROBE)
+    pooled = network.forward_features(probe).mean(dim=(2, 3))
+    if not isinstance(classifier, nn.Linear) or not torch.allclose(classifier(pooled), network(probe), atol=1e-4):
+        raise ParameterError(f"{name!r} does not classify the mean of its final map by a linear layer", one_of)
     return classifier
 
 
