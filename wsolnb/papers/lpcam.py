@@ -27,11 +27,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from wsolnb.backbones import create_backbone
 from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
 from wsolnb.data.transforms import resize
+from wsolnb.errors import ParameterError
 from wsolnb.files import resolve
 from wsolnb.maps import upsample
 from wsolnb.methods.base import LocalizationModel
@@ -44,6 +46,7 @@ from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, direct
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.train import multilabel
+from wsolnb.train.loop import pick_device
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
 from wsolnb.train.seeds import (
     REGIONS,
@@ -61,7 +64,10 @@ from wsolnb.train.segmentation import Inference, score_masks, score_model, write
 
 
 class Classifier(TrainingSettings, DataSettings):
-    """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters."""
+    """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters.
+
+    frozen: the backbone stays as it starts, and the classifier is logistic regression (`multilabel.frozen_maker`).
+    """
 
     train_list: str
     image_size: int
@@ -70,6 +76,7 @@ class Classifier(TrainingSettings, DataSettings):
     backbone: str
     pretrained: bool
     output_stride: int
+    frozen: bool
     epochs: int
     optimizer: Literal["adamw", "sgd"]
     lr: float
@@ -96,10 +103,20 @@ class Classifier(TrainingSettings, DataSettings):
         return self.recipe_of(loop, long_side=self.long_side or None)
 
     def host(self, run: Run, progress: bool = False) -> Host:
-        """Return the trained classifier as a host of maps; trained once per run folder."""
-        splits = self.splits()
+        """Return the trained classifier as a host of maps; trained once per run folder.
+
+        Raises ParameterError for frozen features of a transformer, whose classifier is no linear layer.
+        """
+        splits, name = self.splits(), f"classifier-{self.train_seed}"
+        if self.frozen:
+            if self.method != "cam":
+                raise ParameterError(f"frozen features for the method {self.method!r}", "use cam, or train all layers")
+            options = self.model_dump(include={"pretrained", "output_stride"})
+            backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
+            folder = run.cached(name, multilabel.frozen_maker(backbone, splits.train, splits.val, self.image_size))
+            model = multilabel.read_frozen(backbone, len(splits.train.class_names), folder)
+            return Host(self, splits, model.to(pick_device(self.device)), folder)
         validate = multilabel.validator(splits.val, self.image_size)
-        name = f"classifier-{self.train_seed}"
         return Host(self, splits, *fit(run, name, self.recipe(), splits.train, validate, progress))
 
 
@@ -300,6 +317,13 @@ def choose(
     return {kind: max(configs, key=lambda _: next(miou)) for kind, configs in grids.items()}
 
 
+IMAGENET = {
+    "method": "cam", "backbone": "efficientnet_lite0", "pretrained": True, "frozen": True, "output_stride": 16,
+    "image_size": 320,
+}  # fmt: skip
+"""The classifier of the study `imagenet`: features of an ImageNet network, as published."""
+
+
 class Claim(BaseModel):
     """Notebook 22: the studies over training seeds. The fields are the notebook's parameters."""
 
@@ -333,6 +357,9 @@ class Claim(BaseModel):
         Of MCTformer also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
         where: columns that tell the case.
         """
+        base = base.model_copy(update={"seed": classifier.seed})
+        if study == "imagenet":
+            base = base.model_copy(update={"scales": LPCAMConfig.paper().scales})
         host = classifier.host(run)
         prototypes, _ = cached_prototypes(run, host, base)
         chosen = self.choose(run, host, prototypes, base)
@@ -362,8 +389,9 @@ class Claim(BaseModel):
     def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
 
-        study: `claim`; `ladder`, which trains for more and more epochs; `photographs`, on Oxford-IIIT Pet; `hosts`,
-        which is MCTformer. Others train nothing.
+        study: `claim`; `ladder`, which trains for more and more epochs; `photographs`, on Oxford-IIIT Pet; `imagenet`,
+        the same with an ImageNet network, whose seeds also hold out other validation images and start the clusters
+        anew; `hosts`, which is MCTformer. Others train nothing.
         """
         cases: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
@@ -374,10 +402,15 @@ class Claim(BaseModel):
             changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
         elif study == "photographs":
             cases, changes = [{"epochs": self.photo_epochs}], {"dataset": "pets", "data_root": self.photos_root}
+        elif study == "imagenet":
+            cases, changes = [{"epochs": 0}], {"dataset": "pets", "data_root": self.photos_root, **IMAGENET}
+            changes |= {"epochs": classifier.epochs}  # a recipe has some; here nothing is trained by it
         elif study == "hosts":
             cases = [{"epochs": classifier.epochs}]
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
-        yield from ((case, {**changes, **case, "train_seed": seed}) for case in cases for seed in self.claim_seeds)
+        for case, seed in itertools.product(cases, self.claim_seeds):
+            drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
+            yield case, {**case, **changes, **drawn}
 
     def tables(
         self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig
