@@ -7,7 +7,9 @@ import torch
 
 from wsolnb.data import aviary
 from wsolnb.data.transforms import resize
+from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
+from wsolnb.methods.lpcam import LPCAMConfig
 from wsolnb.methods.prototypes import directions_by_kind
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam
@@ -127,6 +129,32 @@ def test_the_ladder_differs_in_the_epochs_alone(host):
     trained = [host.classifier.changed(**changes) for _, changes in cases]
     assert len({one.changed(epochs=1, train_seed=0) for one in trained}) == 1
     assert trained[0].train_images == claim.study_train_images
+
+
+def test_the_imagenet_study_trains_no_feature_and_draws_other_images_and_clusters(host, run, base, monkeypatch):
+    claim = lpcam.Claim(**defaults("22_lpcam_results", claim_seeds=[0, 3], photos_root="pets"))
+    cases, changes = zip(*claim.trainings("imagenet", host.classifier), strict=True)
+    assert list(cases) == [{"epochs": 0}] * 2
+    assert [(one["seed"], one["train_seed"]) for one in changes] == [(0, 0), (3, 3)]
+    assert {(one["dataset"], one["data_root"], one["frozen"]) for one in changes} == {("pets", "pets", True)}
+    asked = []
+    monkeypatch.setattr(lpcam, "cached_prototypes", lambda run, host, config: asked.append(config) or 1 / 0)
+    for study in ("imagenet", "photographs"):
+        with pytest.raises(ZeroDivisionError):
+            next(claim.measured(run, host.classifier.changed(seed=0, frozen=True), base, study, {}))
+    assert asked[0].scales == LPCAMConfig.paper().scales != base.scales
+    assert asked[1].scales == base.scales
+
+
+def test_a_frozen_host_is_made_once_and_a_transformer_is_none(run, host, capsys):
+    frozen = host.classifier.changed(frozen=True).host(run)
+    again = host.classifier.changed(frozen=True, lr=0.5).host(run)
+    assert "reusing classifier-0" in capsys.readouterr().out
+    assert frozen.folder == again.folder != host.folder
+    assert torch.equal(frozen.weight, again.weight)
+    assert not frozen.model.training
+    with pytest.raises(ParameterError, match="frozen features for the method 'mctformer'"):
+        host.classifier.changed(frozen=True, method="mctformer", backbone="vit_mini").host(run)
 
 
 def test_the_shared_dimensions_are_counted_one_by_one(host):

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import set_seed
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -111,6 +112,7 @@ class Classifier(TrainingSettings, DataSettings):
         if self.frozen:
             if self.method != "cam":
                 raise ParameterError(f"frozen features for the method {self.method!r}", "use cam, or train all layers")
+            set_seed(self.train_seed)  # of random features, where nothing is pretrained
             options = self.model_dump(include={"pretrained", "output_stride"})
             backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
             folder = run.cached(name, multilabel.frozen_maker(backbone, splits.train, splits.val, self.image_size))

@@ -82,10 +82,11 @@ C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def logistic(features: np.ndarray, labels: np.ndarray, c: float) -> np.ndarray:
-    """Return the weights (C, F) of a logistic regression without bias for every class: the multi-label soft margin loss.
+    """Return weights (C, F) without bias at the minimum of the multi-label soft margin loss and a penalty.
 
     features: (n, F). labels: (n, C) of 0 and 1. c: inverse strength of the penalty. Features are divided by their
-    standard deviations for the fit, not centred, since a centre would be a bias; the division is folded into the weights.
+    standard deviations for the fit, and the weights are those of the undivided ones. Features are not centred, since a
+    centre would be a bias.
     Raises ParameterError for a class that all images have, or none, and where the solver did not reach the minimum.
     """
     counts = labels.sum(axis=0)
