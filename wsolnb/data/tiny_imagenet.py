@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,9 @@ class TinyImageNet(FolderDataset):
     """Tiny-ImageNet: single-label images with one box each.
 
     root: the folder that holds wnids.txt.
-    split: `train`, `val`, `test`, or `trainval` (all of the published train images). The labels of the published test
-        images are not public, so `test` is the published *val*, and `val` is held out from the published train
-        images, `val_fraction` of every class, drawn by `seed`.
+    split: `train` (all published train images; `trainval` is the same), `val` or `test`. The labels of the published
+        test images are not public, so the published val images serve as both: of each class those at even places of
+        `val_annotations.txt` are `val`, on which choices are made, and the others `test`.
 
     Classes are numbered in the order of wnids.txt, which may name some of the 200 only, and called by the first word
     that words.txt has for them (by their wnid where it has none). Published boxes contain both of their corner pixels;
@@ -36,14 +38,14 @@ class TinyImageNet(FolderDataset):
     name = "tiny_imagenet"
     remedy = REMEDY
 
-    def __init__(self, root: str | Path, split: str, val_fraction: float = 0.1, seed: int = 0):
+    def __init__(self, root: str | Path, split: str):
         self.open(root, split, "wnids.txt", "tiny-imagenet-200")
         wnids = list(self.lines(self.root / "wnids.txt").values())
         words = self.records(self.root / "words.txt", {"wnid": str, "words": str}, separator="\t")
         self.class_names = tuple(words.get(wnid, (wnid,))[0].split(",")[0] for wnid in wnids)
         self._folders = tuple(self.root / "train" / wnid / "images" for wnid in wnids)
 
-        rows = self._read_val() if split == "test" else self._read_train(wnids)
+        rows = self._read_train(wnids) if split in ("train", "trainval") else self._read_val()
         index = {wnid: label for label, wnid in enumerate(wnids)}
         for path, image, wnid, x0, y0, x1, y1 in rows:
             if wnid not in index:
@@ -51,7 +53,9 @@ class TinyImageNet(FolderDataset):
             if x1 < x0 or y1 < y0:
                 raise self.problem(f"{path}: the box of {image!r} ends before it begins")
         labels = [(index[row[2]],) for row in rows]
-        chosen = self.choose(labels, val_fraction, seed)
+        chosen = range(len(rows))
+        if split in ("val", "test"):
+            chosen = alternate(labels)[split == "test"]
         self.image_ids, self.labels = tuple(rows[i][1] for i in chosen), tuple(labels[i] for i in chosen)
         self._boxes = np.array([rows[i][3:] for i in chosen], dtype=np.float64)
         self._boxes[:, 2:] += 1
@@ -73,9 +77,20 @@ class TinyImageNet(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        folder = self.root / "val" / "images" if self.split == "test" else self._folders[self.labels[index][0]]
+        held = self.split in ("val", "test")
+        folder = self.root / "val" / "images" if held else self._folders[self.labels[index][0]]
         return folder / self.image_ids[index]
 
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the box."""
         sample.boxes, sample.box_labels = self._boxes[index : index + 1].copy(), np.array(self.labels[index])
+
+
+def alternate(labels: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Return the positions at even and at odd places among the images of their label, each in ascending order."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    halves: tuple[list[int], list[int]] = [], []
+    for position, label in enumerate(labels):
+        halves[seen[label] % 2].append(position)
+        seen[label] += 1
+    return halves

@@ -1,0 +1,236 @@
+"""`vit_photo`: a transformer that learns from photographs, their labels, and a network that knows labels only.
+
+    config = TaughtConfig()
+    backbone, folder = taught(run, config, data_root)
+
+The teacher is a published classifier of ImageNet, whose logits are a linear function of the mean over positions of its
+final map. The map of an image is what it says of every place. Neither a box nor a mask enters, and nothing rendered.
+What it says is written down once for a few views of every image, next to what the transformer's frozen stem sees of
+them (`write_lessons`): an epoch then costs as much as the transformer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from wsolnb.backbones import TransformerBackbone, create_backbone, forward_tapped
+from wsolnb.backbones.photo import load_stages
+from wsolnb.data import LocalizationDataset, open_dataset
+from wsolnb.data.loading import make_loader
+from wsolnb.data.transforms import Resize
+from wsolnb.errors import ParameterError
+from wsolnb.files import resolve
+from wsolnb.methods.cam import CAMClassifier
+from wsolnb.notebook.runs import Run
+from wsolnb.pretraining.recipes import Pretext, look, random_crops
+from wsolnb.train import loop
+from wsolnb.train.loop import TrainingConfig, set_seed
+
+TERMS = ("label", "looked", "image", "token")
+"""The terms of the loss; see `TaughtPretext`."""
+
+
+class TaughtConfig(BaseModel):
+    """How `vit_photo` is made.
+
+    dataset: of single labels; its training images are seen. teacher: a name of `CAMClassifier.published`, at the stride
+    of the transformer's patches. views: of each image; the first is the whole image, the others are random crops, of
+    the area shares `scale`. components: principal components of the teacher's map that are kept. weights: of `TERMS`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: str = "vit_photo"
+    dataset: str = "tiny_imagenet"
+    teacher: str = "efficientnet_lite0"
+    views: int = Field(2, ge=1)
+    scale: tuple[float, float] = (0.4, 1.0)
+    components: int = Field(128, ge=2)
+    weights: dict[str, float] = {"label": 1.0, "looked": 1.0, "image": 1.0, "token": 1.0}
+    batch_size: int = Field(64, ge=2)
+    training: TrainingConfig = TrainingConfig(epochs=8, lr=1e-3, weight_decay=0.05)
+
+    def build(self, num_classes: int, lessons: Path | None = None) -> TaughtPretext:
+        """Return the backbone, whose transformer has random weights, inside of what trains it.
+
+        lessons: the folder of `write_lessons`, with what turns components into the teacher's logits.
+        """
+        set_seed(self.training.seed)
+        backbone = create_backbone(self.backbone)
+        load_stages(backbone.vit.patch_embed)
+        logits = published_logits(self.teacher, self.components, lessons)
+        return TaughtPretext(backbone, num_classes, logits, self.components, self.weights)
+
+
+def published_logits(teacher: str, components: int, lessons: Path | None) -> nn.Linear:
+    """Return the layer from mean components (B, K) to the teacher's logits: of random weights without lessons."""
+    classes = CAMClassifier.published(teacher).classifier.out_features
+    layer = nn.Linear(components, classes)
+    if lessons is not None:
+        layer.load_state_dict(safetensors.torch.load_file(lessons / "logits.safetensors"))
+    return layer.requires_grad_(False)
+
+
+def write_lessons(dataset: LocalizationDataset, config: TaughtConfig, folder: Path, sampled: int = 600) -> None:
+    """Write what stem and teacher say of the views of every image, in half precision.
+
+    `stem.npy` (views, images, 112, h, w); `teacher.npy` (views, images, h * w, K), the principal components of the final
+    map, each divided by the deviation of the first; `logits.safetensors`, the layer from the components' mean to the
+    logits. The components are those of `sampled` evenly spaced images.
+    Raises ParameterError for a multi-label data set, or a teacher whose map has another grid.
+    """
+    if dataset.multi_label:
+        raise ParameterError(f"{dataset.name} has several labels an image", "use a data set with one")
+    backbone = create_backbone(config.backbone)
+    stem = backbone.vit.patch_embed
+    load_stages(stem)
+    teacher = CAMClassifier.published(config.teacher, output_stride=backbone.patch_size)
+    if (teacher.mean, teacher.std) != (backbone.mean, backbone.std):
+        problem = f"{config.teacher} and {backbone.name} normalise images differently"
+        raise ParameterError(problem, "use another teacher")
+
+    def loader(data: LocalizationDataset) -> Any:
+        size = backbone.image_size
+        return make_loader(data, Resize(size), 50, mean=backbone.mean, std=backbone.std, truth=False)
+
+    @torch.inference_mode()
+    def maps(images: Tensor) -> Tensor:
+        features = teacher(images.contiguous(memory_format=torch.channels_last)).features
+        if tuple(features.shape[2:]) != backbone.grid:
+            raise ParameterError(f"the teacher's map has a grid of {tuple(features.shape[2:])}", "use another stride")
+        return features.flatten(2).transpose(1, 2)
+
+    some = dataset.subset(np.linspace(0, len(dataset) - 1, min(sampled, len(dataset))).astype(int))
+    seen = torch.cat([maps(batch["image"]) for batch in loader(some)]).flatten(0, 1).double()
+    mean, axes, unit = principal(seen, config.components)
+    weight, bias = teacher.classifier.weight.detach().double(), teacher.classifier.bias.detach().double()
+    layer = {"weight": weight @ axes * unit, "bias": bias + weight @ mean}
+    safetensors.torch.save_file({n: v.float().contiguous() for n, v in layer.items()}, folder / "logits.safetensors")
+
+    shape, count = (config.views, len(dataset)), backbone.grid[0] * backbone.grid[1]
+    open_array = partial(np.lib.format.open_memmap, mode="w+", dtype=np.float16)
+    stems = open_array(folder / "stem.npy", shape=(*shape, stem.proj.in_channels, *backbone.grid))
+    told = open_array(folder / "teacher.npy", shape=(*shape, count, config.components))
+    offset, axes = mean.float(), (axes / unit).float()
+    for view in range(config.views):
+        generator, first = torch.Generator().manual_seed((config.training.seed << 32) + view), 0
+        for batch in loader(dataset):
+            images = batch["image"]
+            if view:
+                images = random_crops(images, backbone.image_size, config.scale, generator)
+            rows = slice(first, first + len(images))
+            stems[view, rows] = stem.features(images).half().numpy()
+            told[view, rows] = ((maps(images) - offset) @ axes).half().numpy()
+            first += len(images)
+    stems.flush()
+    told.flush()
+
+
+def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (D,), first principal axes (D, count), and the deviation along the first, of rows x (n, D)."""
+    mean = x.mean(dim=0)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    return mean, vectors.flip(1)[:, :count], values[-1].sqrt()
+
+
+class Lessons:
+    """Batches of a folder of `write_lessons`: `image` (B, 112, h, w), the stem's map, `told` (B, h * w, K), `label`.
+
+    Each image is shown in one of its views, mirrored or not, drawn by (seed, epoch).
+    """
+
+    def __init__(self, folder: Path, labels: np.ndarray, batch_size: int, seed: int):
+        self.stem, self.told = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("stem", "teacher"))
+        self.labels, self.batch_size, self.seed, self.epoch = labels, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order, grid = rng.permutation(len(self.labels)), self.stem.shape[-2:]
+        for step in range(len(self)):
+            chosen = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
+            view = rng.integers(len(self.stem), size=len(chosen))
+            mirrored = torch.from_numpy(rng.random(len(chosen)) < 0.5)[:, None, None, None]
+            stem = torch.from_numpy(self.stem[view, chosen].astype(np.float32))
+            told = torch.from_numpy(self.told[view, chosen].astype(np.float32)).unflatten(1, grid)
+            stem, told = torch.where(mirrored, stem.flip(3), stem), torch.where(mirrored, told.flip(2), told)
+            yield {"image": stem, "told": told.flatten(1, 2), "label": torch.from_numpy(self.labels[chosen])}
+
+
+class TaughtPretext(Pretext):
+    """A transformer that learns labels, and what a teacher says of an image and of its places.
+
+    Called with a batch of `Lessons`, returns the sum of `TERMS` times their weights: `label`, the cross-entropy of the
+    class token's logits; `looked`, the same of the mean of what the class token attends to; `image`, the cross-entropy
+    of the class token's other logits to the teacher's probabilities of ImageNet's classes; `token`, the squared error
+    of every patch token's components, relative to their mean square.
+    """
+
+    def __init__(
+        self, backbone: TransformerBackbone, num_classes: int, logits: nn.Linear, components: int,
+        weights: dict[str, float],
+    ):  # fmt: skip
+        sizes = {"label": num_classes, "looked": num_classes, "image": logits.out_features, "token": components}
+        super().__init__(backbone, nn.ModuleDict({n: nn.Linear(backbone.dim, k) for n, k in sizes.items()}), vary=True)
+        self.logits, self.weights = logits, weights
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
+        return sum(self.weights[name] * value for name, value in self.losses(batch).items())
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the loss by name."""
+        patches, looked, class_token = self.see(batch["image"])
+        told = batch["told"]
+        of = {"label": class_token, "looked": looked, "image": class_token, "token": patches}
+        say = {name: self.projection[name](tokens).float() for name, tokens in of.items()}
+        expected = self.logits(told.mean(dim=1)).softmax(dim=-1)
+        return {
+            "label": F.cross_entropy(say["label"], batch["label"]),
+            "looked": F.cross_entropy(say["looked"], batch["label"]),
+            "image": F.cross_entropy(say["image"], expected),
+            "token": (say["token"] - told).square().mean() / told.square().mean(),
+        }
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return patches (B, N, D), what is looked at of them (B, D), and the class token (B, D)."""
+        tokens = forward_tapped(self.backbone.vit, images, self.backbone.masks)
+        weights = look(tokens, self.vary and self.training)
+        return tokens.patches, (weights[:, None] @ tokens.patches.float()).squeeze(1), tokens.class_token
+
+
+def taught(run: Run, config: TaughtConfig, data_root: str, progress: bool = True) -> tuple[TransformerBackbone, Path]:
+    """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
+
+    Lessons and training are made once per run folder; the training is resumable, epoch by epoch.
+    data_root: folder of the photographs. Raises DataError, TrainingError and ParameterError as readers and loop do.
+    """
+    dataset = open_dataset(config.dataset, resolve(data_root), "train")
+    classes, labels = len(dataset.class_names), np.array([label for label, *_ in dataset.labels])
+    # Loss and length of the training do not change what is written down.
+    same = config.model_copy(update={"weights": {}, "training": TrainingConfig(epochs=1, lr=1, seed=0)})
+    lessons = run.cached("lessons", partial(write_lessons, dataset, same))
+
+    def build(folder: Path) -> None:
+        loader = Lessons(lessons, labels, config.batch_size, config.training.seed)
+        loop.train(config.build(classes, lessons), loader, config.training, folder, progress=progress)
+
+    folder = run.cached(config.backbone, build)
+    model = loop.load_checkpoint(config.build(classes, lessons), folder, "last")
+    return model.backbone.eval(), folder
