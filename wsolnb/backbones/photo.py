@@ -32,7 +32,7 @@ class PhotoStem(nn.Module):
         super().__init__()
         check_size("PhotoStem", img_size, STRIDE)
         self.img_size, self.num_patches = img_size, (img_size // STRIDE) ** 2
-        self.stages = first_stages(timm.create_model("tf_efficientnet_lite0")).requires_grad_(False)
+        self.stages = first_stages(timm.create_model("tf_efficientnet_lite0")).requires_grad_(False).eval()
         self.proj = nn.Conv2d(CHANNELS, embed_dim, 1)
         nn.init.normal_(self.proj.weight, std=0.02)  # the stages' map has a deviation of 4: a token gets one of about 1
 

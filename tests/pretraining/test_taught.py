@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wsolnb.backbones import create_backbone
+from wsolnb.backbones.photo import load_stages
+from wsolnb.data import aviary
+from wsolnb.data.loading import to_tensor
+from wsolnb.data.transforms import resize
+from wsolnb.methods.cam import CAMClassifier
+from wsolnb.notebook import runs
+from wsolnb.pretraining import taught
+from wsolnb.train.loop import TrainingConfig
+
+EVERY = 1280  # components: as many as the teacher has channels
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images that refuse to tell their boxes and masks."""
+    config = aviary.AviaryConfig(classes=3, size=48, train=10, val=3, test=3)
+    dataset = aviary.load(config, "train", tmp_path_factory.mktemp("cache"))
+
+    def annotate(*_):
+        raise AssertionError("the truth was read")
+
+    dataset.annotate = annotate
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def lessons(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lessons")
+    taught.write_lessons(images, taught.TaughtConfig(components=EVERY), folder)
+    return folder
+
+
+def test_the_lessons_are_what_stem_and_teacher_say_of_the_whole_image(images, lessons):
+    stem, told = np.load(lessons / "stem.npy"), np.load(lessons / "teacher.npy")
+    assert stem.shape == (2, 10, 112, 10, 10)
+    assert told.shape == (2, 10, 100, EVERY)
+    backbone, teacher = create_backbone("vit_photo"), CAMClassifier.published("efficientnet_lite0", output_stride=16)
+    load_stages(backbone.vit.patch_embed)
+    logits = taught.published_logits("efficientnet_lite0", EVERY, lessons)
+    for index in (0, 7):
+        image = resize(images.read(index, truth=False), (160, 160)).image
+        batch = to_tensor(image, backbone.mean, backbone.std)[None]
+        with torch.no_grad():
+            expected = teacher(batch).logits[0]
+            own = logits(torch.from_numpy(told[0, index]).float().mean(dim=0))
+            map_ = backbone.vit.patch_embed.features(batch)[0]
+        np.testing.assert_allclose(stem[0, index], map_.numpy(), atol=0.02)
+        np.testing.assert_allclose(own.numpy(), expected.numpy(), atol=0.05 * float(expected.std()))
+        assert own.argmax() == expected.argmax()
+        assert np.abs(stem[1, index] - stem[0, index]).mean() > 0.3  # another view
+
+
+def test_lessons_are_written_the_same_again(images, lessons, tmp_path):
+    taught.write_lessons(images, taught.TaughtConfig(components=EVERY), tmp_path)
+    for name in ("stem.npy", "teacher.npy"):
+        np.testing.assert_array_equal(np.load(tmp_path / name), np.load(lessons / name))
+
+
+def test_principal_axes_are_those_of_the_covariance():
+    x = torch.randn(500, 6, dtype=torch.float64) @ torch.diag(torch.tensor([5.0, 1, 3, 0.1, 2, 0.5]).double()) + 7
+    mean, axes, unit = taught.principal(x, 3)
+    _, singular, rows = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    torch.testing.assert_close(mean, x.mean(dim=0))
+    torch.testing.assert_close((axes.T @ rows[:3].T).abs(), torch.eye(3).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(unit, singular[0] / 500**0.5)
+
+
+def test_an_epoch_shows_every_image_once_with_what_belongs_to_it(lessons):
+    stem, told = np.load(lessons / "stem.npy"), np.load(lessons / "teacher.npy")
+    labels = np.arange(10)
+    loader = taught.Lessons(lessons, labels, 5, seed=3)
+    shown = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        shown.append(torch.cat([batch["image"] for batch in batches]))
+        assert sorted(torch.cat([batch["label"] for batch in batches]).tolist()) == labels.tolist()
+        for batch in batches:
+            for image, said, label in zip(batch["image"], batch["told"], batch["label"], strict=True):
+                views = [(view, mirrored) for view in (0, 1) for mirrored in (False, True)
+                         if np.array_equal(image, stem[view, label][..., :: -1 if mirrored else 1])]  # fmt: skip
+                assert len(views) == 1
+                view, mirrored = views[0]
+                grid = told[view, label].reshape(10, 10, -1)[:, :: -1 if mirrored else 1]
+                np.testing.assert_array_equal(said, grid.reshape(100, -1))
+    assert torch.equal(shown[0], shown[2])
+    assert not torch.equal(shown[0], shown[1])
+
+
+def test_the_losses_term_by_term_and_what_they_train(lessons):
+    config = taught.TaughtConfig(components=EVERY, weights={"label": 1, "looked": 2, "image": 3, "token": 4})
+    model = config.build(10, lessons).eval()
+    batch = next(iter(taught.Lessons(lessons, np.arange(10), 4, seed=0)))
+    terms = model.losses(batch)
+    tokens = nn.Module.__call__(model.backbone.vit, batch["image"]), model.backbone.vit.forward_features(batch["image"])
+    class_token, patches = tokens[1][:, 0], tokens[1][:, 1:]
+    say = model.projection
+    torch.testing.assert_close(terms["label"], F.cross_entropy(say["label"](class_token), batch["label"]))
+    probabilities = model.logits(batch["told"].mean(dim=1)).softmax(dim=1)
+    by_hand = -(probabilities * say["image"](class_token).log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(terms["image"], by_hand)
+    error = (say["token"](patches) - batch["told"]).pow(2).sum() / batch["told"].pow(2).sum()
+    torch.testing.assert_close(terms["token"], error)
+    total = model.loss(model, batch)
+    torch.testing.assert_close(total, terms["label"] + 2 * terms["looked"] + 3 * terms["image"] + 4 * terms["token"])
+    total.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {n for n, _ in model.named_parameters() if ".stages." in n or n.startswith("logits.")}
+
+
+def test_the_whole_is_made_once_and_read_back(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(taught, "open_dataset", lambda *_: images)
+    run = runs.start("04_pretraining", {"seed": 0}, tmp_path)
+    config = taught.TaughtConfig(components=8, batch_size=5, training=TrainingConfig(epochs=1, lr=1e-3))
+    backbone, folder = taught.taught(run, config, "somewhere", progress=False)
+    again, same = taught.taught(run, config, "somewhere", progress=False)
+    assert folder == same
+    assert "reusing vit_photo" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), again.parameters(), strict=True))
+    changed = config.model_copy(update={"training": TrainingConfig(epochs=1, lr=2e-3)})
+    assert taught.taught(run, changed, "somewhere", progress=False)[1] != folder
+    assert "reusing lessons" in capsys.readouterr().out
