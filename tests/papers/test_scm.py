@@ -199,6 +199,11 @@ def test_studies_change_one_thing_at_a_time(pair):
     ]  # fmt: skip
     photographs = next(plan(pair).trials("photographs")).pair
     assert (photographs.dataset, photographs.epochs) == ("pets", 10)
+    tiny = list(plan(pair).trials("tiny"))
+    assert [(t.method, t.seed, t.pair.backbone) for t in tiny[:2]] == [(m, 0, "vit_photo") for m in ("tscam", "scm")]
+    assert (tiny[0].pair.dataset, tiny[0].pair.image_size, tiny[0].pair.recipe("scm", 0).images) == (
+        "tiny_imagenet", 160, 5000,
+    )  # fmt: skip
     for study in scm.VARIANTS:
         for trial in plan(pair).trials(study):
             trial.pair.recipe("scm", trial.seed, **trial.module)  # every change is one that the module knows

@@ -57,9 +57,13 @@ class Trained(NamedTuple):
 
 
 class _Experiment(TrainingSettings, DataSettings):
-    """What both experiments share: how a single-label model is trained, and kept."""
+    """What both experiments share: how a single-label model is trained, and kept.
+
+    images: training images that are seen, evenly spaced; 0 = all.
+    """
 
     prefix: ClassVar[str] = ""
+    images: int
     image_size: int
     protocol: Literal["resize", "crop_resize", "crop"]
     pretrained: bool
@@ -118,11 +122,11 @@ class Baselines(_Experiment):
         loop: dict[str, Any] = {"seed": seed, "select": "top1_loc"}
         if not (isinstance(takes, type) and issubclass(takes, TransformerBackbone)):
             loop |= {"epochs": self.cam_epochs, "lr": self.cam_lr}
-            return self.recipe_of(loop, method=method, backbone=self.cnn, options=changes)
+            return self.recipe_of(loop, method=method, backbone=self.cnn, options=changes, images=self.images)
         if issubclass(get_method(method), TSCAM):
             changes = {"padding": self.padding} | changes
         loop |= {"epochs": self.tscam_epochs, "lr": self.tscam_lr, "head_lr": self.tscam_head_lr}
-        return self.recipe_of(loop, method=method, backbone=self.transformer, options=changes)
+        return self.recipe_of(loop, method=method, backbone=self.transformer, options=changes, images=self.images)
 
 
 class Pair(_Experiment):
@@ -146,7 +150,7 @@ class Pair(_Experiment):
         options = self.model_dump(include={"padding", "head_init"})
         if method == "scm":
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
-        return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options)
+        return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options, images=self.images)
 
     def start(self, seed: int, like: TSCAM) -> TSCAM:
         """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
@@ -298,7 +302,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 BASELINE = "TS-CAM"
 """The first variant of each of these studies, which the others are compared with."""
 
-STUDIES = ("pairs", "photographs", "rates", "regimes", *VARIANTS)
+TINY = {"dataset": "tiny_imagenet", "image_size": 160, "body_cue": 0.0}
+"""The images of the study `tiny`, at the size that `vit_photo` was made for; nothing is rendered."""
+
+STUDIES = ("pairs", "photographs", "tiny", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""
 
 
@@ -331,10 +338,14 @@ class Studies(BaseModel):
     rates: list[float]
     photos_root: str
     photo_epochs: int
+    tiny_root: str
+    tiny_starts: list[str]
+    tiny_images: int
+    tiny_epochs: int
 
     def trials(self, study: str) -> Iterator[Trial]:
         """Yield the trainings of a study, one of `STUDIES`, in their order."""
-        seeds = self.pair_seeds if study in ("pairs", "photographs") else self.study_seeds
+        seeds = self.pair_seeds if study in ("pairs", "photographs", "tiny") else self.study_seeds
         for variant, changes, module in self._variants(study):
             pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
             methods = list(PAIR) if study not in VARIANTS else ["tscam" if variant == BASELINE else "scm"]
@@ -344,7 +355,9 @@ class Studies(BaseModel):
         """Return name, changes of the pair, and changes of the module."""
         own = {"backbone": self.study_start}
         photographs = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
+        tiny = {**TINY, "data_root": self.tiny_root, "epochs": self.tiny_epochs, "images": self.tiny_images}
         changes = {
+            "tiny": [("-", {"backbone": b, **tiny}) for b in self.tiny_starts],
             "pairs": [("-", {"backbone": b, "body_cue": cue}) for cue in self.cues for b in self.starts],
             "photographs": [("-", {"backbone": b, **photographs}) for b in self.starts],
             "rates": [("-", {"backbone": b, "lr": rate}) for b in self.starts for rate in self.rates],
