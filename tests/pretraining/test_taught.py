@@ -43,7 +43,7 @@ def test_the_lessons_are_what_stem_and_teacher_say_of_the_whole_image(images, le
     assert told.shape == (2, 10, 100, EVERY)
     backbone, teacher = create_backbone("vit_photo"), CAMClassifier.published("efficientnet_lite0", output_stride=16)
     load_stages(backbone.vit.patch_embed)
-    logits = taught.published_logits("efficientnet_lite0", EVERY, lessons)
+    logits = taught.published_logits(EVERY, lessons)
     for index in (0, 7):
         image = resize(images.read(index, truth=False), (160, 160)).image
         batch = to_tensor(image, backbone.mean, backbone.std)[None]

@@ -3,10 +3,10 @@
     config = TaughtConfig()
     backbone, folder = taught(run, config, data_root)
 
-The teacher is a published classifier of ImageNet, whose logits are a linear function of the mean over positions of its
-final map. The map of an image is what it says of every place. Neither a box nor a mask enters, and nothing rendered.
-What it says is written down once for a few views of every image, next to what the transformer's frozen stem sees of
-them (`write_lessons`): an epoch then costs as much as the transformer alone.
+The teacher is the network whose first stages are the transformer's stem. Its logits of ImageNet's classes are a linear
+function of the mean over positions of its final map, so the map is what it says of every place. Neither a box nor a
+mask enters, and nothing rendered. What it says is written down once for a few views of every image, next to the map of
+the stem (`write_lessons`): an epoch then costs as much as the transformer alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from wsolnb.backbones import TransformerBackbone, create_backbone, forward_tapped
-from wsolnb.backbones.photo import load_stages
+from wsolnb.backbones import TransformerBackbone, create_backbone, forward_tapped, published_classifier
+from wsolnb.backbones.photo import NETWORK, STAGES, load_stages
 from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Resize
@@ -43,16 +43,15 @@ TERMS = ("label", "looked", "image", "token")
 class TaughtConfig(BaseModel):
     """How `vit_photo` is made.
 
-    dataset: of single labels; its training images are seen. teacher: a name of `CAMClassifier.published`, at the stride
-    of the transformer's patches. views: of each image; the first is the whole image, the others are random crops, of
-    the area shares `scale`. components: principal components of the teacher's map that are kept. weights: of `TERMS`.
+    dataset: of single labels; its training images are seen. views: of each image; the first is the whole image, the
+    others are random crops, of the area shares `scale`. components: principal components of the teacher's map that are
+    kept. weights: of `TERMS`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backbone: str = "vit_photo"
     dataset: str = "tiny_imagenet"
-    teacher: str = "efficientnet_lite0"
     views: int = Field(2, ge=1)
     scale: tuple[float, float] = (0.4, 1.0)
     components: int = Field(128, ge=2)
@@ -68,14 +67,13 @@ class TaughtConfig(BaseModel):
         set_seed(self.training.seed)
         backbone = create_backbone(self.backbone)
         load_stages(backbone.vit.patch_embed)
-        logits = published_logits(self.teacher, self.components, lessons)
+        logits = published_logits(self.components, lessons)
         return TaughtPretext(backbone, num_classes, logits, self.components, self.weights)
 
 
-def published_logits(teacher: str, components: int, lessons: Path | None) -> nn.Linear:
+def published_logits(components: int, lessons: Path | None) -> nn.Linear:
     """Return the layer from mean components (B, K) to the teacher's logits: of random weights without lessons."""
-    classes = CAMClassifier.published(teacher).classifier.out_features
-    layer = nn.Linear(components, classes)
+    layer = nn.Linear(components, published_classifier(NETWORK).out_features)
     if lessons is not None:
         layer.load_state_dict(safetensors.torch.load_file(lessons / "logits.safetensors"))
     return layer.requires_grad_(False)
@@ -87,31 +85,28 @@ def write_lessons(dataset: LocalizationDataset, config: TaughtConfig, folder: Pa
     `stem.npy` (views, images, 112, h, w); `teacher.npy` (views, images, h * w, K), the principal components of the
     final map, each divided by the deviation of the first; `logits.safetensors`, the layer from the components' mean to
     the logits. The components are those of `sampled` evenly spaced images.
-    Raises ParameterError for a multi-label data set, or a teacher whose map has another grid.
+    Raises ParameterError for a multi-label data set.
     """
     if dataset.multi_label:
         raise ParameterError(f"{dataset.name} has several labels an image", "use a data set with one")
     backbone = create_backbone(config.backbone)
     stem = backbone.vit.patch_embed
     load_stages(stem)
-    teacher = CAMClassifier.published(config.teacher, output_stride=backbone.patch_size)
-    if (teacher.mean, teacher.std) != (backbone.mean, backbone.std):
-        problem = f"{config.teacher} and {backbone.name} normalise images differently"
-        raise ParameterError(problem, "use another teacher")
+    teacher = CAMClassifier.published(NETWORK, output_stride=backbone.patch_size)
+    network = teacher.backbone.cnn
+    later = nn.Sequential(*network.blocks[STAGES:], network.conv_head, network.bn2)  # behind the stem's stages
 
     def loader(data: LocalizationDataset) -> Any:
         size = backbone.image_size
         return make_loader(data, Resize(size), 50, mean=backbone.mean, std=backbone.std, truth=False)
 
     @torch.inference_mode()
-    def maps(images: Tensor) -> Tensor:
-        features = teacher(images.contiguous(memory_format=torch.channels_last)).features
-        if tuple(features.shape[2:]) != backbone.grid:
-            raise ParameterError(f"the teacher's map has a grid of {tuple(features.shape[2:])}", "use another stride")
-        return features.flatten(2).transpose(1, 2)
+    def see(images: Tensor) -> tuple[Tensor, Tensor]:
+        features = stem.features(images)
+        return features, later(features).flatten(2).transpose(1, 2)
 
     some = dataset.subset(np.linspace(0, len(dataset) - 1, min(sampled, len(dataset))).astype(int))
-    seen = torch.cat([maps(batch["image"]) for batch in loader(some)]).flatten(0, 1).double()
+    seen = torch.cat([see(batch["image"])[1] for batch in loader(some)]).flatten(0, 1).double()
     mean, axes, unit = principal(seen, config.components)
     weight, bias = teacher.classifier.weight.detach().double(), teacher.classifier.bias.detach().double()
     layer = {"weight": weight @ axes * unit, "bias": bias + weight @ mean}
@@ -129,8 +124,9 @@ def write_lessons(dataset: LocalizationDataset, config: TaughtConfig, folder: Pa
             if view:
                 images = random_crops(images, backbone.image_size, config.scale, generator)
             rows = slice(first, first + len(images))
-            stems[view, rows] = stem.features(images).half().numpy()
-            told[view, rows] = ((maps(images) - offset) @ axes).half().numpy()
+            features, map_ = see(images)
+            stems[view, rows] = features.half().numpy()
+            told[view, rows] = ((map_ - offset) @ axes).half().numpy()
             first += len(images)
     stems.flush()
     told.flush()
