@@ -519,7 +519,7 @@ def tiny_photographs(tmp_path_factory):
 
 
 def test_photographs_become_scenes_of_one_frame(tiny_photographs):
-    dataset = open_dataset("tiny_imagenet", tiny_photographs, "trainval")
+    dataset = open_dataset("tiny_imagenet", tiny_photographs, "train")
     scenes = pretraining.read_photographs(dataset, 112)
     assert scenes["image"].shape == (10, 1, 112, 112, 3)
     for index in range(10):

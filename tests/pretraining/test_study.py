@@ -13,7 +13,7 @@ from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.pretraining import recipes, study
 from wsolnb.pretraining.scenes import CreatureConfig
-from wsolnb.train.evaluation import predict
+from wsolnb.train.evaluation import box_accuracy, centre_box, predict
 from wsolnb.train.loop import TrainingConfig
 
 
@@ -93,6 +93,42 @@ def test_photographs_are_cut_off_centre_and_hold_both(splits):
     best = rows[rows["map"] == "best possible at 14 x 14"].auc
     assert len(rows) == 6
     assert (best > 0.95).all()
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "resnet_mini"])
+def test_a_probed_backbone_classifies_the_mean_of_what_its_map_shows(splits, name):
+    backbone = create_backbone(name, pretrained=True, output_stride=8)
+    before = [p.clone() for p in backbone.parameters()]
+    model = study.probed(backbone, splits.train, splits.val, study.TESTED)
+    assert all(torch.equal(*pair) for pair in zip(before, backbone.parameters(), strict=True))
+    assert model.maps == (("cam", "attention") if name == "vit_mini" else ("cam",))
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        output = model(images)
+        maps = model.localize(output, torch.tensor([3, 1]))
+        tokens = backbone(images)
+        places = tokens.flatten(2).transpose(1, 2) if name == "resnet_mini" else tokens.patches
+    for image, label in enumerate((3, 1)):
+        scores = places[image] @ model.linear.weight[label]
+        whole = scores.mean() + model.linear.bias[label]
+        torch.testing.assert_close(output.logits[image, label], whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(maps["cam"][image].flatten(), scores.clamp(min=0), atol=1e-4, rtol=1e-4)
+    if name == "vit_mini":
+        torch.testing.assert_close(maps["attention"].flatten(1), tokens.attention.mean(dim=(1, 2)))
+    right = [one.logits.argmax() == one.sample.label for one in predict(model, splits.train, study.TESTED)]
+    assert np.mean(right) > 0.7  # of four classes
+
+
+def test_untouched_backbones_beside_the_box_in_the_middle(splits):
+    backbones = {"start": create_backbone("vit_mini", pretrained=True)}
+    rows = pd.DataFrame(study.start_rows(backbones, splits, study.TESTED, 12))
+    assert list(rows["map"]) == ["cam", "attention", "box in the middle"]
+    seen = splits.train.subset([0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 15])  # twelve of sixteen, evenly spaced
+    model = study.probed(backbones["start"], seen, splits.val, study.TESTED)
+    ranking = [one.ranking[0] == one.sample.label for one in predict(model, splits.test, study.TESTED)]
+    assert rows.top1[0] == pytest.approx(np.mean(ranking))
+    val, test = ([study.TESTED(sample) for sample in part] for part in splits[1:])
+    assert rows.gt_known[2] == box_accuracy(centre_box(val)[0], test)
 
 
 def test_an_ablation_is_pretrained_and_tuned_once(tmp_path, monkeypatch, tuning, capsys):

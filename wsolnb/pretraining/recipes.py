@@ -721,10 +721,10 @@ def pretrain(
     return backbone, folder
 
 
-def export(backbone: nn.Module, name: str, config: PretrainingConfig, folder: str | Path, minutes: float) -> Path:
+def export(backbone: nn.Module, name: str, config: BaseModel, folder: str | Path, minutes: float) -> Path:
     """Write a backbone in half precision to `<name>.safetensors`, and what is known of it into its model card.
 
-    minutes: of the training. The card has room for scores, which are measured later; its text below the front matter is
+    config: a `PretrainingConfig`, or the recipe of a backbone that no scenes have made. minutes: of the training. The card has room for scores, which are measured later; its text below the front matter is
     kept. Returns the path of the card.
     """
     folder = Path(folder)
@@ -743,9 +743,11 @@ def export(backbone: nn.Module, name: str, config: PretrainingConfig, folder: st
         "made": now()[:10],
         "torch": str(torch.__version__),
         "scores": {},
-        "scenes_format": creature_scenes.FORMAT,
-        "recipe": {**config.model_dump(mode="json"), "mixing": config.mixing._asdict()},
+        "recipe": config.model_dump(mode="json"),
     }
+    if isinstance(config, PretrainingConfig):
+        front |= {"scenes_format": creature_scenes.FORMAT}
+        front["recipe"] |= {"mixing": config.mixing._asdict()}
     card = folder / f"{name}.md"
     text = card.read_text("utf-8").split("---\n", 2)[2] if card.exists() else f"\n# {name}\n"
     return write_atomically(card, f"---\n{yaml.safe_dump(front, sort_keys=False, width=110)}---\n{text}")

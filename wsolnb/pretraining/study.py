@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from wsolnb.backbones import ConvBackbone, TransformerBackbone
 from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import make_loader, to_tensor
@@ -27,14 +28,19 @@ from wsolnb.data.transforms import Transform
 from wsolnb.maps import upsample
 from wsolnb.methods import create_method
 from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.cam import cam
+from wsolnb.methods.ppd import C_GRID, described, logistic
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 from wsolnb.metrics import LocalizationAccuracy, pixel_auc, spill
 from wsolnb.metrics.localization import Localization
 from wsolnb.notebook.runs import Run
 from wsolnb.pretraining.recipes import RECIPES, PretrainingConfig, ablation, export, on_photographs, pretrain
-from wsolnb.train.evaluation import THRESHOLDS, Reader, predict, validator
+from wsolnb.pretraining.taught import TaughtConfig, taught
+from wsolnb.train.evaluation import THRESHOLDS, Reader, box_accuracy, centre_box, evaluate, predict, validator
 from wsolnb.train.loop import TrainingConfig, history, load_checkpoint, pick_device, train
-from wsolnb.train.recipe import Recipe, fit
+from wsolnb.train.recipe import Recipe, evenly, fit
+
+Config = TypeVar("Config", PretrainingConfig, TaughtConfig)
 
 TESTED = transforms.Resize(112)
 """What every image of the study is transformed by."""
@@ -79,7 +85,7 @@ class FineTuning(BaseModel):
         recipe = self.recipe(start, seed)
         return fit(run, f"tuned-{start}-{seed}", recipe, splits.train, validator(splits.val, recipe.test_transform()))
 
-    def on_device(self, config: PretrainingConfig) -> PretrainingConfig:
+    def on_device(self, config: Config) -> Config:
         """Return a recipe of pretraining for the device and the precision of this study."""
         training = config.training.model_copy(update={"precision": self.precision, "device": self.device})
         return config.model_copy(update={"training": training})
@@ -87,10 +93,14 @@ class FineTuning(BaseModel):
     def pretrained(self, run: Run, name: str, dataset: str = "", data_root: str = "") -> tuple[nn.Module, Path]:
         """Pretrain an embedded backbone anew; return it and the model card beside its exported weights.
 
-        dataset, data_root: of photographs that are used instead of rendered scenes.
+        dataset, data_root: of photographs that are used instead of rendered scenes, and that `vit_photo` needs.
         """
-        config = self.on_device(on_photographs(name, dataset) if dataset else RECIPES[name])
-        backbone, folder = pretrain(run, name, config, data_root)
+        if name == "vit_photo":
+            config = self.on_device(TaughtConfig(**{"dataset": dataset} if dataset else {}))
+            backbone, folder = taught(run, config, data_root)
+        else:
+            config = self.on_device(on_photographs(name, dataset) if dataset else RECIPES[name])
+            backbone, folder = pretrain(run, name, config, data_root)
         return backbone, export(backbone, name, config, folder, history(folder).seconds.sum() / 60)
 
 
@@ -195,8 +205,8 @@ def _batch(model: LocalizationModel, image: np.ndarray) -> Tensor:
 # Photographs
 
 
-def photographs(dataset: LocalizationDataset, off_centre: bool) -> Iterator[Sample]:
-    """Yield the images of a data set with masks at 112 pixels, those that hold both an object and a background.
+def photographs(dataset: LocalizationDataset, off_centre: bool, size: int = 112) -> Iterator[Sample]:
+    """Yield the images of a data set with masks at `size` pixels, those that hold both an object and a background.
 
     off_centre: cut a corner of seven tenths of the shorter side out of each, so that the middle tells less.
     """
@@ -208,29 +218,110 @@ def photographs(dataset: LocalizationDataset, off_centre: bool) -> Iterator[Samp
             side = round(0.7 * min(height, width))
             top, left = (int(generator.integers(2)) * (length - side) for length in (height, width))
             sample = transforms.crop(sample, top, left, (side, side))
-        sample = transforms.resize(sample, (112, 112))
+        sample = transforms.resize(sample, (size, size))
         if (sample.mask == 0).any() and (sample.mask == 1).any():
             yield sample
 
 
-def photograph_rows(models: Mapping[str, LocalizationModel], dataset: LocalizationDataset) -> Iterator[dict[str, Any]]:
+def photograph_rows(
+    models: Mapping[str, LocalizationModel], dataset: LocalizationDataset, size: int = 112, cells: int = 14
+) -> Iterator[dict[str, Any]]:
     """Yield the pixel AUC of every model's attention on photographs, whole and off-centre, a row for each.
 
-    Beside them: a centre prior, which falls off from the middle, and the best that a map of 14 x 14 cells can be.
+    Beside them: a centre prior, which falls off from the middle, and the best that a map of `cells` x `cells` can be.
+    size: side in pixels that the images are resized to, as the models take them.
     """
-    prior = -np.hypot(*(np.mgrid[:112, :112] - 55.5)).astype(np.float32)
+    prior = -np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)).astype(np.float32)
     prior = (prior - prior.min()) / np.ptp(prior)
     for off_centre in (False, True):
-        found: dict[str, list[float]] = {name: [] for name in [*models, "centre prior", "best possible at 14 x 14"]}
-        for sample in photographs(dataset, off_centre):
-            cells = (sample.mask > 0).reshape(14, 8, 14, 8).mean(axis=(1, 3), dtype=np.float32)
-            ideal = upsample(torch.from_numpy(cells)[None], (112, 112))[0].numpy()
+        names = [*models, "centre prior", f"best possible at {cells} x {cells}"]
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for sample in photographs(dataset, off_centre, size):
+            blocks = (sample.mask > 0).reshape(cells, size // cells, cells, size // cells)
+            share = blocks.mean(axis=(1, 3), dtype=np.float32)
+            ideal = upsample(torch.from_numpy(share)[None], (size, size))[0].numpy()
             maps = [*(attention_map(model, sample.image) for model in models.values()), prior, ideal]
             for values, score_map in zip(found.values(), maps, strict=True):
                 values.append(pixel_auc(score_map, sample.mask))
         for name, values in found.items():
             row = {"map": name, "off-centre": off_centre, "images": len(values)}
             yield row | {"auc": float(np.mean(values)), "sd": float(np.std(values))}
+
+
+class ProbedOutput(NamedTuple):
+    """logits: (B, C). places: (B, D, h, w), whose mean is classified. attention: (B, h, w); zero of a ConvBackbone."""
+
+    logits: Tensor
+    places: Tensor
+    attention: Tensor
+
+
+class Probed(Reader):
+    """A backbone as it is, and a linear classifier of the mean of its places: patch tokens, or cells of a feature map.
+
+    Maps: `cam`, the classifier at every place, and of a transformer `attention`, over all layers and heads.
+    Made by `probed`.
+    """
+
+    def __init__(self, backbone: TransformerBackbone | ConvBackbone, num_classes: int):
+        super().__init__()
+        self.backbone, self.linear = backbone, nn.Linear(backbone.dim, num_classes)
+        self.maps = ("cam", "attention") if isinstance(backbone, TransformerBackbone) else ("cam",)
+
+    def forward(self, images: Tensor) -> ProbedOutput:
+        """Classify (B, 3, H, W) normalised images."""
+        found = self.backbone(images)
+        if isinstance(found, Tensor):
+            places, attention = found, found.new_zeros(len(found), *found.shape[2:])
+        else:
+            places = found.patches.transpose(1, 2).unflatten(2, self.backbone.grid)
+            attention = found.attention.mean(dim=(1, 2)).unflatten(1, self.backbone.grid)
+        return ProbedOutput(self.linear(places.mean(dim=(2, 3))), places, attention)
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Return what is classified, (B, D)."""
+        return self.forward(images).places.mean(dim=(2, 3))
+
+    def localize(self, output: ProbedOutput, classes: Tensor) -> dict[str, Tensor]:
+        """Return the maps for one class per image, each (B, h, w)."""
+        maps = {"cam": cam(output.places.float(), self.linear.weight, classes), "attention": output.attention}
+        return {name: maps[name] for name in self.maps}
+
+
+def probed(
+    backbone: TransformerBackbone | ConvBackbone, train: LocalizationDataset, val: LocalizationDataset,
+    transform: Transform,
+) -> Probed:  # fmt: skip
+    """Return a backbone with a classifier fitted to it: `ppd.logistic`, whose strength `val` chooses by top-1."""
+    model = Probed(backbone, len(train.class_names)).eval()
+    (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
+    best = -1.0
+    for c in C_GRID:
+        weight, bias = logistic(features, labels, c)
+        right = float(((held @ weight.T + bias).argmax(axis=1) == truth).mean())
+        if right > best:
+            best = right
+            model.linear.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    return model
+
+
+def start_rows(
+    backbones: Mapping[str, TransformerBackbone | ConvBackbone], splits: Splits, transform: Transform, images: int
+) -> Iterator[dict[str, Any]]:
+    """Yield what untouched backbones know of photographs with boxes, a row per backbone and map, then the centred box.
+
+    top1: of `probed`, with so many training images, evenly spaced. Boxes are those of test images, at thresholds that
+    validation images choose.
+    """
+    train = evenly(splits.train, images)
+    for name, backbone in backbones.items():
+        model = probed(backbone, train, splits.val, transform)
+        val, test = (evaluate(model, part, transform) for part in (splits.val, splits.test))
+        for row in test.table(val):
+            yield {"backbone": name, "images": len(splits.test), **row}
+    val, test = ([transform(part[i]) for i in range(len(part))] for part in (splits.val, splits.test))
+    centred = box_accuracy(centre_box(val)[0], test)
+    yield {"backbone": "-", "images": len(test), "map": "box in the middle", "gt_known": centred}
 
 
 def two_photographs() -> list[Sample]:
