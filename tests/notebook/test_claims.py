@@ -106,6 +106,16 @@ def test_rows_of_one_seed_are_averaged():
     assert judge(made_up, pair_by=["seed", "start"]).estimates[0].n == 10
 
 
+def test_rows_that_agree_with_all_of_without_do_not_count():
+    cells = [(start, epochs) for start in (0, 1) for epochs in (2, 8)]
+    made_up = pd.concat([table([0.1 * (1 + i)] * 5).assign(start=s, epochs=e) for i, (s, e) in enumerate(cells)])
+    made_up.index = [0] * len(made_up)  # as after a concatenation
+    found = judge(made_up, rows=["start", "epochs"], without={"start": [1], "epochs": [2]})
+    assert [one.mean for one in found.estimates] == pytest.approx([0.1, 0.2, 0.4])
+    with pytest.raises(ParameterError, match=r"no row has \[5\] in 'epochs'"):
+        judge(made_up, without={"epochs": [5]})
+
+
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [([0.001, -0.001, 0.002, 0.0, 0.001], "reproduced"), ([0.1, 0.11, 0.09, 0.1, 0.1], "contradicted"),

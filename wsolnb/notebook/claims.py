@@ -39,6 +39,7 @@ class Test(BaseModel):
 
     rule: `difference` of two groups; `value` of the rows; `trend`, Spearman's correlation with the number in `over`;
     `best`, the lead of one variant over the strongest of the others.
+    where: the rows that count. without: rows that agree with all of it do not.
     measure: a column, or an expression of columns as pandas reads it. rows: columns; each combination is a row.
     pair_by: what pairs two numbers; empty where something is counted, which has no spread.
     of, less: the two groups of a difference; of: the variant that is said to be best. relative: of / less - 1 instead.
@@ -52,6 +53,7 @@ class Test(BaseModel):
     table: str
     measure: str
     where: Filter = {}
+    without: Filter = {}
     rows: list[str] = []
     pair_by: list[str] = ["seed"]
     of: Filter = {}
@@ -223,6 +225,9 @@ def combined(verdicts: Sequence[str]) -> str:
 def estimate(test: Test, table: pd.DataFrame) -> list[Estimate]:
     """Return the estimate of each row of a claim. Raises ParameterError for what the table does not hold."""
     data = select(table, test.where)
+    if test.without:
+        data = data.reset_index(drop=True)
+        data = data.drop(select(data, test.without).index)
     columns = [*test.rows, *test.pair_by, *(name for name in (test.over, test.error) if name), *test.of, *test.less]
     if missing := [name for name in columns if name not in data]:
         raise ParameterError(f"no column {missing[0]!r}{nearest(missing[0], data)}", "name a column of the table")
