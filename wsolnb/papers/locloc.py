@@ -336,7 +336,9 @@ def photographs(masks: Masks, root: str) -> pd.DataFrame:
         gain = {"gain": (after - before).mean(), "gain_se": (after - before).std() / np.sqrt(len(after))}
         shares = {"better": (after > before + 0.05).mean(), "worse": (after < before - 0.05).mean()}
         rows.append({"map": f"GrabCut, thresholds {name}", "fg": fg, "bg": bg, "iou": after.mean(), **gain, **shares})
-    return pd.DataFrame(rows).assign(images=len(before))
+    table = pd.DataFrame(rows).assign(images=len(before))
+    table.insert(0, "backbone", masks.backbone)
+    return table
 
 
 # Notebook 31: maps of decoders, of attention and of masks

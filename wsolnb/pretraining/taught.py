@@ -57,7 +57,7 @@ class TaughtConfig(BaseModel):
     components: int = Field(128, ge=2)
     weights: dict[str, float] = {"label": 1.0, "looked": 1.0, "image": 1.0, "token": 1.0}
     batch_size: int = Field(64, ge=2)
-    training: TrainingConfig = TrainingConfig(epochs=8, lr=1e-3, weight_decay=0.05)
+    training: TrainingConfig = TrainingConfig(epochs=16, lr=1e-3)
 
     def build(self, num_classes: int, lessons: Path | None = None) -> TaughtPretext:
         """Return the backbone, whose transformer has random weights, inside of what trains it.
