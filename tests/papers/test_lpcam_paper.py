@@ -153,8 +153,16 @@ def test_a_frozen_host_is_made_once_and_a_transformer_is_none(run, host, capsys)
     assert frozen.folder == again.folder != host.folder
     assert torch.equal(frozen.weight, again.weight)
     assert not frozen.model.training
-    with pytest.raises(ParameterError, match="frozen features for the method 'mctformer'"):
-        host.classifier.changed(frozen=True, method="mctformer", backbone="vit_mini").host(run)
+    for method in ("mctformer", "cam"):
+        with pytest.raises(ParameterError, match=f"frozen features of 'vit_mini' for the method '{method}'"):
+            host.classifier.changed(frozen=True, method=method, backbone="vit_mini").host(run)
+    with pytest.raises(ParameterError, match="leave long_side empty"):
+        host.classifier.changed(frozen=True, long_side=(40, 60)).host(run)
+    claim = lpcam.Claim(**defaults("22_lpcam_results"))
+    started_frozen = host.classifier.changed(frozen=True, long_side=(40, 60))
+    for study, learns in (("claim", True), ("photographs", True), ("hosts", True), ("imagenet", False)):
+        _, changes = next(claim.trainings(study, started_frozen))
+        assert started_frozen.changed(**changes).frozen is not learns
 
 
 def test_the_shared_dimensions_are_counted_one_by_one(host):

@@ -1,9 +1,8 @@
 """`vit_photo`, a transformer for photographs whose patches are cells of an ImageNet network's feature map.
 
-Such hybrids are described by Dosovitskiy et al. (2021, section 3.1, https://arxiv.org/abs/2010.11929). A transformer of
-this size does not learn to see from some ten thousand photographs on a CPU. What edges, fur and wheels look like is
-taken from EfficientNet-Lite0, which was trained on the image labels of ImageNet. What belongs together, and where to
-look, the transformer learns by itself.
+Such hybrids are described by Dosovitskiy et al. (2021, section 3.1, https://arxiv.org/abs/2010.11929). What edges, fur
+and wheels look like is taken from EfficientNet-Lite0, which was trained on the image labels of ImageNet. What belongs
+together, and where to look, the transformer learns by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from wsolnb.backbones.vit import TransformerBackbone, check_size
 from wsolnb.backbones.wheels import load_installed
+from wsolnb.errors import ParameterError
 
 NETWORK = "efficientnet_lite0"
 STAGES, CHANNELS, STRIDE = 5, 112, 16
@@ -30,6 +30,9 @@ class PhotoStem(nn.Module):
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_ignored):
         super().__init__()
+        if (patch_size, in_chans) != (STRIDE, 3):
+            problem = f"PhotoStem was given patches of {patch_size} and {in_chans} channels"
+            raise ParameterError(problem, f"use patches of {STRIDE} and 3 channels")
         check_size("PhotoStem", img_size, STRIDE)
         self.img_size, self.num_patches = img_size, (img_size // STRIDE) ** 2
         self.stages = first_stages(timm.create_model("tf_efficientnet_lite0")).requires_grad_(False).eval()

@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from wsolnb.backbones import create_backbone
+from wsolnb.backbones import ConvBackbone, create_backbone
 from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import DataSettings, Splits
@@ -106,20 +106,27 @@ class Classifier(TrainingSettings, DataSettings):
     def host(self, run: Run, progress: bool = False) -> Host:
         """Return the trained classifier as a host of maps; trained once per run folder.
 
-        Raises ParameterError for frozen features of a transformer, whose classifier is no linear layer.
+        Raises ParameterError for frozen features of a transformer, or of images at their own sizes.
         """
         splits, name = self.splits(), f"classifier-{self.train_seed}"
         if self.frozen:
-            if self.method != "cam":
-                raise ParameterError(f"frozen features for the method {self.method!r}", "use cam, or train all layers")
-            set_seed(self.train_seed)  # of random features, where nothing is pretrained
-            options = self.model_dump(include={"pretrained", "output_stride"})
-            backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
-            folder = run.cached(name, multilabel.frozen_maker(backbone, splits.train, splits.val, self.image_size))
-            model = multilabel.read_frozen(backbone, len(splits.train.class_names), folder)
-            return Host(self, splits, model.to(pick_device(self.device)), folder)
+            return Host(self, splits, *self._frozen(run, name, splits))
         validate = multilabel.validator(splits.val, self.image_size)
         return Host(self, splits, *fit(run, name, self.recipe(), splits.train, validate, progress))
+
+
+    def _frozen(self, run: Run, name: str, splits: Splits) -> tuple[LocalizationModel, Path]:
+        set_seed(self.train_seed)  # of random features, where nothing is pretrained
+        options = self.model_dump(include={"pretrained", "output_stride"})
+        backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
+        if self.method != "cam" or not isinstance(backbone, ConvBackbone):
+            problem = f"frozen features of {self.backbone!r} for the method {self.method!r}"
+            raise ParameterError(problem, "use cam and a convolutional network, or train all layers")
+        if self.long_side:
+            raise ParameterError("frozen features are those of whole images, resized", "leave long_side empty")
+        folder = run.cached(name, multilabel.frozen_maker(backbone, splits.train, splits.val, self.image_size))
+        model = multilabel.read_frozen(backbone, len(splits.train.class_names), folder)
+        return model.to(pick_device(self.device)), folder
 
 
 class Sources(NamedTuple):
@@ -321,7 +328,7 @@ def choose(
 
 IMAGENET = {
     "method": "cam", "backbone": "efficientnet_lite0", "pretrained": True, "frozen": True, "output_stride": 16,
-    "image_size": 320,
+    "image_size": 320, "long_side": (),
 }  # fmt: skip
 """The classifier of the study `imagenet`: features of an ImageNet network, as published."""
 
@@ -412,7 +419,7 @@ class Claim(BaseModel):
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
         for case, seed in itertools.product(cases, self.claim_seeds):
             drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
-            yield case, {**case, **changes, **drawn}
+            yield case, {"frozen": False, **case, **changes, **drawn}
 
     def tables(
         self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig

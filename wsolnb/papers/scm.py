@@ -302,8 +302,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 BASELINE = "TS-CAM"
 """The first variant of each of these studies, which the others are compared with."""
 
-TINY = {"dataset": "tiny_imagenet", "image_size": 160, "body_cue": 0.0}
-"""The images of the study `tiny`, at the size that `vit_photo` was made for; nothing is rendered."""
+TINY = {"dataset": "tiny_imagenet", "image_size": 160, "shift": 12, "body_cue": 0.0}
+"""The images of the study `tiny`, at the size that `vit_photo` was made for, as in its profile; nothing is rendered."""
 
 STUDIES = ("pairs", "photographs", "tiny", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""

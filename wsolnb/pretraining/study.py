@@ -25,6 +25,7 @@ from wsolnb.data.loading import make_loader, to_tensor
 from wsolnb.data.sample import Sample
 from wsolnb.data.splits import Splits
 from wsolnb.data.transforms import Transform
+from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
 from wsolnb.methods import create_method
 from wsolnb.methods.base import LocalizationModel
@@ -292,9 +293,14 @@ def probed(
     backbone: TransformerBackbone | ConvBackbone, train: LocalizationDataset, val: LocalizationDataset,
     transform: Transform,
 ) -> Probed:  # fmt: skip
-    """Return a backbone with a classifier fitted to it: `ppd.logistic`, whose strength `val` chooses by top-1."""
-    model = Probed(backbone, len(train.class_names)).eval()
+    """Return a backbone with a classifier fitted to it: `ppd.logistic`, whose strength `val` chooses by top-1.
+
+    Raises ParameterError for a class without a training image.
+    """
+    model = Probed(backbone, len(train.class_names)).to(next(backbone.parameters()).device).eval()
     (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
+    if missing := set(range(len(train.class_names))) - set(labels.tolist()):
+        raise ParameterError(f"the classes {sorted(missing)} have no training image", "use more images")
     best = -1.0
     for c in C_GRID:
         weight, bias = logistic(features, labels, c)
@@ -310,18 +316,18 @@ def start_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield what untouched backbones know of photographs with boxes, a row per backbone and map, then the centred box.
 
-    top1: of `probed`, with so many training images, evenly spaced. Boxes are those of test images, at thresholds that
-    validation images choose.
+    images: training images of `probed`, evenly spaced; its `top1` is of test images. Boxes are those of test images, at
+    thresholds that validation images choose.
     """
     train = evenly(splits.train, images)
     for name, backbone in backbones.items():
         model = probed(backbone, train, splits.val, transform)
         val, test = (evaluate(model, part, transform) for part in (splits.val, splits.test))
         for row in test.table(val):
-            yield {"backbone": name, "images": len(splits.test), **row}
+            yield {"backbone": name, "test images": len(splits.test), **row}
     val, test = ([transform(part[i]) for i in range(len(part))] for part in (splits.val, splits.test))
     centred = box_accuracy(centre_box(val)[0], test)
-    yield {"backbone": "-", "images": len(test), "map": "box in the middle", "gt_known": centred}
+    yield {"backbone": "-", "test images": len(test), "map": "box in the middle", "gt_known": centred}
 
 
 def two_photographs() -> list[Sample]:

@@ -117,7 +117,7 @@ def frozen_maker(
     """
 
     def make(folder: Path) -> None:
-        model = CAMClassifier(backbone, len(train.class_names))
+        model = CAMClassifier(backbone, len(train.class_names)).to(next(backbone.parameters()).device)
         features = [_outputs(model, part, image_size, lambda found: found.features.mean(dim=(2, 3)))
                     for part in (train, val)]  # fmt: skip
         labels, rows, weights = [_present(part) for part in (train, val)], [], []

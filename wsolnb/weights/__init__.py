@@ -1,6 +1,6 @@
 """The embedded backbones: of each a safetensors file in half precision and a model card.
 
-`wsolnb.pretraining.recipes` made them.
+`wsolnb.pretraining` made them: `recipes` the mini ones, `taught` the one for photographs.
 
 A card is a Markdown file whose YAML front matter is what programs read: the recipe, the hash of the file, the scores.
 """
