@@ -182,7 +182,7 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
         "recorded tables. It wants five seeds, and a 95 % interval wholly on one side; `±` is half of its width.\n"
         "[91_claims](notebooks/91_claims.ipynb) shows all claims and the rule.",
         markdown(verdict_counts(found).reset_index().rename(columns={"paper": "claims of"})),
-        "Some of them; `ours` is on rendered birds and on photographs of pets, the lowest and the highest row:",
+        "Some of them; `ours` is on rendered birds, on pets and on Tiny-ImageNet, the lowest and the highest row:",
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
         "Methods that localize and classify, on the same rendered test images. Compare rows that agree in start\n"
         "and training; [90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and the papers' numbers\n"
