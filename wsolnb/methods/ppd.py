@@ -203,7 +203,7 @@ def logistic(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[np.nda
     return weight, bias - weight @ scaler.mean_
 
 
-def described(model: PPD, dataset: LocalizationDataset, transform: Transform) -> tuple[np.ndarray, np.ndarray]:
+def described(model: Any, dataset: LocalizationDataset, transform: Transform) -> tuple[np.ndarray, np.ndarray]:
     """Return what the model's probe reads of all images (n, F), and their labels (n,)."""
     device = next(model.parameters()).device
     loader = make_loader(dataset, transform, 50, mean=model.mean, std=model.std)
@@ -213,30 +213,38 @@ def described(model: PPD, dataset: LocalizationDataset, transform: Transform) ->
     return features, labels
 
 
-def probe_maker(
-    backbone: TransformerBackbone, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
-) -> Callable[[Path], None]:
-    """Return what fills a folder with a probe, `logistic` of the frozen transformer's features; see `read_probe`.
+def fit_probe(
+    model: Any, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
+) -> tuple[dict[str, Tensor], pd.DataFrame]:
+    """Return the state of a linear layer, `logistic` of what `model.describe` reads of images, and top-1 by `C`.
 
     Each image is seen once, not augmented. `C` is the smallest of `C_GRID` with the best top-1 on `val`.
     Raises ParameterError for a class without a training image.
     """
+    (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
+    if missing := set(range(len(train.class_names))) - set(labels.tolist()):
+        raise ParameterError(f"the classes {sorted(missing)} have no training image", "use more images")
+    rows, best = [], {}
+    for c in C_GRID:
+        weight, bias = logistic(features, labels, c)
+        right = (held @ weight.T + bias).argmax(axis=1) == truth
+        fitted = (features @ weight.T + bias).argmax(axis=1) == labels
+        if all(right.mean() > row["validation top-1"] for row in rows):
+            best = {"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()}
+        rows.append({"C": c, "training top-1": fitted.mean(), "validation top-1": right.mean()})
+    return best, pd.DataFrame(rows)
+
+
+def probe_maker(
+    backbone: TransformerBackbone, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
+) -> Callable[[Path], None]:
+    """Return what fills a folder with a probe of the frozen transformer, `fit_probe`; see `read_probe`."""
 
     def make(folder: Path) -> None:
         model = PPD.create(backbone, len(train.class_names), "probe")
-        (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
-        if missing := set(range(model.num_classes)) - set(labels.tolist()):
-            raise ParameterError(f"the classes {sorted(missing)} have no training image", "use more images")
-        rows, linear = [], model.probe.linear
-        for c in C_GRID:
-            weight, bias = logistic(features, labels, c)
-            right = (held @ weight.T + bias).argmax(axis=1) == truth
-            fitted = (features @ weight.T + bias).argmax(axis=1) == labels
-            if all(right.mean() > row["validation top-1"] for row in rows):
-                linear.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-            rows.append({"C": c, "training top-1": fitted.mean(), "validation top-1": right.mean()})
-        save_file(linear.state_dict(), folder / "probe.safetensors")
-        pd.DataFrame(rows).to_csv(folder / "choice.csv", index=False)
+        best, rows = fit_probe(model, train, val, transform)
+        save_file({name: value.contiguous() for name, value in best.items()}, folder / "probe.safetensors")
+        rows.to_csv(folder / "choice.csv", index=False)
 
     return make
 

@@ -25,12 +25,11 @@ from wsolnb.data.loading import make_loader, to_tensor
 from wsolnb.data.sample import Sample
 from wsolnb.data.splits import Splits
 from wsolnb.data.transforms import Transform
-from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
 from wsolnb.methods import create_method
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.cam import cam
-from wsolnb.methods.ppd import C_GRID, described, logistic
+from wsolnb.methods.ppd import fit_probe
 from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 from wsolnb.metrics import LocalizationAccuracy, pixel_auc, spill
 from wsolnb.metrics.localization import Localization
@@ -293,21 +292,9 @@ def probed(
     backbone: TransformerBackbone | ConvBackbone, train: LocalizationDataset, val: LocalizationDataset,
     transform: Transform,
 ) -> Probed:  # fmt: skip
-    """Return a backbone with a classifier fitted to it: `ppd.logistic`, whose strength `val` chooses by top-1.
-
-    Raises ParameterError for a class without a training image.
-    """
+    """Return a backbone with a classifier fitted to it by `ppd.fit_probe`, which raises the errors."""
     model = Probed(backbone, len(train.class_names)).to(next(backbone.parameters()).device).eval()
-    (features, labels), (held, truth) = (described(model, part, transform) for part in (train, val))
-    if missing := set(range(len(train.class_names))) - set(labels.tolist()):
-        raise ParameterError(f"the classes {sorted(missing)} have no training image", "use more images")
-    best = -1.0
-    for c in C_GRID:
-        weight, bias = logistic(features, labels, c)
-        right = float(((held @ weight.T + bias).argmax(axis=1) == truth).mean())
-        if right > best:
-            best = right
-            model.linear.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    model.linear.load_state_dict(fit_probe(model, train, val, transform)[0])
     return model
 
 
