@@ -58,8 +58,12 @@ Task = Callable[[], Any]
 
 
 class Masks(DataSettings):
-    """Notebook 30: the data, the frozen backbone, and GrabCut's masks. The fields are the notebook's parameters."""
+    """Notebook 30: the data, the frozen backbone, and GrabCut's masks. The fields are the notebook's parameters.
 
+    images: training images that are cut, and that notebooks 31 to 33 train on, evenly spaced; 0 = all.
+    """
+
+    images: int
     image_size: int
     protocol: Literal["resize", "crop_resize", "crop"]
     backbone: str
@@ -75,6 +79,11 @@ class Masks(DataSettings):
     search_images: int
     jobs: int
     device: str
+
+    def splits(self, variant: Literal["single", "scenes"] = "single") -> Splits:
+        """Open the data set, of whose training images `images` are used; otherwise as `DataSettings.splits`."""
+        train, val, test = super().splits(variant)
+        return Splits(evenly(train, self.images) if self.images else train, val, test)
 
     def grabcut(self, **changes: Any) -> GrabCutConfig:
         """Return the configuration of the masks. changes: of its fields."""
