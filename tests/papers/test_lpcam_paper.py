@@ -10,7 +10,7 @@ from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
 from wsolnb.methods.lpcam import LPCAMConfig
-from wsolnb.methods.prototypes import directions_by_kind
+from wsolnb.methods.prototypes import directions_by_kind, variant_maps
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam
 from wsolnb.train.seeds import evaluate, region_features, scored
@@ -122,6 +122,42 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
     )
 
 
+def test_variants_in_one_pass_score_as_each_alone(host, run, base, monkeypatch):
+    tried = [{"mu_f": 0.1}, {"flip": "none"}, {"flip": "none", "mu_f": 0.1}, {"mu_f": 0.9, "tau": 0.3}]
+    monkeypatch.setitem(lpcam.CHECKED, "switches", tried)
+    rows = list(lpcam.checked(run, host, base, "switches"))
+    for changes, row in zip(tried, rows, strict=True):
+        changed = base.model_copy(update=changes)
+        prototypes, _ = lpcam.cached_prototypes(run, host, changed)
+        by_kind = directions_by_kind(prototypes, host.weight, changed, missing="zero")
+        alone = lpcam.best_thresholds(host.sources.val, by_kind, changed)
+        assert [row[kind] for kind in by_kind] == [one["miou"] for one in alone]
+        assert row["threshold"] == alone[-1]["threshold"]
+
+
+def test_the_common_threshold_is_that_of_the_curve(host, run, base):
+    rows = list(lpcam.checked(run, host, base, "threshold"))
+    prototypes, _ = lpcam.cached_prototypes(run, host, base)
+    by_kind = directions_by_kind(prototypes, host.weight, base, missing="zero")
+    found = evaluate(variant_maps(host.sources.val, by_kind, base), host.splits.val, parts=False)
+    for row, cut in zip(rows, lpcam.CUTS, strict=True):
+        assert row["variant"] == f"threshold {cut}"
+        for kind in by_kind:
+            assert row[kind] == found[kind].segmentation.curve.at(cut)["miou"]
+
+
+def test_photographs_are_checked_with_the_paper_s_selection(host, run, base, monkeypatch):
+    claim = lpcam.Claim(**defaults("22_lpcam_results", photos_root="pets", checked_on=["photographs"]))
+    asked = []
+    monkeypatch.setattr(lpcam.Classifier, "host", lambda own, run: asked.append(own) or host)
+    _, config = claim.checked_host(run, host.classifier, base, "photographs", 3)
+    assert (asked[0].dataset, asked[0].data_root, asked[0].seed, asked[0].train_seed) == ("pets", "pets", 3, 3)
+    assert asked[0].frozen
+    assert config == base.model_copy(update={"scales": LPCAMConfig.paper().scales, "seed": 3})
+    _, config = claim.checked_host(run, host.classifier, base, "scenes", 3)
+    assert config == claim.choose(run, host, lpcam.cached_prototypes(run, host, base)[0], base)["lpcam"]
+
+
 def test_the_ladder_differs_in_the_epochs_alone(host):
     claim = lpcam.Claim(**defaults("22_lpcam_results", ladder=[2, 7], claim_seeds=[0, 3]))
     cases = list(claim.trainings("ladder", host.classifier))
@@ -188,6 +224,7 @@ def test_the_studies_of_several_classifiers(run, host, base, monkeypatch):
     tau, bias = (checked[checked.study == name] for name in ("tau", "bias"))  # none is left of the recorded ones
     assert list(tau.seed) == [0, 1]
     assert list(tau.variant) == ["tau 0.1"] * 2
+    assert set(checked.data) == {"scenes"}
     assert sorted(bias[bias.seed == 1].variant) == sorted(host.splits.val.class_names)
     own = lpcam.weight_overlap(host).set_index("class")
     assert list(bias[bias.seed == host.number].set_index("variant")["head"]) == list(own["head"])

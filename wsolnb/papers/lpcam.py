@@ -54,6 +54,7 @@ from wsolnb.train.seeds import (
     best_threshold,
     best_thresholds,
     evaluate,
+    miou_at,
     region_features,
     score_stored,
     score_variants,
@@ -113,7 +114,6 @@ class Classifier(TrainingSettings, DataSettings):
             return Host(self, splits, *self._frozen(run, name, splits))
         validate = multilabel.validator(splits.val, self.image_size)
         return Host(self, splits, *fit(run, name, self.recipe(), splits.train, validate, progress))
-
 
     def _frozen(self, run: Run, name: str, splits: Splits) -> tuple[LocalizationModel, Path]:
         set_seed(self.train_seed)  # of random features, where nothing is pretrained
@@ -234,13 +234,18 @@ CHECKED: dict[str, list[dict[str, Any]]] = {
                  {"split_cam": "final", "ties": "dropped"},
                  {"split_cam": "final", "ties": "dropped", "split_maximum": "image"}, {"relu": "with_context"},
                  {"mu_b_least": 0.05}],
+    "mu_f": [{"mu_f": m} for m in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)],
+    "mu_b": [{"mu_b": m} for m in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)],
 }  # fmt: skip
-"""Variants of a configuration by study: everything but the selection."""
+"""Variants of a configuration by study."""
+CUTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""The thresholds of the study `threshold`."""
 REFERENCES = {
     "tau": "tau 0.1", "K": "clusters 12", "samples": "images_per_class 50",
     "clustering": "algorithm kmeans, metric cosine", "switches": "as chosen",
+    "mu_f": "mu_f 0.9", "mu_b": "mu_b 0.9", "threshold": "threshold 0.3",
 }  # fmt: skip
-"""What the variants of each study are compared with."""
+"""What the variants of each study are compared with: the paper's value, or the settings as they are."""
 
 FLOOR = {"mu_b_least": 0.05}
 """What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
@@ -340,6 +345,7 @@ class Claim(BaseModel):
 
     claim_seeds: tuple[int, ...]
     checked_seeds: tuple[int, ...]
+    checked_on: tuple[Literal["scenes", "photographs"], ...]
     cases: tuple[tuple[float, float, int], ...]
     ladder: tuple[int, ...]
     study_train_images: int
@@ -412,8 +418,8 @@ class Claim(BaseModel):
         elif study == "photographs":
             cases, changes = [{"epochs": self.photo_epochs}], {"dataset": "pets", "data_root": self.photos_root}
         elif study == "imagenet":
-            cases, changes = [{"epochs": 0}], {"dataset": "pets", "data_root": self.photos_root, **IMAGENET}
-            changes |= {"epochs": classifier.epochs}  # a recipe has some; here nothing is trained by it
+            cases = [{"epochs": 0}]
+            changes = self._imagenet(0) | {"epochs": classifier.epochs}  # a recipe has some; nothing is trained by it
         elif study == "hosts":
             cases = [{"epochs": classifier.epochs}]
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
@@ -421,23 +427,40 @@ class Claim(BaseModel):
             drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
             yield case, {"frozen": False, **case, **changes, **drawn}
 
+    def checked_host(
+        self, run: Run, classifier: Classifier, base: LPCAMConfig, data: str, number: int
+    ) -> tuple[Host, LPCAMConfig]:
+        """Return a classifier of one seed, and the configuration that `checked` varies.
+
+        Of `scenes`, the classifier of notebook 20 and the selection that validation images choose. Of `photographs`,
+        that of the study `imagenet` and the paper's selection and scales.
+        """
+        if data == "photographs":
+            host = classifier.changed(**self._imagenet(number), train_seed=number).host(run)
+            return host, base.model_copy(update={"scales": LPCAMConfig.paper().scales, "seed": number})
+        host = classifier.changed(train_seed=number).host(run)
+        return host, self.choose(run, host, cached_prototypes(run, host, base)[0], base)["lpcam"]
+
+    def _imagenet(self, seed: int) -> dict[str, Any]:
+        return {"dataset": "pets", "data_root": self.photos_root, "seed": seed, **IMAGENET}
+
     def tables(
         self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the recorded tables of the paired studies, and of `CHECKED` and `bias`, with some made here.
 
-        studies: to make. base: the configuration of notebook 21; of each classifier, `CHECKED` varies what `choose`
-        makes of it.
+        studies: to make. base: the configuration of notebook 21; `checked_on` says whose classifiers `CHECKED` varies.
         """
 
         def looked_at() -> Iterator[dict[str, Any]]:
-            for number in self.checked_seeds if {"bias", *CHECKED} & set(studies) else ():
-                host = classifier.changed(train_seed=number).host(run)
-                if "bias" in studies:
-                    bias = weight_overlap(host).rename(columns={"class": "variant"})
-                    yield from ({"study": "bias", "seed": number, **row} for row in bias.to_dict("records"))
-                chosen = self.choose(run, host, cached_prototypes(run, host, base)[0], base)["lpcam"]
-                yield from (row for study in studies if study in CHECKED for row in checked(run, host, chosen, study))
+            asked = [study for study in studies if study in REFERENCES]
+            for number in self.checked_seeds if "bias" in studies else ():
+                bias = weight_overlap(classifier.changed(train_seed=number).host(run))
+                where = {"study": "bias", "data": "scenes", "seed": number}
+                yield from (where | row for row in bias.rename(columns={"class": "variant"}).to_dict("records"))
+            for data, number in itertools.product(self.checked_on if asked else (), self.checked_seeds):
+                host, config = self.checked_host(run, classifier, base, data, number)
+                yield from ({"data": data, **row} for study in asked for row in checked(run, host, config, study))
 
         rows = (
             row
@@ -446,7 +469,7 @@ class Claim(BaseModel):
             for row in self.measured(run, classifier.changed(**changes), base, study, where)
         )
         claims = with_recorded(run, "22_claim", rows, "study")
-        return claims, with_recorded(run, "22_checked", looked_at(), "study")
+        return claims, with_recorded(run, "22_checked", looked_at(), ["study", "data"])
 
 
 def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
@@ -485,16 +508,37 @@ def differences(
 
 
 def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each of the study's `CHECKED` variants of a configuration: best mIoU on validation images."""
-    for changes in CHECKED[study]:
-        changed = config.model_copy(update=changes)
-        prototypes, folder = cached_prototypes(run, host, changed)
-        by_kind = directions_by_kind(prototypes, host.weight, changed, missing="zero")
-        measure = partial(best_thresholds, host.sources.val, by_kind, changed)
-        found = dict(zip(by_kind, run.cached_rows(f"checked-{study}-{host.number}", measure), strict=True))
-        row = {"study": study, "variant": ", ".join(f"{k} {v}" for k, v in changes.items()) or "as chosen"}
-        row |= {kind: own["miou"] for kind, own in found.items()} | {"threshold": found["lpcam"]["threshold"]}
-        yield row | {"mAP": host.mean_average_precision, "seed": host.number, "seconds": run.seconds_of(folder)}
+    """Yield a row for each of the study's `CHECKED` variants of a configuration: best mIoU on validation images.
+
+    Variants that ask for the same scales and flips share one pass over the images.
+    The study `threshold` has instead the mIoU of the configuration at each of `CUTS`.
+    """
+    if study == "threshold":
+        by_kind = directions_by_kind(cached_prototypes(run, host, config)[0], host.weight, config, missing="zero")
+        measure = partial(miou_at, host.sources.val, by_kind, config, CUTS)
+        for cut, own in zip(CUTS, run.cached_rows(f"checked-{study}-{host.number}", measure), strict=True):
+            yield {"study": study, "variant": f"threshold {cut}", **own, "threshold": cut, "seed": host.number}
+        return
+    variants = [(changes, config.model_copy(update=changes)) for changes in CHECKED[study]]
+    for asked, group in itertools.groupby(variants, lambda one: _of_maps(one[1])):
+        made = [(changes, changed, *cached_prototypes(run, host, changed)) for changes, changed in group]
+        by_name = {
+            (index, kind): chosen
+            for index, (_, changed, prototypes, _) in enumerate(made)
+            for kind, chosen in directions_by_kind(prototypes, host.weight, changed, missing="zero").items()
+        }
+        measure = partial(best_thresholds, host.sources.val, by_name, config.model_copy(update=asked))
+        found = dict(zip(by_name, run.cached_rows(f"checked-{study}-{host.number}", measure), strict=True))
+        for index, (changes, _, _, folder) in enumerate(made):
+            row = {"study": study, "variant": ", ".join(f"{k} {v}" for k, v in changes.items()) or "as chosen"}
+            row |= {kind: found[index, kind]["miou"] for kind in KINDS}
+            row |= {"threshold": found[index, "lpcam"]["threshold"]}
+            yield row | {"mAP": host.mean_average_precision, "seed": host.number, "seconds": run.seconds_of(folder)}
+
+
+def _of_maps(config: LPCAMConfig) -> dict[str, Any]:
+    """Return the fields that decide how maps are made of directions; the others decide the directions."""
+    return config.model_dump(include={"scales", "flip", "over_scales", "relu"})
 
 
 # ----------------------------------------------------------------------------- from seeds to segmentation (notebook 23)

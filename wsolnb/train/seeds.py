@@ -109,6 +109,14 @@ def best_thresholds(
     return [best_threshold(found[name].segmentation) for name in by_name]
 
 
+def miou_at(
+    source: LiveFeatures, by_name: Mapping[str, Directions | None], config: LPCAMConfig, thresholds: Sequence[float]
+) -> list[dict[str, float]]:
+    """Return the mean IoU on a source's own images at each of the thresholds, by name of the variant."""
+    found = evaluate(variant_maps(source, by_name, config), source.dataset, thresholds, parts=False)
+    return [{name: one.segmentation.at(t).miou for name, one in found.items()} for t in thresholds]
+
+
 def best_threshold(found: SeedSegmentation) -> dict[str, float]:
     """Return the `threshold` of the highest mean IoU, and that `miou`."""
     return dict(zip(("threshold", "miou"), map(float, found.best()), strict=True))
