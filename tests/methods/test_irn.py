@@ -321,6 +321,20 @@ def test_resnet50_has_the_published_branches():
         assert big.eval()(torch.randn(1, 3, 64, 64)).boundary.shape == (1, 16, 16)
 
 
+def test_an_efficientnet_has_five_stages_too():
+    backbone = create_backbone("efficientnet_lite0", output_stride=16)
+    small = IRN(backbone, width=8)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert small.eval()(images).boundary.shape == (2, 16, 24)
+        stages, final = backbone.stages(images), backbone.cnn.forward_features(images)
+    assert [tuple(stage.shape[1:]) for stage in stages] == [
+        (16, 16, 24), (24, 16, 24), (40, 8, 12), (112, 4, 6), (320, 4, 6)
+    ]  # fmt: skip
+    assert final.shape[2:] == stages[-1].shape[2:]
+    assert backbone.stage_channels() == (16, 24, 40, 112, 320)
+
+
 def test_only_the_branches_learn(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -360,5 +374,7 @@ def test_backbones_that_do_not_fit():
         IRN(create_backbone("resnet_mini", output_stride=8))
     with pytest.raises(ParameterError, match="TransformerBackbone"):
         IRN(create_backbone("vit_mini"))
+    with pytest.raises(ParameterError, match=r"(?s)convnext_atto.*gives 4 stages.*use a ResNet or an EfficientNet"):
+        IRN(create_backbone("convnext_atto", output_stride=16))
     with pytest.raises(ParameterError, match="width 6"):
         IRN(create_backbone("resnet_mini", output_stride=16), width=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -49,6 +50,39 @@ class ConvBackbone(Backbone):
                 "use resnet_mini, resnet18, resnet50 or another ResNet of timm",
             )
         return self.cnn
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Return five feature maps of (B, 3, H, W) normalised images: a stem of stride 4, and stages of 4 to `stride`.
+
+        Of a ResNet the stem is what its max pooling gives. Of other networks, such as EfficientNet, it is the first
+        stage, of stride 2, after a max pooling of the same kind.
+        Raises ParameterError for a network that has no such stages, as ConvNeXt.
+        """
+        if isinstance(self.cnn, ResNet):
+            cnn = self.cnn
+            found = [cnn.maxpool(cnn.act1(cnn.bn1(cnn.conv1(images))))]
+            for layer in (cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4):
+                found.append(layer(found[-1]))
+            return found
+        first, *found = self.cnn.forward_intermediates(images, intermediates_only=True)
+        found = [F.max_pool2d(first, 3, stride=2, padding=1), *found]
+        sides = [stage.shape[-1] for stage in found]
+        if len(sides) != 5 or sides[0] != sides[1]:
+            raise ParameterError(
+                f"{self.name!r} ({type(self.cnn).__name__}) gives {len(sides)} stages, {sides} cells wide",
+                "five are wanted, the first two alike: use a ResNet or an EfficientNet",
+            )
+        return found
+
+    @torch.no_grad()
+    def stage_channels(self) -> tuple[int, ...]:
+        """Return the number of channels of each of the `stages`; raises as they do."""
+        training, device = self.cnn.training, next(self.cnn.parameters()).device
+        try:
+            self.cnn.eval()
+            return tuple(stage.shape[1] for stage in self.stages(torch.zeros(1, 3, PROBE, PROBE, device=device)))
+        finally:
+            self.cnn.train(training)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the final feature map (B, dim, H / stride, W / stride) of (B, 3, H, W) normalised images."""

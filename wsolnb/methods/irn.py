@@ -338,10 +338,11 @@ def _unit(before: int, after: int, groups: int, scale: int = 1) -> nn.Sequential
 
 @register("irn")
 class IRN(Trainable):
-    """Boundary and displacement branches on the five stages of a frozen ResNet of stride 16.
+    """Boundary and displacement branches on the five stages of a frozen ResNet, or EfficientNet, of stride 16.
 
-    backbone: of `wsolnb.backbones`; its weights and statistics stay as they are. width: channels a stage gives to the
-    boundary branch; the displacement branch has 2 to 8 times as many. 32 is the published size.
+    backbone: of `wsolnb.backbones`, with `stages`; its weights and statistics stay as they are.
+    width: channels a stage gives to the boundary branch; the displacement branch has 2 to 8 times as many. 32 is the
+    published size.
     label_radius: largest distance, exclusive, of the pairs that the loss compares, in cells of stride 4.
     """
 
@@ -352,13 +353,11 @@ class IRN(Trainable):
         self.label_radius = label_radius
         if not isinstance(backbone, ConvBackbone) or backbone.stride != 16:
             problem = f"IRN was given {type(backbone).__name__} of stride {getattr(backbone, 'stride', None)}"
-            raise ParameterError(problem, "create_backbone with a ResNet and output_stride=16")
+            raise ParameterError(problem, "create_backbone with a ResNet or an EfficientNet, and output_stride=16")
         if width % 4:
             raise ParameterError(f"IRN of width {width}", "choose a multiple of 4")
         self.backbone = backbone.requires_grad_(False)
-        resnet = backbone.resnet
-        stem = resnet.bn1.num_features
-        channels = (stem, *(info["num_chs"] for info in resnet.feature_info[1:]))
+        channels = backbone.stage_channels()
         scales = (1, 1, 2, 4, 4)
         self.boundary = nn.ModuleList(_unit(c, width, 4, s) for c, s in zip(channels, scales, strict=True))
         self.boundary_out = nn.Conv2d(5 * width, 1, 1)
@@ -389,7 +388,7 @@ class IRN(Trainable):
     def forward(self, images: Tensor) -> IRNOutput:
         """Run both branches on (B, 3, H, W) normalised images; h, w = H / 4, W / 4, rounded up."""
         with torch.no_grad():
-            stages = self._stages(images)
+            stages = self.backbone.stages(images)
         size = stages[1].shape[-2:]
 
         def fit(x: Tensor) -> Tensor:  # sides that are no multiple of 16 come out larger
@@ -413,13 +412,6 @@ class IRN(Trainable):
         with torch.autocast(output.boundary.device.type, enabled=False):
             boundary, displacement = output.boundary.float().sigmoid(), output.displacement.float()
             return pair_loss(boundary, displacement, labels, self.label_radius)
-
-    def _stages(self, images: Tensor) -> list[Tensor]:
-        resnet = self.backbone.resnet
-        stages = [resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(images))))]
-        for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
-            stages.append(layer(stages[-1]))
-        return stages
 
 
 def boundaries(model: IRN, images: Tensor) -> Tensor:
