@@ -197,8 +197,11 @@ def test_studies_change_one_thing_at_a_time(pair):
     assert [(t.pair.preset, t.pair.epochs, t.module) for t in switches[-2:]] == [
         ("paper", switches[0].pair.epochs, {}), ("paper", 1, {"residual": False}),
     ]  # fmt: skip
-    photographs = next(plan(pair).trials("photographs")).pair
-    assert (photographs.dataset, photographs.epochs) == ("pets", 10)
+    photographs = {t.pair.backbone: t.pair for t in plan(pair).trials("photographs")}
+    assert {(one.dataset, one.epochs) for one in photographs.values()} == {("pets", 10)}
+    assert {name: one.image_size for name, one in photographs.items()} == {
+        "vit_mini": pair.image_size, "vit_mini_dino": pair.image_size, "vit_photo": 160,
+    }  # fmt: skip
     tiny = list(plan(pair).trials("tiny"))
     assert [(t.method, t.seed, t.pair.backbone) for t in tiny[:2]] == [(m, 0, "vit_photo") for m in ("tscam", "scm")]
     assert (tiny[0].pair.dataset, tiny[0].pair.image_size, tiny[0].pair.recipe("scm", 0).images) == (

@@ -302,8 +302,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 BASELINE = "TS-CAM"
 """The first variant of each of these studies, which the others are compared with."""
 
-TINY = {"dataset": "tiny_imagenet", "image_size": 160, "shift": 12, "body_cue": 0.0}
-"""The images of the study `tiny`, at the size that `vit_photo` was made for, as in its profile; nothing is rendered."""
+PHOTO = {"image_size": 160, "shift": 12}
+"""Photographs at the size that `vit_photo` was made for, as in the profiles `tiny` and `pets`."""
 
 STUDIES = ("pairs", "photographs", "tiny", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""
@@ -338,6 +338,7 @@ class Studies(BaseModel):
     rates: list[float]
     photos_root: str
     photo_epochs: int
+    photo_starts: list[str]
     tiny_root: str
     tiny_starts: list[str]
     tiny_images: int
@@ -355,11 +356,13 @@ class Studies(BaseModel):
         """Return name, changes of the pair, and changes of the module."""
         own = {"backbone": self.study_start}
         photographs = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
-        tiny = {**TINY, "data_root": self.tiny_root, "epochs": self.tiny_epochs, "images": self.tiny_images}
+        tiny = {"dataset": "tiny_imagenet", "data_root": self.tiny_root, "body_cue": 0.0, **PHOTO}
+        tiny |= {"epochs": self.tiny_epochs, "images": self.tiny_images}
+        sized = {"vit_photo": PHOTO}
         changes = {
             "tiny": [("-", {"backbone": b, **tiny}) for b in self.tiny_starts],
             "pairs": [("-", {"backbone": b, "body_cue": cue}) for cue in self.cues for b in self.starts],
-            "photographs": [("-", {"backbone": b, **photographs}) for b in self.starts],
+            "photographs": [("-", {"backbone": b, **photographs, **sized.get(b, {})}) for b in self.photo_starts],
             "rates": [("-", {"backbone": b, "lr": rate}) for b in self.starts for rate in self.rates],
             "regimes": [(name, {**own, **regime}) for name, regime in REGIMES.items()],
         }
