@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from wsolnb.data import aviary
+from wsolnb.data import aviary, open_dataset
 from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
@@ -55,7 +55,7 @@ def test_the_settings_are_the_parameters_of_the_notebooks():
         kind(**defaults(notebook))
 
 
-def test_voc_is_judged_on_its_training_images(tmp_path):
+def test_voc_s_seeds_are_judged_on_training_images_and_segmentation_on_val(tmp_path):
     config = aviary.AviaryConfig(variant="scenes", classes=3, size=48, train=12, val=6, test=4)
     root = aviary.load(config, "train", tmp_path).root  # the scenes are written in VOC's layout
     settings = defaults(
@@ -64,14 +64,25 @@ def test_voc_is_judged_on_its_training_images(tmp_path):
     )  # fmt: skip
     classifier = lpcam.Classifier(**settings)
     found, recipe = classifier.splits(), classifier.recipe()
-    assert (len(found.train), len(found.val), len(found.test)) == (12, 6, 12)
+    published = {name: open_dataset("voc", root, name).image_ids for name in ("train", "val")}
+    assert set(found.train.image_ids) == set(found.test.image_ids) == set(published["train"]) - set(found.val.image_ids)
+    assert 0 < len(found.val) < len(found.test)
+    assert set(found.val.image_ids) < set(published["train"])
+    assert classifier.evaluation(found).image_ids == published["val"]
+    assert not set(published["val"]) & {name for split in found for name in split.image_ids}
     assert found.test[0].mask is not None
+    assert found.val[0].mask is not None
+    of_birds = classifier.changed(dataset="aviary", data_root="")
+    assert of_birds.evaluation(found) is found.test
     assert recipe.map_size is None
     assert (recipe.training.momentum, recipe.training.schedule, recipe.training.clip) == (0.0, "poly", 0.0)
     assert recipe.train_transform()(found.train[0], np.random.default_rng(0)).size == (512, 512)
     listed = root / "some.txt"
-    listed.write_text(f"/JPEGImages/{found.train.image_ids[3]}.jpg /SegmentationClass/{found.train.image_ids[3]}.png\n")
-    assert classifier.changed(train_list=str(listed)).splits().train.image_ids == (found.train.image_ids[3],)
+    names = (found.val.image_ids[0], found.train.image_ids[3])
+    listed.write_text("".join(f"/JPEGImages/{name}.jpg /SegmentationClass/{name}.png\n" for name in names))
+    enlarged = classifier.changed(train_list=str(listed)).splits()  # what is for choices is never trained on
+    assert enlarged.train.image_ids == (found.train.image_ids[3],)
+    assert enlarged.val.image_ids == found.val.image_ids
 
 
 def test_prototypes_are_shared_by_what_selects_differently(run, host, base, capsys):

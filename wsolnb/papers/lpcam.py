@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from wsolnb.backbones import ConvBackbone, create_backbone
 from wsolnb.data import LocalizationDataset, open_dataset
+from wsolnb.data.base import hold_out
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
@@ -65,6 +66,10 @@ from wsolnb.train.segmentation import Inference, score_masks, score_model, write
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
 
 
+HELD_OUT = 0.1
+"""Share of the training images of VOC and COCO that thresholds and hyperparameters are chosen on."""
+
+
 class Classifier(TrainingSettings, DataSettings):
     """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters.
 
@@ -88,14 +93,32 @@ class Classifier(TrainingSettings, DataSettings):
     def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
         """Open the data set.
 
-        Of VOC and COCO the classifier is trained on `train` (or on `train_list`, VOC's enlarged set), choices are made
-        on `val`, and the third split is `train` again: that is where the lineage judges seed masks.
+        Of VOC and COCO a share (`HELD_OUT`) of the published `train` is for choices. The rest of it is trained on, or
+        all of `train_list` (VOC's enlarged set) that is not for choices. The third split is that rest again: there the
+        lineage judges seed masks. Classes and segmentation are scored on `evaluation`.
         """
-        if self.dataset not in ("voc", "coco"):
+        if not self._has_val:
             return super().splits(variant)
-        options = {"sbd_list": resolve(self.train_list)} if self.train_list else {}
-        open_split = partial(open_dataset, self.dataset, resolve(self.data_root))
-        return Splits(open_split("train", **options), open_split("val"), open_split("train"))
+        published = self._open("train")
+        rest, chosen = hold_out(published.labels, HELD_OUT, self.seed)
+        val = published.subset(chosen)
+        train = self._open("train", sbd_list=resolve(self.train_list)) if self.train_list else published
+        kept = [index for index, name in enumerate(train.image_ids) if name not in set(val.image_ids)]
+        return Splits(train.subset(kept), val, published.subset(rest))
+
+    def evaluation(self, splits: Splits) -> LocalizationDataset:
+        """Return the images that classes and segmentation are scored on: the published `val` of VOC and COCO, or test.
+
+        No network sees them, and nothing is chosen on them.
+        """
+        return self._open("val") if self._has_val else splits.test
+
+    @property
+    def _has_val(self) -> bool:
+        return self.dataset in ("voc", "coco")
+
+    def _open(self, split: str, **options: Any) -> LocalizationDataset:
+        return open_dataset(self.dataset, resolve(self.data_root) if self.data_root else None, split, **options)
 
     def recipe(self) -> Recipe:
         """Return how the classifier is trained; the best epoch is that of the highest mean average precision."""
@@ -172,8 +195,13 @@ class Host:
 
     @cached_property
     def mean_average_precision(self) -> float:
-        """The classifier's mean average precision on test images."""
-        return multilabel.mean_average_precision(self.model, self.splits.test, self.classifier.image_size)
+        """The classifier's mean average precision on the images of `evaluation`."""
+        return multilabel.mean_average_precision(self.model, self.evaluation, self.classifier.image_size)
+
+    @cached_property
+    def evaluation(self) -> LocalizationDataset:
+        """The images that classes and segmentation are scored on (`Classifier.evaluation`)."""
+        return self.classifier.evaluation(self.splits)
 
 
 # ------------------------------------------------------------------------------------------- prototypes (notebook 21)
@@ -691,13 +719,13 @@ class Pipeline:
         return {kind: Stages(self, kind) for kind in COMPARED}
 
     def segmenter(self, kind: str, masks: WithMasks) -> Segmenter:
-        """Return the segmentation network trained on masks, and the scores of what it predicts for test images."""
+        """Return the segmentation network trained on masks, and what it scores on the images of `evaluation`."""
         name, settings = kind.replace(" ", "-"), self.settings
         recipe = settings.recipe("segmenter", self.host.classifier)
         model, _ = fit(self.run, f"segmenter-{name}-{self.host.number}", recipe, masks, progress=False)
         size = settings.segmenter_size if settings.resize else None
         inference = Inference(image_size=size, scales=settings.test_scales)
-        scores = self.measured(f"segmentation-{name}", score_model, model, self.host.splits.test, inference)[0]
+        scores = self.measured(f"segmentation-{name}", score_model, model, self.host.evaluation, inference)[0]
         return Segmenter(model, inference, scores)
 
     @cached_property
