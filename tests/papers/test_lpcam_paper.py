@@ -294,7 +294,7 @@ def test_every_stage_after_the_other(run, host, base, capsys):
     settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **changes))
     pipeline = lpcam.Pipeline(run, host, base, settings)
     rows = list(pipeline.rows())
-    stages = ["seeds", "seeds, CRF", "pseudo masks", "segmentation"]
+    stages = ["seeds", "seeds, CRF", "pseudo masks", lpcam.BOUND, "segmentation"]
     assert [(row["stage"], row["map"]) for row in rows] == [
         *((stage, kind) for stage in stages for kind in lpcam.COMPARED), ("segmentation", "true masks"),
     ]  # fmt: skip
@@ -307,6 +307,11 @@ def test_every_stage_after_the_other(run, host, base, capsys):
         if (walk["damping"], walk["steps"]) == (own.walk.damping, own.walk.exp_times)
     )  # fmt: skip
     assert len(own.pseudo_masks) == len(own.labels("labels", own.around)) == 8
+    bounds = [one.bound for one in pipeline.stages.values()]
+    assert len({one.irn[1] for one in bounds}) == 1  # one IRN of the true masks
+    assert len({one.irn[1] for one in pipeline.stages.values()}) == 2
+    assert bounds[1].pseudo_masks.store.folder != own.pseudo_masks.store.folder
+    assert bounds[1].seeds == own.seeds
     capsys.readouterr()
     again = list(lpcam.Pipeline(run, host, base, settings).rows())
     assert all(line.startswith("reusing") for line in capsys.readouterr().out.splitlines())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -655,6 +655,9 @@ def _first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:
     return dataset.subset(range(min(count, len(dataset)))) if count else dataset
 
 
+BOUND = "pseudo masks, IRN of true masks"
+"""The stage `pseudo masks` of `Stages.bound`."""
+
 COMPARED = ("cam", "lpcam")
 """The kinds of maps that go all the way."""
 
@@ -740,7 +743,7 @@ class Pipeline:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""
-        for stage in ("seeds", "seeds, CRF", "pseudo masks", "segmentation"):
+        for stage in ("seeds", "seeds, CRF", "pseudo masks", BOUND, "segmentation"):
             yield from (own.row(stage) for own in self.stages.values())
         yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
 
@@ -761,10 +764,23 @@ def _row(stage: str, kind: str, images: str, threshold: float, scores: Mapping[s
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of one kind of map, each made of those before it, once per run folder."""
+    """The stages of one kind of map, each made of those before it, once per run folder.
+
+    taught_by: what IRN learns from, the kind's own seeds or the true masks, which no user has.
+    """
 
     pipeline: Pipeline
     kind: str
+    taught_by: Literal["seeds", "truth"] = "seeds"
+
+    @property
+    def bound(self) -> Stages:
+        """The same maps, walking in the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
+        return replace(self, taught_by="truth")
+
+    @property
+    def _name(self) -> str:
+        return self.kind if self.taught_by == "seeds" else f"{self.kind}-{self.taught_by}"
 
     @cached_property
     def maps(self) -> tuple[Store, ...]:
@@ -790,9 +806,12 @@ class Stages:
 
     @cached_property
     def irn(self) -> tuple[IRN, Path]:
-        """IRN trained on the labels `around` the seeds' threshold, and its folder."""
-        own, labels = self.pipeline, self.labels("labels", self.around)
+        """IRN trained on the labels `around` the seeds' threshold (or on true masks), and its folder."""
+        own = self.pipeline
         recipe = own.settings.recipe("irn", own.host.classifier)
+        if self.taught_by == "truth":  # the same for every kind of map
+            return fit(own.run, f"irn-truth-{own.host.number}", recipe, own.true_masks, progress=False)
+        labels = self.labels("labels", self.around)
         return fit(own.run, f"irn-{self.kind}-{own.host.number}", recipe, labels, progress=False)
 
     @cached_property
@@ -802,7 +821,7 @@ class Stages:
         for damping in own.settings.dampings:
             config = self.around.model_copy(update={"damping": damping})
             arguments = (self.irn[0], self.maps[1], own.tune, config, own.settings.steps, own.settings.walk_size)
-            rows += own.measured(f"walks-{self.kind}", score_walks, *arguments)
+            rows += own.measured(f"walks-{self._name}", score_walks, *arguments)
         return rows
 
     @cached_property
@@ -817,7 +836,7 @@ class Stages:
         """The training images with the masks of the maps that walked; `store` holds these maps, too."""
         own = self.pipeline
         arguments = (self.irn[0], self.maps[0], own.train, self.walk, own.settings.walk_size)
-        return own.masks(f"pseudo-{self.kind}", write_pseudo_masks, *arguments)
+        return own.masks(f"pseudo-{self._name}", write_pseudo_masks, *arguments)
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -827,8 +846,10 @@ class Stages:
     def row(self, stage: str) -> dict[str, Any]:
         """Return the scores of a stage, with the threshold of its masks and the images that it is scored on.
 
-        stage: `seeds`, `seeds, CRF` (IRN's labels without a margin), `pseudo masks` or `segmentation`.
+        stage: `seeds`, `seeds, CRF` (IRN's labels without a margin), `pseudo masks`, `BOUND` or `segmentation`.
         """
+        if stage == BOUND:
+            return {**self.bound.row("pseudo masks"), "stage": stage}
         if stage == "segmentation":
             return _row(stage, self.kind, "test", np.nan, self.segmenter.scores)
         threshold, scores = self.seeds["threshold"], self.seeds
@@ -837,7 +858,7 @@ class Stages:
             scores = self.pipeline.measured(f"scores-crf-{self.kind}", score_masks, masks)[0]
         elif stage == "pseudo masks":
             threshold = self.walk.mask_background
-            scores = self.pipeline.measured(f"scores-pseudo-{self.kind}", score_masks, self.pseudo_masks)[0]
+            scores = self.pipeline.measured(f"scores-pseudo-{self._name}", score_masks, self.pseudo_masks)[0]
         return _row(stage, self.kind, "train", threshold, scores)
 
 
