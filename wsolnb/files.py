@@ -47,6 +47,15 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.normpath(repository_root() / Path(path).expanduser()))
 
 
+def within(root: str | os.PathLike[str], path: str) -> Path:
+    """Return a relative path inside of a data set's folder where a file lies there, else as `resolve`.
+
+    So a list of images is found beside the data, wherever they lie.
+    """
+    inside = resolve(root) / path
+    return inside if root and inside.is_file() else resolve(path)
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part of it.
 

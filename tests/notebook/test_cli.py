@@ -44,6 +44,24 @@ def test_parameters_are_listed(repository):
     assert lines[4].endswith("folder of photographs")
 
 
+def test_a_plan_says_what_is_missing_and_nothing_runs(repository, monkeypatch):
+    monkeypatch.setattr(pipeline, "_execute", lambda *args: 1 / 0)
+    done = wsolnb("plan", "-p", "lr=0.5")
+    assert (done.exit_code, done.output.splitlines()[-1]) == (0, "nothing is missing")
+    assert "    lr: 0.5" in done.output
+    lacks = pipeline.preflight.Finding("01_data", "there is no x", "give another")
+    monkeypatch.setattr(pipeline.preflight, "look", lambda *_: [lacks, lacks._replace(fatal=False, remedy="")])
+    done = wsolnb("plan")
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-3:] == [
+        "missing: 01_data: there is no x", "    give another", "note: 01_data: there is no x",
+    ]  # fmt: skip
+    refused = wsolnb("reproduce")
+    assert refused.exit_code == 2
+    assert "nothing was started: 1 thing is missing" in refused.output
+    assert not (repository.root / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

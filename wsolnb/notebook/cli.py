@@ -65,6 +65,34 @@ def reproduce(
 
 
 @app.command()
+def plan(
+    profile: Profile = "mini",
+    parameter: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NOTEBOOK", help="as of `reproduce`")] = None,
+    outputs: Outputs = "outputs",
+) -> None:
+    """Tell what `reproduce` would run, and what is missing for it: data, files, weights, packages, device, disk.
+
+    Nothing is run. Ends with 0 when nothing is missing, with 1 when something is.
+    """
+    from wsolnb.notebook import pipeline
+
+    steps = pipeline.plan(profile, parameter or (), only or (), outputs)
+    for step in steps:
+        typer.echo("  after ".join(filter(None, (step.notebook, ", ".join(step.needs)))))
+        for name, value in step.parameters.items():
+            typer.echo(f"    {name}: {value}")
+    found = pipeline.missing(steps, profile, outputs)
+    for one in found:
+        typer.echo(f"{'missing' if one.fatal else 'note'}: {one.notebook}: {one.text}")
+        if one.remedy:
+            typer.echo(f"    {one.remedy}")
+    if not found:
+        typer.echo("nothing is missing")
+    raise typer.Exit(int(any(one.fatal for one in found)))
+
+
+@app.command()
 def status(profile: Profile = "mini", parameter: Overrides = None, outputs: Outputs = "outputs") -> None:
     """Tell what `reproduce` would run or train again, and why. Ends with 0 when all is fresh, with 1 when not."""
     from wsolnb.notebook import pipeline

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ValidationError
 from wsolnb import files, keys
 from wsolnb.errors import ParameterError, WsolnbError, nearest
 from wsolnb.files import repository_root, resolve, to_json, write_atomically
-from wsolnb.notebook import params, runs
+from wsolnb.notebook import params, preflight, runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +63,7 @@ class Step(BaseModel, extra="forbid", strict=True):
 
 class _File(BaseModel, extra="forbid", strict=True):
     steps: list[Step]
+    gpu: bool = False  # the profile is made for one
 
 
 # What to run
@@ -123,16 +124,33 @@ def plan(
     return steps
 
 
-def _ordered(folder: Path) -> list[Step]:
-    """Return the steps of a profile so that each comes after those it needs, and otherwise in the order of the file."""
+def missing(
+    steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
+) -> list[preflight.Finding]:
+    """Return what the steps of a profile (`plan`) need and is not there, as `preflight.look`."""
+    declared = {step.notebook: params.notebook_parameters(step.notebook) for step in steps}
+    values = {
+        step.notebook: {name: one.default for name, one in declared[step.notebook].items()} | step.parameters
+        for step in steps
+    }
+    return preflight.look(values, run_folder(profile, outputs), _read(repository_root() / "params" / profile).gpu)
+
+
+def _read(folder: Path) -> _File:
     path = folder / "pipeline.yaml"
     try:
-        steps = _File.model_validate(params.load_parameter_file(path)).steps
+        return _File.model_validate(params.load_parameter_file(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         remedy = "write a list `steps:` of `{notebook: ..., needs: [...], parameters: {...}}`"
         raise ParameterError(f"{path}, {where}: {first['msg']}", remedy) from None
+
+
+def _ordered(folder: Path) -> list[Step]:
+    """Return the steps of a profile so that each comes after those it needs, and otherwise in the order of the file."""
+    path = folder / "pipeline.yaml"
+    steps = _read(folder).steps
     names = [step.notebook for step in steps]
     for step in steps:
         if names.count(step.notebook) > 1:
@@ -208,6 +226,7 @@ def reproduce(
 
     Raises:
         ParameterError: as `plan`, or for fewer jobs than one, before anything is executed.
+        preflight.Missing: data, files, weights, packages or a device that a step needs are not there; likewise.
         RunError: the run folder cannot be written.
     """
     steps = plan(profile, overrides, only, outputs)
@@ -215,6 +234,7 @@ def reproduce(
         raise ParameterError(f"{jobs} notebooks at once", "give `--jobs` 1 or more")
     forced = (_stems(only) or {step.notebook for step in steps}) if force else set()
     folder = run_folder(profile, outputs)
+    preflight.report(missing(steps, profile, outputs), _say)
     runs.start("pipeline", {}, folder)
     token = uuid.uuid4().hex
     with runs.locked(folder / ".lock", f"running in {folder}", token) as lock:

@@ -36,7 +36,7 @@ from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
 from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError
-from wsolnb.files import resolve
+from wsolnb.files import resolve, within
 from wsolnb.maps import upsample
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
@@ -102,7 +102,7 @@ class Classifier(TrainingSettings, DataSettings):
         published = self._open("train")
         rest, chosen = hold_out(published.labels, HELD_OUT, self.seed)
         val = published.subset(chosen)
-        train = self._open("train", sbd_list=resolve(self.train_list)) if self.train_list else published
+        train = self._open("train", sbd_list=within(self.data_root, self.train_list)) if self.train_list else published
         kept = [index for index, name in enumerate(train.image_ids) if name not in set(val.image_ids)]
         return Splits(train.subset(kept), val, published.subset(rest))
 
