@@ -106,6 +106,53 @@ def test_crowds(coco):
         COCO(coco, "trainval", crowd="ignored")
 
 
+def test_a_box_without_a_segmentation_is_not_counted(coco):
+    def edit(content):
+        content["annotations"][0]["segmentation"] = []  # the large box, behind the small object
+
+    change(coco, edit)
+    sample = open_dataset("coco", coco, "trainval")[3]
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[2:8, 2:10] = 255
+    expected[4:6, 4:6] = 3
+    np.testing.assert_array_equal(sample.mask, expected)
+    np.testing.assert_array_equal(sample.boxes, [[2, 2, 10, 8], [4, 4, 6, 6]])
+    change(coco, lambda c: c["annotations"][0].update(bbox=[-3, 2.5, 30, 1], area=30))
+    expected[2:8, 2:10] = 0
+    expected[2:4] = 255
+    expected[4:6, 4:6] = 3
+    np.testing.assert_array_equal(open_dataset("coco", coco, "trainval").read(3).mask, expected)
+
+
+def test_images_of_one_name_in_two_folders(coco):
+    def edit(content):
+        for image, name in zip(content["images"], ("a/0001.jpg", "b/0001.jpg"), strict=False):
+            image["file_name"] = name
+
+    for folder in "ab":
+        (coco / "train2014" / folder).mkdir()
+        pixels = np.full((HEIGHT, WIDTH, 3), ord(folder), np.uint8)
+        Image.fromarray(pixels).save(coco / "train2014" / folder / "0001.jpg")
+    change(coco, edit)
+    dataset = open_dataset("coco", coco, "trainval")
+    assert {"a/0001", "b/0001"} <= set(dataset.image_ids)
+    for name in ("a/0001", "b/0001"):
+        image = dataset.read(dataset.image_ids.index(name), truth=False).image
+        assert abs(int(image.mean()) - ord(name[0])) < 2
+    change(coco, lambda content: content["images"][1].update(file_name="a/0001.png"))
+    with pytest.raises(DataError, match="coco trainval has two images of the id 'a/0001'"):
+        open_dataset("coco", coco, "trainval")
+
+
+def test_the_size_that_the_annotations_state(coco):
+    change(coco, lambda content: [image.update(height=2 * HEIGHT, width=2 * WIDTH) for image in content["images"]])
+    dataset = open_dataset("coco", coco, "trainval")
+    with pytest.raises(DataError, match=r"is 20x12, .*instances_train2014.json says 40x24") as error:
+        dataset[0]
+    assert "not resized copies" in error.value.remedy
+    assert dataset.read(0, truth=False).size == (HEIGHT, WIDTH)
+
+
 def test_splits(coco):
     assert COCO(coco, "test").image_ids == ("COCO_val2014_000000000020",)
     both = COCO(coco, "test", empty=True)

@@ -202,6 +202,35 @@ class TestCUB:
         with pytest.raises(DataError, match=r"the box 30, 3, 35, 8 lies outside of .*Gull_0004\.jpg \(20x12\)"):
             CUB(cub, "test")[0]
 
+    def test_a_box_that_leaves_the_image_is_cut_off_and_told_once(self, cub):
+        from wsolnb.data import base
+
+        base._TOLD.clear()
+        boxes = {1: "-9 3 12 4", 2: "3 3 5 5", 3: "-0.5 3 5 5"}  # x, y, width, height
+        write(cub / "bounding_boxes.txt", *(f"{i} {boxes.get(i, '15 2 30 40')}" for i in range(1, 13)))
+        dataset = CUB(cub, "trainval")
+        with pytest.warns(
+            UserWarning, match="cub: the box .* leaves .*it is cut off, as are all others that do"
+        ) as told:
+            found = [dataset[i].boxes[0].tolist() for i in range(len(dataset))]
+        assert len([one for one in told if "is cut off" in str(one.message)]) == 1
+        by_id = dict(zip(dataset.image_ids, found, strict=True))
+        raw = {1: [0, 3, 3, 7], 2: [3, 3, 8, 8], 3: [-0.5, 3, 4.5, 8]}  # within a pixel: rounding, left as it is
+        order = [line.split() for line in (cub / "images.txt").read_text().splitlines()]
+        for number, name in order:
+            image_id = name.removesuffix(".jpg")
+            if image_id in by_id:
+                assert by_id[image_id] == raw.get(int(number), [15, 2, WIDTH, HEIGHT])
+        assert len(by_id) == 8
+
+    def test_an_image_that_is_listed_twice(self, cub):
+        path = cub / "images.txt"
+        lines = path.read_text().splitlines()
+        first, second = (line.split()[1] for line in lines[:2])
+        path.write_text("\n".join(lines).replace(second, first) + "\n")
+        with pytest.raises(DataError, match=r"cub trainval has two images of the id '.*' \(1 such ids\)"):
+            open_dataset("cub", cub, "trainval")
+
     def test_unknown_split_names_the_nearest(self, cub):
         with pytest.raises(ParameterError, match="did you mean 'train'"):
             CUB(cub, "trian")
@@ -246,8 +275,8 @@ def voc(tmp_path) -> Path:
     for i, (name, entries) in enumerate(objects.items()):
         write_image(root / "JPEGImages" / f"{name}.jpg", seed=i)
         write(root / "Annotations" / f"{name}.xml", voc_xml(*entries))
-    for name in "abc":
-        mask = block(2, 6, 3, 8, 3)
+    for name, value in {"a": 3, "b": 12, "c": 20}.items():
+        mask = block(2, 6, 3, 8, value)
         mask[6, 3:8] = 255
         mask[8, 8] = 20
         write_mask(root / "SegmentationClass" / f"{name}.png", mask, palette=True)
@@ -288,10 +317,64 @@ class TestVOC:
         dataset = VOC(voc, "train", image_set="Main")
         assert [dataset[i].mask is None for i in range(3)] == [False, False, True]
 
+    @pytest.mark.parametrize("mode", ["RGB", "1", "RGBA"])
+    def test_masks_in_colour_or_of_one_bit_name_no_class(self, voc, mode):
+        path = voc / "SegmentationClass" / "a.png"
+        Image.fromarray(block(2, 6, 3, 8, 3)).convert(mode).save(path)
+        with pytest.raises(
+            DataError, match=f"a.png is no picture of palette indices or grey values .its mode is {mode}"
+        ):
+            VOC(voc, "train")[0]
+        assert VOC(voc, "train").read(0, truth=False).mask is None
+
+    def test_masks_of_objects_are_told_from_masks_of_classes(self, voc):
+        path = voc / "SegmentationClass" / "a.png"
+        write_mask(path, block(2, 6, 3, 8, 1), palette=True)  # the first object, or an aeroplane
+        with pytest.raises(DataError, match=r"a.png shows aeroplane, .*a.xml names bird, person") as error:
+            VOC(voc, "train")[0]
+        assert "SegmentationObject" in error.value.remedy
+        write_mask(path, np.maximum(block(2, 6, 3, 8, 1), block(8, 9, 8, 9, 15)), palette=True)
+        assert set(np.unique(VOC(voc, "train")[0].mask)) == {0, 1, 15}  # one of them is named: a slip of an annotator
+
+    def test_the_size_that_the_annotations_state(self, voc):
+        path = voc / "Annotations" / "a.xml"
+        whole = path.read_text()
+
+        def state(width, height):
+            size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+            path.write_text(whole.replace("</annotation>", f"{size}</annotation>"))
+            return VOC(voc, "train")
+
+        assert state(WIDTH, HEIGHT)[0].size == (HEIGHT, WIDTH)
+        resized = state(2 * WIDTH, 2 * HEIGHT)
+        with pytest.raises(DataError, match=r"a.jpg is 20x12, .*a.xml says 40x24"):
+            resized[0]
+        assert resized.read(0, truth=False).size == (HEIGHT, WIDTH)  # training needs no truth
+        with pytest.raises(DataError, match=r"a\.xml states the size x x 3"):
+            state("x", 3)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_photograph_is_turned_only_where_the_annotations_are_of_the_turned_one(self, voc, orientation):
+        path = voc / "JPEGImages" / "a.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        pixels = write_image(path)
+        Image.fromarray(pixels).save(path, "PNG", exif=exif)
+        xml = (voc / "Annotations" / "a.xml").read_text()
+        assert np.array_equal(VOC(voc, "train").read(0, truth=False).image, pixels)
+        size = f"<size><width>{HEIGHT}</width><height>{WIDTH}</height></size>"
+        (voc / "Annotations" / "a.xml").write_text(xml.replace("</annotation>", f"{size}</annotation>"))
+        turned = {
+            5: pixels.transpose(1, 0, 2), 6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).transpose(1, 0, 2),
+            8: np.rot90(pixels),
+        }  # fmt: skip
+        found = VOC(voc, "train").read(0, truth=False).image
+        assert np.array_equal(found, turned.get(orientation, pixels))
+
     def test_extensions(self, voc):
         write(voc / "class_names.txt", "bird", "person", "dog", "cat")
-        for name in "ab":
-            write_mask(voc / "SegmentationClass" / f"{name}.png", block(2, 6, 3, 8, 4))
+        for name, value in {"a": 2, "b": 4}.items():
+            write_mask(voc / "SegmentationClass" / f"{name}.png", block(2, 6, 3, 8, value))
             write_mask(voc / "PartMaps" / f"{name}.png", block(2, 6, 3, 8, 2))
         dataset = VOC(voc, "train")
         assert dataset.class_names == ("bird", "person", "dog", "cat")

@@ -23,6 +23,7 @@ from wsolnb.data.transforms import (
     shift,
 )
 from wsolnb.errors import ParameterError
+from wsolnb.metrics import box_iou
 
 BACK, FORE = (40, 90, 30), (220, 20, 160)
 
@@ -172,6 +173,17 @@ class TestMechanism:
         for result in (resize(empty, (5, 5)), crop(empty, 1, 1, (3, 3)), flip(empty), shift(empty, 1, 1)):
             assert result.boxes.shape == (0, 4)
             assert result.box_labels.shape == (0,)
+
+    def test_the_centre_crop_keeps_a_lost_box_as_a_miss(self):
+        sample = Sample(
+            np.zeros((64, 64, 3), np.uint8), "x", (0,), np.array([[0.0, 0, 6, 6], [0, 0, 40, 40]]), np.zeros(2, int)
+        )
+        found = ResizeCenterCrop(64, 48)(sample)
+        np.testing.assert_array_equal(found.boxes, [[0, 0, 0, 0], [0, 0, 32, 32]])
+        assert len(found.box_labels) == 2
+        assert len(ResizeRandomCrop(64, 48)(sample, np.random.default_rng(1)).boxes) == 1  # training asks for no miss
+        every = np.array([[x, y, x + w, y + w] for x in range(0, 48, 8) for y in range(0, 48, 8) for w in (1, 8, 48)])
+        assert box_iou(every.astype(float), found.boxes[:1]).max() <= 0.25  # pixels count: far below any demand
 
     @pytest.mark.parametrize(("top", "left", "size"), [(-1, 0, (5, 5)), (0, 6, (5, 5)), (0, 0, (11, 5))])
     def test_crop_outside_of_the_image(self, top, left, size):

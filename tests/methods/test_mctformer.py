@@ -109,3 +109,8 @@ def test_refinement_and_loss_by_loops():
     loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n != "backbone.vit.cls_token")
     assert isinstance(model.head, nn.Conv2d)
+    for labels in ([2, 0], [1, 1, 2]):  # of single-label data sets; also as many images as there are classes
+        images = torch.randn(len(labels), 3, 32, 32)
+        rows = torch.tensor([[float(c == label) for c in range(3)] for label in labels])
+        by_index = model.loss(model, {"image": images, "label": torch.tensor(labels)})
+        assert float(by_index) == float(model.loss(model, {"image": images, "label": rows}))

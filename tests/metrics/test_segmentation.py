@@ -181,3 +181,21 @@ def test_seeds_refuse():
         metric.update(maps, [0, 1], mask[1:])
     with pytest.raises(MapError, match="no pixel"):
         metric.compute()
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_without_an_object_score_nothing(value):
+    mask = np.zeros((4, 4), np.uint8)
+    mask[1:3, 1:3] = value
+    scores, seeds = SegmentationScores(2), SeedScores(2, [0.5])
+    scores.update(np.zeros((4, 4), np.uint8), mask)
+    seeds.update(np.zeros((1, 4, 4), np.float32), [0], mask)
+    for one in (scores, seeds):
+        with pytest.raises(MapError, match="no mask has a pixel of an object") as error:
+            one.compute()
+        assert "255 is not counted" in error.value.remedy
+    mask[0, 0] = 1
+    scores.update(np.zeros((4, 4), np.uint8), mask)
+    seeds.update(np.zeros((1, 4, 4), np.float32), [0], mask)
+    assert scores.compute().miou < 1
+    assert seeds.compute().at(0.5).miou < 1

@@ -183,6 +183,24 @@ def test_values_of_another_type_are_errors_that_show_both(repository, name, valu
         ("head_lr: float | None = None", [None, 1e-9], [0.0, float("nan")], "above 0"),
         ("rates: list[float] = [0.1]", [[0.2]], [[0.2, 0.0]], "above 0"),
         ("body_cue: float = 0.2", [0.0, 1.0], [-0.1, 1.1], "0 to 1"),
+        (
+            "long_side: list[int] = []",
+            [[], [300, 400], [300, 300]],
+            [[300], [400, 300], [1, 2, 3]],
+            "empty, or a range: two numbers, the smaller one first",
+        ),
+        (
+            "irn_scale: list[float] = []",
+            [[], [0.5, 1.5]],
+            [[1.5, 0.5]],
+            "empty, or a range: two numbers, the smaller one first",
+        ),
+        (
+            "betas: tuple[float, float] = (0.9, 0.98)",
+            [(0.9, 0.999), (0.0, 0.5)],
+            [(0.9, 1.5), (-0.1, 0.9), (0.9, 1.0)],
+            "0 or more and below 1",
+        ),
     ],
 )
 def test_a_value_out_of_the_range_of_its_name_is_an_error(repository, declaration, good, wrong, allowed):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsolnb.data import aviary, transforms
+from wsolnb.data import Sample, aviary, transforms
 from wsolnb.data.aviary import AviaryConfig
 from wsolnb.errors import MapError
 from wsolnb.methods.base import LocalizationModel
@@ -134,3 +134,20 @@ def test_centre_box_is_the_best_of_all_sizes(splits):
             best = max(best, hits / 12)
     assert score == pytest.approx(best)
     assert evaluation.box_accuracy(box, samples) == score
+
+
+def test_an_image_whose_box_is_cropped_away_is_a_miss_and_counts():
+    crop = transforms.ResizeCenterCrop(64, 32)
+    boxes = [[16, 16, 48, 48], [0, 0, 10, 10], [20, 20, 44, 44], [50, 0, 64, 12]]
+    found = []
+    for number, box in enumerate(boxes):
+        sample = Sample(np.zeros((64, 64, 3), np.uint8), str(number), (0,), np.array([box], float), np.array([0]))
+        maps = {"whole": np.ones((32, 32), np.float32)}
+        logits = np.array([1.0, 0.0] if number % 2 == 0 else [0.0, 1.0])
+        found.append(evaluation.Prediction(crop(sample), logits, logits.argsort()[::-1], maps))
+    scores = evaluation.score(found)
+    row = scores.table(scores)[0]
+    assert row["images"] == 4
+    assert row["top1"] == 0.5  # of all images, not of the two whose box is seen
+    assert row["gt_known"] == 0.5  # the whole crop is right for the first and the third
+    assert scores.v1["whole"].images == 4

@@ -53,6 +53,13 @@ def test_fit_trains_once_and_finds_its_artefact_again(splits, capsys):
     assert other != folder
 
 
+def test_fewer_images_than_a_batch_are_told_before_weights_are_looked_for(splits, monkeypatch):
+    monkeypatch.setattr(Recipe, "build", lambda *_: 1 / 0)
+    for recipe in (small(batch_size=17), small(images=7)):
+        with pytest.raises(ParameterError, match=r"training images make no batch of (17|8)"):
+            fit("cam-0", recipe, splits)
+
+
 def test_other_weights_to_start_from_make_another_artefact(root, splits):
     torch.manual_seed(0)
     backbone = create_backbone("resnet_mini", output_stride=16).resnet

@@ -90,7 +90,8 @@ def _read(path: Path) -> Any:
             told = f"beside its tensors it holds {refused[1]}, which would run code"
             remedy = (
                 f"where you trust the file, save its tensors without {refused[1]}: "
-                "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
+                "content = torch.load(path, weights_only=False); torch.save(content[KEY], new_path), where KEY is that "
+                "of the tensors, such as 'model', 'state_dict' or 'teacher'"
             )
         raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
 
@@ -100,7 +101,7 @@ def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Mapping):
         for name, value in content.items():
             yield from _tensors(value, f"{before}.{name}" if before else str(name))
-    elif isinstance(content, Tensor):
+    elif isinstance(content, Tensor) and before:
         yield before, content
 
 

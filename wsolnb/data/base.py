@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
 from wsolnb.errors import DataError, ParameterError, check_choice
@@ -21,6 +22,13 @@ Columns = Mapping[str, Callable[[str], Any]]
 
 PARTS = (CONTEXT, DISCRIMINATIVE, REST)
 """Values of a part map."""
+
+
+class Stated(NamedTuple):
+    """The size (height, width) that annotations give for an image, and the file that says so."""
+
+    size: tuple[int, int]
+    source: Path
 
 
 class LocalizationDataset(ABC):
@@ -107,17 +115,45 @@ class FolderDataset(LocalizationDataset):
     remedy: str
 
     def read(self, index: int, truth: bool = True) -> Sample:
-        """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image."""
-        path = self.image_path(index)
-        sample = Sample(read_image(path, self.remedy), self.image_ids[index], self.labels[index])
+        """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image.
+
+        A box that leaves the image by more than a pixel is cut off at its border, and the first one is told.
+        Raises DataError for an image of another size than the annotations state, and for a box wholly outside.
+        """
+        path, stated = self.image_path(index), self.stated(index)
+        image = read_image(path, self.remedy, stated.size if stated else None)
+        sample = Sample(image, self.image_ids[index], self.labels[index])
         if truth:
-            self.annotate(index, sample)
             height, width = sample.size
-            for x0, y0, x1, y1 in sample.boxes:
-                if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
-                    box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
-                    raise self.problem(f"the box {box} lies outside of {path} ({width}x{height})")
+            if stated and stated.size != sample.size:
+                problem = f"{path} is {width}x{height}, {stated.source} says {stated.size[1]}x{stated.size[0]}"
+                raise self.problem(problem, "give the images that the annotations were made for, not resized copies")
+            self.annotate(index, sample)
+            sample.boxes = self._inside(path, sample)
         return sample
+
+    def stated(self, index: int) -> Stated | None:
+        """Return the size that the annotations give for image `index`; None where they give none."""
+        return None
+
+    def _inside(self, path: Path, sample: Sample) -> np.ndarray:
+        """Return the boxes of a sample, those that leave it by more than a pixel cut off at its border."""
+        (height, width), boxes = sample.size, np.asarray(sample.boxes, np.float64).reshape(-1, 4)
+        for x0, y0, x1, y1 in boxes:
+            if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
+                box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
+                raise self.problem(f"the box {box} lies outside of {path} ({width}x{height})")
+        leaves = (boxes < -1).any(axis=1) | (boxes > np.array([width, height] * 2) + 1).any(axis=1)
+        if not leaves.any():
+            return sample.boxes
+        if (place := (self.name, str(self.root))) not in _TOLD:  # once for a data set
+            _TOLD.add(place)
+            box = ", ".join(f"{value:g}" for value in boxes[leaves][0])
+            told = (
+                f"{self.name}: the box {box} leaves {path} ({width}x{height}); it is cut off, as are all others that do"
+            )
+            warnings.warn(told, stacklevel=3)
+        return np.where(leaves[:, None], np.clip(boxes, 0, [width, height] * 2), boxes)
 
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
         """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`).
@@ -216,8 +252,11 @@ class FolderDataset(LocalizationDataset):
             raise self.problem(f"{path} lacks {min(lacking)!r}, which {other} has ({len(lacking)} in all)")
 
     def label_map(self, path: Path, size: tuple[int, int], allowed: Iterable[int] = PARTS) -> np.ndarray:
-        """Return a mask file (by default of parts) as `read_mask` does; DataError for values that are not allowed."""
-        values = read_mask(path, self.remedy, size)
+        """Return a mask file (by default of parts) as `read_mask` does.
+
+        Raises DataError for values that are not allowed, and for pictures in colour or of one bit, which name no class.
+        """
+        values = read_mask(path, self.remedy, size, ("P", "L"))
         known = np.zeros(256, bool)
         known[list(allowed)] = True
         odd = ~known[values]
@@ -274,6 +313,10 @@ def number(text: str) -> float:
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+_TOLD: set[tuple[str, str]] = set()
+"""Data sets (name, folder) of which this process has said that boxes are cut off."""
+
+
 def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     if not path.exists():
         raise DataError(f"missing: {path}", remedy)
@@ -284,21 +327,39 @@ def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Imag
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
 
-def read_image(path: Path, remedy: str) -> np.ndarray:
+def read_image(path: Path, remedy: str, stated: tuple[int, int] | None = None) -> np.ndarray:
     """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
 
     The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files); grey,
-    palette and CMYK images are converted, transparency is dropped.
+    palette and CMYK images are converted, transparency is dropped. Pixels are taken as they are stored, whatever
+    orientation the file asks for (EXIF): published annotations are of these. Only where annotations state a size
+    (height, width) that the turned image has, and the stored one has not, the image is turned.
     """
-    return _decode(path, remedy, lambda image: image.convert("RGB"))
+
+    def convert(image: Image.Image) -> Image.Image:
+        if stated and image.size[::-1] != stated and (turned := ImageOps.exif_transpose(image)).size[::-1] == stated:
+            image = turned
+        return image.convert("RGB")
+
+    return _decode(path, remedy, convert)
 
 
-def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_mask(
+    path: Path, remedy: str, size: tuple[int, int] | None = None, modes: Sequence[str] | None = None
+) -> np.ndarray:
     """Return a palette or grey mask file as (H, W) uint8 of its stored values.
 
-    size: (height, width) that the mask must have. Raises DataError when it is missing, damaged or of another size.
+    size: (height, width) that the mask must have. modes: of Pillow that it may have; None: others become grey.
+    Raises DataError when it is missing, damaged, of another size or of another mode.
     """
-    mask = _decode(path, remedy, lambda image: image if image.mode in ("P", "L") else image.convert("L"))
+
+    def convert(image: Image.Image) -> Image.Image:
+        if modes and image.mode not in modes:
+            problem = f"{path} is no picture of palette indices or grey values (its mode is {image.mode})"
+            raise DataError(problem, "save the class of each pixel as a palette index: a PNG of mode P or L")
+        return image if image.mode in ("P", "L") else image.convert("L")
+
+    mask = _decode(path, remedy, convert)
     if size is not None and mask.shape != tuple(size):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}", remedy)
     return mask

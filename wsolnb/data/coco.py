@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
-from wsolnb.data.base import FolderDataset, number
+from wsolnb.data.base import FolderDataset, Stated, number
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.errors import check_choice
 
@@ -31,7 +32,9 @@ class COCO(FolderDataset):
 
     Classes are the categories of the annotation file by ascending id (which has gaps). Boxes are the published
     `x, y, x + w, y + h`. Masks: 0 background, class index + 1; larger instances are painted first, so that what is
-    small, and mostly in front, stays visible; a pixel belongs to a polygon if its centre does.
+    small, and mostly in front, stays visible; a pixel belongs to a polygon if its centre does. Of an object with a box
+    alone (`segmentation` empty) the box is 255. The id of an image is its file name without the ending, folders in
+    front of it kept.
 
     The annotations of 2014's train part take about 2 GB of memory while they are read.
     Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split or option.
@@ -78,7 +81,8 @@ class COCO(FolderDataset):
             raise self.problem(f"the split {split!r} of {self._file} has no image")
         keys, self.labels = [keys[i] for i in chosen], tuple(labels[i] for i in chosen)
         self._names = tuple(str(self._get(images[key], "file_name", str)) for key in keys)
-        self.image_ids = tuple(Path(name).stem for name in self._names)
+        self.image_ids = tuple(PurePosixPath(name).with_suffix("").as_posix() for name in self._names)
+        self._sizes = [tuple(images[key].get(side) for side in ("height", "width")) for key in keys]
         fields = ("bbox", "segmentation", "iscrowd", "area")
         self._objects = [
             [(order[a["category_id"]], *(a.get(name) for name in fields)) for a in objects[key]] for key in keys
@@ -103,6 +107,10 @@ class COCO(FolderDataset):
         """Return the file of image `index`."""
         return self._images / self._names[index]
 
+    def stated(self, index: int) -> Stated | None:
+        """Return the size that the annotations give for image `index`."""
+        return Stated(self._sizes[index], self._file) if all(self._sizes[index]) else None
+
     def annotate(self, index: int, sample: Sample) -> None:
         """Add boxes and the semantic mask."""
         boxes, labels, painted = [], [], []
@@ -116,13 +124,17 @@ class COCO(FolderDataset):
             if not crowd:  # the box of a crowd is of no object
                 boxes.append((x, y, x + width, y + height))
                 labels.append(label)
+            value = IGNORE if crowd and self._crowd == "ignore" else label + 1
             try:
                 region = decode_segmentation(shape, sample.size)
             except ValueError as error:
                 raise self.problem(f"{where} has a segmentation that {error}") from error
-            value = IGNORE if crowd and self._crowd == "ignore" else label + 1
-            # Crowds first: single objects in front of them are known.
-            painted.append((not crowd, -area, value, region))
+            if shape == []:  # a box alone: which of its pixels are the object's nobody knows
+                value = IGNORE
+                rows, columns = (slice(max(0, int(a)), math.ceil(a + n)) for a, n in ((y, height), (x, width)))
+                region[rows, columns] = True
+            # Boxes alone and crowds first: single objects in front of them are known.
+            painted.append((not crowd and shape != [], -area, value, region))
         sample.boxes = np.array(boxes, np.float64).reshape(-1, 4)
         sample.box_labels = np.array(labels, np.int64)
         sample.mask = np.zeros(sample.size, np.uint8)

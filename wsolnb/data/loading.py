@@ -114,6 +114,12 @@ class EpochLoader(DataLoader):
         self.sampler.set_epoch(epoch)
 
 
+def check_batches(images: int, batch_size: int) -> None:
+    """Raise ParameterError where training images make no full batch."""
+    if images < batch_size:
+        raise ParameterError(f"{images} training images make no batch of {batch_size}", "lower batch_size")
+
+
 def make_loader(
     dataset: LocalizationDataset,
     transform: Transform | None,
@@ -148,8 +154,8 @@ def make_loader(
         raise ParameterError(f"the seed is {seed}", "choose 0 or more")
     if len(dataset) == 0:
         raise DataError(f"{dataset} is empty", "choose another split or subset")
-    if drop_last and len(dataset) < batch_size:
-        raise ParameterError(f"{len(dataset)} training images make no batch of {batch_size}", "lower batch_size")
+    if drop_last:
+        check_batches(len(dataset), batch_size)
     items = TransformedDataset(dataset, transform, truth, seed, mean, std)
     return EpochLoader(
         items,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,4 +50,7 @@ def open_dataset(name: str, root: str | Path | None, split: str, **options: Any)
     for option in further:
         if parameters[option].default is inspect.Parameter.empty and option not in options:
             raise ParameterError(f"{name} needs the option {option!r}", inspect.getdoc(reader) or "")
-    return reader(root=root, split=split, **options)
+    found = reader(root=root, split=split, **options)
+    if twice := [image for image, count in Counter(found.image_ids).items() if count > 1]:
+        raise DataError(f"{name} {split} has two images of the id {twice[0]!r} ({len(twice)} such ids)", reader.remedy)
+    return found

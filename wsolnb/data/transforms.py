@@ -27,22 +27,25 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 def _move(
-    sample: Sample, image: np.ndarray, rows: np.ndarray, columns: np.ndarray, boxes: np.ndarray, clip: bool
-) -> Sample:
+    sample: Sample, image: np.ndarray, rows: np.ndarray, columns: np.ndarray, boxes: np.ndarray,
+    clip: Literal["not", "drop", "keep"],
+) -> Sample:  # fmt: skip
     """Return the sample with a new image and its truth brought to the same place.
 
     rows, columns: for each row and column of the new image the one of the old image that it shows, -1 for none.
-    boxes: (n, 4), moved. clip: cut them off at the image and drop those of which nothing is left.
+    boxes: (n, 4), moved. clip: `not`, or cut them off at the image, and `drop` or `keep` those of which nothing is
+        left.
     """
-    keep = slice(None)
-    if clip:
+    kept = slice(None)
+    if clip != "not":
         boxes = np.clip(boxes, 0, (image.shape[1], image.shape[0]) * 2)
-        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    if clip == "drop":
+        kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return replace(
         sample,
         image=np.ascontiguousarray(image),
-        boxes=boxes[keep],
-        box_labels=sample.box_labels[keep],
+        boxes=boxes[kept],
+        box_labels=sample.box_labels[kept],
         mask=_take(sample.mask, rows, columns, IGNORE),
         parts=_take(sample.parts, rows, columns, CONTEXT),
     )
@@ -58,8 +61,9 @@ def _take(values: np.ndarray | None, rows: np.ndarray, columns: np.ndarray, outs
 
 
 def _window(
-    sample: Sample, top: int, left: int, size: tuple[int, int], border: int = 0, colour: Sequence[int] = ()
-) -> Sample:
+    sample: Sample, top: int, left: int, size: tuple[int, int], border: int = 0, colour: Sequence[int] = (),
+    clip: Literal["drop", "keep"] = "drop",
+) -> Sample:  # fmt: skip
     """Return the window of `size` whose first pixel is (top, left); beyond the image it shows OpenCV's `border`."""
     rows, columns = np.arange(size[0]) + top, np.arange(size[1]) + left
     around = []
@@ -68,7 +72,7 @@ def _window(
         places[(places < 0) | (places >= side)] = -1
     image = cv2.copyMakeBorder(sample.image, *around, border, value=colour) if any(around) else sample.image
     image = image[max(top, 0) :, max(left, 0) :][: size[0], : size[1]]
-    return _move(sample, image, rows, columns, sample.boxes - np.array([left, top, left, top]), clip=True)
+    return _move(sample, image, rows, columns, sample.boxes - np.array([left, top, left, top]), clip)
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
@@ -96,13 +100,14 @@ def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation =
     image = Image.fromarray(sample.image).resize((width, height), Image.Resampling[interpolation.upper()])
     # Multiplied before divided: corners that fall on whole pixels do so exactly, and protocols may truncate them.
     boxes = sample.boxes * ((width, height) * 2) / ((old_width, old_height) * 2)
-    return _move(sample, np.array(image), _nearest(old_height, height), _nearest(old_width, width), boxes, clip=False)
+    return _move(sample, np.array(image), _nearest(old_height, height), _nearest(old_width, width), boxes, "not")
 
 
-def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int], clip: Literal["drop", "keep"] = "drop") -> Sample:
     """Return the window of `size` (height, width) whose first pixel is (top, left).
 
-    Boxes are cut off at the window; a box of which nothing is left goes, with its label.
+    Boxes are cut off at the window. One of which nothing is left goes, with its label (`drop`), or stays as a box
+    without an area, which no prediction can hit (`keep`).
     Raises ParameterError when the window does not lie in the image.
     """
     height, width = size
@@ -110,7 +115,7 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
         image = f"{sample.size[1]}x{sample.size[0]} image"
         problem = f"a {width}x{height} window at ({left}, {top}) does not lie in a {image}"
         raise ParameterError(problem, "crop less, or resize to more before")
-    return _window(sample, top, left, size)
+    return _window(sample, top, left, size, clip=clip)
 
 
 def flip(sample: Sample) -> Sample:
@@ -118,7 +123,7 @@ def flip(sample: Sample) -> Sample:
     height, width = sample.size
     boxes = sample.boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1) + (width, 0, width, 0)
     columns = np.arange(width)[::-1]
-    return _move(sample, sample.image[:, ::-1], np.arange(height), columns, boxes, clip=False)
+    return _move(sample, sample.image[:, ::-1], np.arange(height), columns, boxes, "not")
 
 
 def shift(sample: Sample, down: int, right: int) -> Sample:
@@ -161,6 +166,8 @@ class Resize:
 class ResizeCenterCrop:
     """Resize, then keep the crop x crop pixels in the middle; what lies outside of them is lost to image and truth.
 
+    A box that lies outside stays, without an area: a miss, as in the published protocol. So every image counts.
+
     keep_aspect: False resizes to resize x resize, whatever the aspect ratio. True gives the shorter side `resize`
         pixels (the longer one rounded down, as torchvision does): the test protocol of LocLoc's released code. An odd
         remainder is split as torchvision splits it.
@@ -179,7 +186,7 @@ class ResizeCenterCrop:
             height, width = (self.resize * side // short for side in sample.size)
         sample = resize(sample, (height, width), self.interpolation)
         top, left = round((height - self.crop) / 2), round((width - self.crop) / 2)
-        return crop(sample, top, left, (self.crop, self.crop))
+        return crop(sample, top, left, (self.crop, self.crop), "keep")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from wsolnb.data.base import FolderDataset, number
+from wsolnb.data.base import FolderDataset, Stated, number
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.errors import DataError, check_choice
 
@@ -70,7 +70,9 @@ class VOC(FolderDataset):
                 masks = {name: path if path.exists() else None for name, path in masks.items()}
         self.require(self.root / "Annotations")
         self.image_ids, self._masks = tuple(masks), tuple(masks.values())
-        self._objects = [self._read_objects(self.root / "Annotations" / f"{name}.xml") for name in self.image_ids]
+        self._sizes: list[tuple[int, int] | None] = []
+        self._named: list[set[int]] = []
+        self._objects = [self._read_objects(self._annotations(name)) for name in self.image_ids]
         self.labels = tuple(tuple(sorted({label for label, *_ in objects})) for objects in self._objects)
 
     def _read_sbd_list(self, path: Path) -> dict[str, Path | None]:
@@ -89,19 +91,32 @@ class VOC(FolderDataset):
                 masks[name] = folder / f"{name}.png" if folder.is_dir() else None
         return masks
 
+    def _annotations(self, name: str) -> Path:
+        return self.root / "Annotations" / f"{name}.xml"
+
     def _read_objects(self, path: Path) -> list[tuple[int, float, float, float, float]]:
-        """Return (class index, x0, y0, x1, y1) of every object of an image; some published corners are fractions."""
+        """Return (class index, x0, y0, x1, y1) of every object of an image; some published corners are fractions.
+
+        Also keeps the size that the file states, and the classes that it names, those of difficult objects among them.
+        """
         try:
-            elements = ElementTree.parse(self.require(path)).getroot().findall("object")
+            root = ElementTree.parse(self.require(path)).getroot()
         except ElementTree.ParseError as error:
             raise self.problem(f"not well-formed XML: {path}: {error}") from error
+        sides = [root.findtext(f"size/{side}") for side in ("height", "width")]
+        try:
+            self._sizes.append((int(sides[0]), int(sides[1])) if all(sides) else None)
+        except ValueError as error:
+            raise self.problem(f"{path} states the size {sides[1]} x {sides[0]}") from error
+        self._named.append(set())
         objects = []
-        for element in elements:
-            if not self._difficult and element.findtext("difficult", "0").strip() == "1":
-                continue
+        for element in root.findall("object"):
             label = element.findtext("name", "").strip()
             if label not in self.class_names:
                 raise self.problem(f"{path} has an object of the unknown class {label!r}")
+            self._named[-1].add(self.class_names.index(label))
+            if not self._difficult and element.findtext("difficult", "0").strip() == "1":
+                continue
             # `bndbox` is sought among the children only: the `part` elements of a person carry boxes of their own.
             box = element.find("bndbox")
             try:
@@ -121,6 +136,11 @@ class VOC(FolderDataset):
         """Return the file of image `index`."""
         return self.root / "JPEGImages" / f"{self.image_ids[index]}.jpg"
 
+    def stated(self, index: int) -> Stated | None:
+        """Return the size that the annotations give for image `index`."""
+        size = self._sizes[index]
+        return Stated(size, self._annotations(self.image_ids[index])) if size else None
+
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the boxes, and the mask and parts where there are files of them."""
         objects = np.array(self._objects[index], dtype=np.float64).reshape(-1, 5)
@@ -128,5 +148,17 @@ class VOC(FolderDataset):
         mask = self._masks[index]
         if mask is not None:
             sample.mask = self.label_map(mask, sample.size, (*range(len(self.class_names) + 1), IGNORE))
+            if mask.parent.name == "SegmentationClass":  # the enlarged set's masks have other annotators
+                self._check_classes(mask, sample.mask, index)
         if self._has_parts:
             sample.parts = self.label_map(self.root / "PartMaps" / f"{sample.image_id}.png", sample.size)
+
+    def _check_classes(self, path: Path, mask: np.ndarray, index: int) -> None:
+        """Raise DataError when no class of a mask is named by the image's annotations: they are of something else."""
+        found = {int(value) - 1 for value in np.unique(mask) if value not in (0, IGNORE)}
+        if found and not found & self._named[index]:
+            classes, there = (", ".join(self.class_names[c] for c in sorted(s)) for s in (found, self._named[index]))
+            problem = f"{path} shows {classes}, {self._annotations(self.image_ids[index])} names {there or 'nothing'}"
+            raise self.problem(
+                problem, "give masks of classes (SegmentationClass), not of objects (SegmentationObject)"
+            )

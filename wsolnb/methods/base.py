@@ -120,6 +120,7 @@ def pick(class_maps: Tensor, classes: Tensor) -> Tensor:
         problem = f"{tuple(classes.shape)} classes for {class_maps.shape[0]} images"
         raise ParameterError(problem, "give one class index per image")
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < class_maps.shape[1]:
-        problem = f"class {int(classes.max())} asked of a model with {class_maps.shape[1]} classes"
+        odd = classes.min() if classes.min() < 0 else classes.max()
+        problem = f"class {int(odd)} asked of a model with {class_maps.shape[1]} classes"
         raise ParameterError(problem, "use 0-based classes")
     return class_maps[range(len(classes)), classes]

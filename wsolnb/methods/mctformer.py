@@ -128,8 +128,14 @@ class MCTformer(LocalizationModel):
         return [mask if mask is None else mask[repeats][:, repeats].to(device) for mask in one]
 
     def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-        """Return the sum of the multi-label losses of class tokens and of patches."""
-        output, labels = forward(batch["image"]), batch["label"].float()
+        """Return the sum of the multi-label losses of class tokens and of patches.
+
+        Labels are (B, C) of 0 and 1, or (B,) class indices of a single-label data set.
+        """
+        output, labels = forward(batch["image"]), batch["label"]
+        if labels.ndim == 1:
+            labels = F.one_hot(labels, output.token_logits.shape[1])
+        labels = labels.float()
         losses = [F.multilabel_soft_margin_loss(z.float(), labels) for z in (output.token_logits, output.patch_logits)]
         return losses[0] + losses[1]
 

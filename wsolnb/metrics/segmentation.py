@@ -107,6 +107,15 @@ def _check_range(values: np.ndarray, num_classes: int, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def _check_counted(truth: np.ndarray) -> None:
+    """Raise MapError unless pixels of some class but the background were counted; truth: (C,) of them."""
+    if not truth.any():
+        raise MapError("no pixel was counted", "call `update` first, with masks that are not 255 throughout")
+    if not truth[1:].any():
+        problem = "no mask has a pixel of an object"
+        raise MapError(problem, "masks of 0 and 255 have none, as 255 is not counted: write class index + 1")
+
+
 def _check_maps(maps: np.ndarray, classes: Sequence[int] | np.ndarray) -> None:
     """Raise MapError unless there is one map per class."""
     if not isinstance(maps, np.ndarray) or maps.ndim != 3 or len(maps) != len(classes):
@@ -141,9 +150,8 @@ class SegmentationScores:
         self.confusion += pairs.reshape(self.num_classes, -1)
 
     def compute(self) -> Segmentation:
-        """Return the scores of the images so far; MapError when no pixel was counted."""
-        if not self.confusion.any():
-            raise MapError("no pixel was counted", "call `update` first, with a mask that is not 255 throughout")
+        """Return the scores of the images so far; MapError when no pixel was counted, or none is of an object."""
+        _check_counted(self.confusion.sum(axis=1))
         return Segmentation(**_ratios(self.confusion.sum(axis=1), self.confusion.sum(axis=0), np.diag(self.confusion)))
 
 
@@ -232,9 +240,8 @@ class SeedScores:
         self._images += 1
 
     def compute(self) -> SeedSegmentation:
-        """Return the scores of the images so far; MapError when no pixel was counted."""
-        if not self._truth.any():
-            raise MapError("no pixel was counted", "call `update` first, with masks that are not 255 throughout")
+        """Return the scores of the images so far; MapError when no pixel was counted, or none is of an object."""
+        _check_counted(self._truth)
         # Pixels predicted as a class at threshold j are those whose score exceeds j + 1 thresholds or more.
         exceeding = self._pixels[:, :, ::-1].cumsum(axis=2)[:, :, ::-1][:, :, 1:]
         hits = exceeding[:, 0].T.copy()

@@ -45,11 +45,13 @@ _RULES = {
     "above 0": (ulp(0.0), inf, "*lr rates *scale *scales segmenter_power crf_colour crf_distance"),
     "0 to 1": (0, 1, "body_cue cues context_correlation tau mu_? grid_mu* floors dampings *_threshold momentum "
                      "label_smoothing"),
+    "0 or more and below 1": (0, 1 - ulp(0.5), "betas"),
     "2 to 42": (2, 42, "classes"),
     "2 or more": (2, inf, "label_radius walk_radius"),
     "32 or more": (32, inf, "image_size irn_size segmenter_size"),
     "8 to 160": (8, 160, "crf_side"),
 }  # fmt: skip
+_RANGES = "long_side irn_scale segmenter_scale"
 _FILLED = "seeds c*_seeds pair_seeds study_seeds grid_mu_? floors steps dampings dilations scales test_scales"
 
 
@@ -85,9 +87,11 @@ class Parameter:
 
     def _broken(self, value: Any) -> str:
         """Return what the name's rule allows, if the value breaks it."""
-        items = value if isinstance(value, list) else [value]
+        items = list(value) if isinstance(value, list | tuple) else [value]
         if not items and _named(self.name, _FILLED):
             return "a list of at least one value"
+        if items and _named(self.name, _RANGES) and (len(items) != 2 or items[0] > items[1]):
+            return "empty, or a range: two numbers, the smaller one first"
         rules = ((rule, ends) for rule, (*ends, names) in _RULES.items() if _named(self.name, names))
         rule, (low, high) = next(rules, ("", (-inf, inf)))
         return "" if all(low <= item <= high for item in items if isinstance(item, int | float)) else rule

@@ -338,7 +338,8 @@ def tuned_from(run: Run, name: str, backbone: nn.Module, recipe: Recipe, data: L
 
     def build(folder: Path) -> None:
         seed, transform = recipe.training.seed, recipe.train_transform()
-        loader = make_loader(data, transform, recipe.batch_size, shuffle=True, seed=seed, drop_last=True)
+        options = {"shuffle": True, "seed": seed, "drop_last": True, "mean": model.mean, "std": model.std}
+        loader = make_loader(data, transform, recipe.batch_size, **options)
         train(model, loader, recipe.training, folder, progress=False)
 
     return load_checkpoint(model, run.cached(name, build), "last").to(pick_device(recipe.training.device))

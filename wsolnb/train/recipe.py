@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from wsolnb import weights
 from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.loading import IMAGENET_MEAN, make_loader
+from wsolnb.data.loading import IMAGENET_MEAN, check_batches, make_loader
 from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve
@@ -190,6 +190,7 @@ def fit(
     Raises ParameterError for fewer images than a batch.
     """
     classes, seen = len(data.class_names), evenly(data, recipe.images or len(data))
+    check_batches(len(seen), recipe.batch_size)  # before any weights are looked for
 
     def build(folder: Path) -> None:
         model = recipe.build(classes)

@@ -139,11 +139,14 @@ def _of_stored(maps: Store, dataset: LocalizationDataset) -> SeedSegmentation:
 def image_scores(
     source: LiveFeatures, by_name: Mapping[str, Directions | None], config: LPCAMConfig, thresholds: Mapping[str, float]
 ) -> Iterator[dict[str, float]]:
-    """Yield the mean IoU of each image's seed mask, by name of the variant, at a threshold for each."""
+    """Yield the mean IoU of each image's seed mask, by name of the variant, at a threshold for each.
+
+    It is NaN for an image whose mask has no pixel of an object.
+    """
     for index, found in enumerate(variant_maps(source, by_name, config)):
         mask = class_mask(source.dataset[index], source.dataset.multi_label)
-        row = {}
-        for name, image in found.items():
+        row = dict.fromkeys(found, float("nan"))
+        for name, image in found.items() if ((mask > 0) & (mask != IGNORE)).any() else ():
             scores = SegmentationScores(len(source.class_names) + 1)
             scores.update(seed_mask(image.maps, image.classes, thresholds[name]), mask)
             row[name] = scores.compute().miou
