@@ -107,7 +107,7 @@ class Evaluation(NamedTuple):
         return {name: found.best("gt_known")[0] for name, found in self.localization.items()}
 
     def table(self, validation: Evaluation) -> list[dict[str, Any]]:
-        """Return one row per map: scores of these `images`, those with a box, at thresholds chosen on `validation`.
+        """Return one row per map: scores of these images at thresholds chosen on `validation`.
 
         `oracle` is GT-known at the best threshold of these images themselves: how much the choice costs.
         """
@@ -126,7 +126,7 @@ class Evaluation(NamedTuple):
             if name in self.parts:
                 covered = self.parts[name].at(threshold)
                 row |= {f"covers_{part}": covered[part] for part in ("discriminative", "rest", "context")}
-            rows.append(row | {"images": found.images})
+            rows.append(row)
         return rows
 
 
