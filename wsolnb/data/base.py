@@ -284,13 +284,18 @@ def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Imag
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
 
-def read_image(path: Path, remedy: str) -> np.ndarray:
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as the data sets are read: grey, palette and CMYK are converted, transparency is dropped."""
+    return image.convert("RGB")
+
+
+def read_image(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image] = plain_rgb) -> np.ndarray:
     """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
 
-    The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files); grey,
-    palette and CMYK images are converted, transparency is dropped.
+    The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files).
+    convert: brings what Pillow has opened to RGB.
     """
-    return _decode(path, remedy, lambda image: image.convert("RGB"))
+    return _decode(path, remedy, convert)
 
 
 def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> np.ndarray:
