@@ -51,7 +51,8 @@ class Localized(NamedTuple):
 
     name: of the image. image: (H, W, 3) uint8, upright.
     ranking: (name of a class, probability), from most to least likely; empty for a model that draws a map alone.
-    classes, names, probabilities: of the K classes that were looked for.
+    classes, names, probabilities: of the K classes that were looked for; a model that draws a map alone has no
+    probability, and 1 stands for it.
     maps: (K, H, W) float32 in [0, 1]. boxes: of each class (n, 4) int32, half-open `x0, y0, x1, y1` in pixels of the
     image; n is 1, or 0 where the map is empty at the threshold. mask: (H, W) uint8, 0 background, k the class
     `classes[k - 1]`: of the classes whose map is above the threshold the one with the highest.
