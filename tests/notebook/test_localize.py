@@ -254,12 +254,13 @@ def test_methods_without_a_model_name_the_remedy(photos, checkpoint, tmp_path):
 
 def test_the_output_folder_is_not_written_over_unasked(photos, checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
-    assert run(photos, "--out", tmp_path / "out", "--checkpoint", checkpoint).exit_code == 0
+    (tmp_path / "out" / "mine.txt").write_text("x")
     done = run(photos, "--out", tmp_path / "out", "--checkpoint", checkpoint)
     assert done.exit_code == 2
-    assert "is not empty: it holds " in done.output
+    assert "is not empty: it holds mine.txt" in done.output
     assert "--overwrite" in done.output
     assert run(photos, "--out", tmp_path / "out", "--checkpoint", checkpoint, "--overwrite").exit_code == 0
+    assert (tmp_path / "out" / "mine.txt").read_text() == "x"
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         done = run(photos, "--out", out, "--checkpoint", checkpoint)
@@ -270,8 +271,11 @@ def test_the_output_folder_is_not_written_over_unasked(photos, checkpoint, tmp_p
     assert "no image in the folder" in done.output
 
 
-def test_an_output_folder_among_the_images_is_not_searched(photos, checkpoint):
+def test_an_output_folder_among_the_images_is_not_searched_and_sheets_have_pages(photos, checkpoint, monkeypatch):
+    monkeypatch.setattr("wsolnb.notebook.localize.ROWS", 1)
     for options in ([], ["--overwrite"]):
         done = run(photos, "--out", photos / "out", "--checkpoint", checkpoint, *options)
         assert done.exit_code == 0
         assert done.output.count("  box ") == 2
+    sheets = sorted(path.name for path in (photos / "out").glob("*.png"))
+    assert sheets == ["contact_sheet.png", "contact_sheet_2.png"]

@@ -127,6 +127,10 @@ def localize(
     """Name what photographs show and where: maps, boxes (COCO, Pascal VOC), masks and a contact sheet.
 
     Without --class the most likely class of each image is looked for. LPCAM's prototypes come from the images given.
+
+    DIR gets maps/*.npz (score maps in [0, 1]), masks/*.png (indices of classes.txt in VOC's colours), voc/*.xml,
+    coco/instances.json and results.json, and contact_sheet.png.
+
     Ends with 0, with 1 when an image was left out (the others are written), with 2 when nothing could be done.
     """
     from pathlib import Path

@@ -150,7 +150,8 @@ class Writer:
         self.folder, self.coco, self.store = folder, CocoFiles(), Store(folder / "maps")
         self.indices: dict[int, int] = {}
         self.names: dict[int, str] = {}
-        self.sheet: list[tuple[str, Localized, list[int]]] = []
+        self.rows: list[viz.SheetRow] = []
+        self.pages = 0
 
     def add(self, found: Localized, name: str) -> None:
         """Write the map, the mask and the boxes of an image under a name of its own.
@@ -171,37 +172,36 @@ class Writer:
                 inside = np.zeros_like(found.mask, dtype=bool)
                 inside[y0:y1, x0:x1] = found.mask[y0:y1, x0:x1] == place + 1
                 self.coco.add_object(image, number, box, inside, found.probabilities[place])
-        self.sheet.append((name, thumbnail(found), own))
+        small = thumbnail(found)
+        self.rows += [viz.SheetRow(name, small, place, number) for place, number in enumerate(own)]
         if max(own) >= IGNORE:
             problem = f"the mask of {found.name}: class {max(own)} of this folder has no colour, a palette ends at 254"
             raise RunError(problem, "ask for fewer classes by --class, or for fewer images")
         values = np.array([0, *own], np.uint8)
         write_atomically(self.folder / "masks" / f"{name}.png", palette_png(values[found.mask]))
+        while len(self.rows) >= ROWS:  # a page at a time: memory does not grow with the number of images
+            self._draw()
 
     def finish(self) -> None:
-        """Write what is about all images: classes, COCO's files, the contact sheets."""
+        """Write what is about all images: classes, COCO's files, the last contact sheet."""
         of_index = {number: index for index, number in self.indices.items()}
         lines = ["index\tclass\tname", "0\t\tbackground"]
         lines += [f"{number}\t{of_index[number]}\t{name}" for number, name in self.names.items()]
         write_atomically(self.folder / "classes.txt", "\n".join(lines) + "\n")
         write_atomically(self.folder / "coco" / "instances.json", to_json(self.coco.instances(self.names)))
         write_atomically(self.folder / "coco" / "results.json", to_json(self.coco.results))
-        self._draw()
+        if self.rows:
+            self._draw()
 
     def _draw(self) -> None:
-        rows = [
-            viz.SheetRow(name, found, place, number)
-            for name, found, own in self.sheet
-            for place, number in enumerate(own)
-        ]
-        for start in range(0, len(rows), ROWS):
-            page, file = start // ROWS + 1, io.BytesIO()
-            figure = viz.contact_sheet(rows[start : start + ROWS])
-            figure.savefig(file, format="png", dpi=110)
-            plt.close(figure)
-            write_atomically(
-                self.folder / (f"contact_sheet_{page}.png" if page > 1 else "contact_sheet.png"), file.getvalue()
-            )
+        """Draw the first rows that are not drawn yet as the next page, and forget them."""
+        file, rows = io.BytesIO(), self.rows[:ROWS]
+        figure = viz.contact_sheet(rows)
+        figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
+        self.pages, self.rows = self.pages + 1, self.rows[ROWS:]
+        name = "contact_sheet.png" if self.pages == 1 else f"contact_sheet_{self.pages}.png"
+        write_atomically(self.folder / name, file.getvalue())
 
 
 def run(
