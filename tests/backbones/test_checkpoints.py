@@ -3,10 +3,12 @@
 import argparse
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-from wsolnb.backbones import create_backbone
+from wsolnb.backbones import create_backbone, load_classifier
+from wsolnb.backbones.checkpoints import load_weights
 from wsolnb.errors import WeightsError
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.locloc import LocalFeatureDigging, LocLoc
@@ -137,3 +139,33 @@ def test_only_a_file_that_is_there_and_whole(tmp_path):
     ):
         with pytest.raises(WeightsError, match=told):
             create_backbone("vit_mini", checkpoint=tmp_path / f"{name}.pth")
+
+
+def test_a_classifier_is_loaded_with_as_many_classes_as_the_file_has(tmp_path):
+    network = timm.create_model("resnet18", num_classes=5).eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "ema": {"decay": torch.tensor(0.9)}}, tmp_path / "mine.pth")
+    loaded, left_out = load_classifier("resnet18", tmp_path / "mine.pth")
+    assert left_out == ["ema.decay"]
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), network(images))
+
+    del state["module.fc.bias"]
+    torch.save(state, tmp_path / "mine.pth")
+    loaded, left_out = load_classifier("resnet18", tmp_path / "mine.pth")
+    assert left_out == []
+    assert loaded.fc.bias is None
+    assert torch.equal(loaded.fc.weight, network.fc.weight)
+
+    del state["module.fc.weight"]
+    torch.save(state, tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match=r"holds no classifier 'fc\.weight' of 'resnet18'"):
+        load_classifier("resnet18", tmp_path / "mine.pth")
+
+
+def test_what_a_backbone_leaves_out_is_returned(tmp_path):
+    network = timm.create_model("resnet18", num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "mine.pth")
+    backbone = create_backbone("resnet18")
+    assert load_weights(backbone.cnn, tmp_path / "mine.pth") == ["fc.weight", "fc.bias"]

@@ -1,5 +1,7 @@
 import pytest
+import timm
 import torch
+from torch import nn
 
 from wsolnb.backbones import create_backbone
 from wsolnb.errors import ParameterError
@@ -130,3 +132,34 @@ def test_an_unknown_layer_is_named_with_the_nearest(classifier):
     assert find_layer(classifier.backbone, "") is classifier.backbone
     with pytest.raises(ParameterError, match=r"cnn\.layer9.*mean 'cnn\.layer"):
         find_layer(classifier.backbone, "cnn.layer9")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_network_of_ones_own_classifies_as_before_with_its_own_bias(bias):
+    network = timm.create_model("resnet18", num_classes=3).eval()
+    nn.init.uniform_(network.fc.bias)
+    if not bias:
+        network.fc.register_parameter("bias", None)
+    images = torch.randn(2, 3, 96, 64)
+    with torch.inference_mode():
+        before = network(images)
+        model = CAMClassifier.of(network, ["a", "b", "c"])
+        assert torch.allclose(model(images).logits, before, atol=1e-4)
+        assert torch.equal(network(images), before)  # the network itself is left as it was
+    assert (model.classifier.bias is not None) == bias
+    assert model.class_names == ("a", "b", "c")
+    assert not model.training
+
+
+def test_what_does_not_classify_the_mean_of_a_map_is_refused():
+    refused = {
+        "convnext_atto": "does not classify the mean of its final map",  # a normalisation stands between
+        "vit_tiny_patch16_224": "does not classify the mean of its final map",
+    }
+    for name, message in refused.items():
+        with pytest.raises(ParameterError, match=message):
+            CAMClassifier.of(timm.create_model(name, num_classes=2))
+    with pytest.raises(ParameterError, match="it is no network of timm"):
+        CAMClassifier.of(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(ParameterError, match="2 names for a network of 3 classes"):
+        CAMClassifier.of(timm.create_model("resnet18", num_classes=3), ["a", "b"])

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from wsolnb.backbones import create_backbone
 from wsolnb.data import transforms
 from wsolnb.data.splits import load_splits
-from wsolnb.errors import DataError, ParameterError
+from wsolnb.errors import DataError, ParameterError, WeightsError
 from wsolnb.methods.scm import SCMConfig
 from wsolnb.notebook import runs
 from wsolnb.train import recipe as recipes
@@ -48,6 +48,16 @@ def test_fit_trains_once_and_finds_its_artefact_again(splits, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {"top1", "gt_known", "top1_loc", "gt_known_layercam"} <= set(history(folder).columns)
     load_checkpoint(small().build(4), folder, "best")
+
+    read, recipe = recipes.load_trained(folder / "last.safetensors")
+    assert recipe == small()
+    assert read.class_names == splits.train.class_names
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True))
+    (folder / "recipe.json").unlink()
+    with pytest.raises(WeightsError, match=r"no checkpoint with a recipe\.json beside it"):
+        recipes.load_trained(folder / "last.safetensors")
+    with pytest.raises(WeightsError, match="no checkpoint at"):
+        recipes.load_trained(folder / "first.safetensors")
 
     _, other = fit("cam-0", small(batch_size=4), splits)
     assert other != folder

@@ -16,6 +16,8 @@ from wsolnb.backbones.registry import (
     MIXING,
     TRANSFORMERS,
     create_backbone,
+    linear_classifier,
+    load_classifier,
     normalisation,
     published_classifier,
 )

@@ -20,24 +20,34 @@ HEADS = ("head", "fc.", "classifier", "mask_token")
 """Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a local file of weights into `model`; no code of the file is run.
+def tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a local file by name; no code of the file is run.
 
-    Dictionaries in dictionaries (`model`, `state_dict`, `teacher`) are opened. What stands before all of the model's
-    names (`module.`, `backbone.vit.`) is taken off, and with it everything beside; of a teacher and a student the
-    teacher is taken. Classifier heads that the model does not have are left out. A position embedding of another square
-    grid is resampled to the model's.
-
-    Raises WeightsError when the file is missing, damaged or no dictionary of tensors, or when it misses a tensor,
-    changes the shape of one, or holds one that the model lacks.
+    Dictionaries in dictionaries (`model`, `state_dict`, `teacher`) are opened, their names joined by dots.
+    Raises WeightsError when the file is missing, damaged or no dictionary of tensors.
     """
-    path = Path(path)
-    state, own = dict(_tensors(_read(path))), model.state_dict()
-    if not state:
+    found = dict(_tensors(_read(path := Path(path))))
+    if not found:
         raise WeightsError(
             f"{path} holds no tensors by name",
             "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
         )
+    return found
+
+
+def load_weights(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a local file of weights into `model`; returns the names of the file's tensors that were left out.
+
+    The file is read as `tensors` does. What stands before all of the model's names (`module.`, `backbone.vit.`) is
+    taken off, and with it everything beside; of a teacher and a student the teacher is taken. Classifier heads that the
+    model does not have are left out. A position embedding of another square grid is resampled to the model's.
+
+    Raises WeightsError as `tensors` does, and when the file misses a tensor, changes the shape of one, or holds one
+    that the model lacks.
+    """
+    path = Path(path)
+    state, own = tensors(path), model.state_dict()
+    held = list(state)
     prefix = _prefix(state, own)
     begins = {name.partition(".")[0] for name in state}
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -65,6 +75,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             "build the backbone that the weights were made for",
         )
     model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+    taken = {prefix + name for name in own} | {f"{prefix}register_tokens"}
+    return [name for name in held if name not in taken]
 
 
 def positioned_prefix(vit: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from wsolnb import weights
 from wsolnb.backbones.base import Backbone, Colour, colours
-from wsolnb.backbones.checkpoints import load_weights
+from wsolnb.backbones.checkpoints import load_weights, tensors
 from wsolnb.backbones.cnn import PROBE, STRIDES, ConvBackbone
 from wsolnb.backbones.conformer import Conformer, ConformerBackbone
 from wsolnb.backbones.photo import NETWORK, vit_photo
@@ -124,12 +124,58 @@ def published_classifier(name: str) -> nn.Linear:
     one_of = f"use one of {', '.join((*LITES, *RESNETS))}"
     if name in (*MINI, *PHOTO) or name in CONFORMERS or not isinstance(create_backbone(name), ConvBackbone):
         raise ParameterError(f"{name!r} has no published classifier of a final map", one_of)
-    network = _convolutional(name, timm_name_of(name), True).eval()
-    classifier, probe = network.get_classifier(), torch.linspace(-1, 1, 3 * PROBE**2).view(1, 3, PROBE, PROBE)
-    pooled = network.forward_features(probe).mean(dim=(2, 3))
-    if not isinstance(classifier, nn.Linear) or not torch.allclose(classifier(pooled), network(probe), atol=1e-4):
+    return linear_classifier(_convolutional(name, timm_name_of(name), True), name)
+
+
+@torch.no_grad()
+def linear_classifier(network: nn.Module, name: str) -> nn.Linear:
+    """Return the linear classifier of timm's network that stands behind the mean of its final map; one image tells.
+
+    name: of the network, for errors. Raises ParameterError for one that puts more between the two, or is not timm's.
+    """
+    one_of = f"use one of {', '.join((*LITES, *RESNETS))}, or another ResNet or EfficientNet of timm"
+    if not hasattr(network, "forward_features") or not hasattr(network, "get_classifier"):
+        problem = f"{name!r} has neither `forward_features` nor `get_classifier`: it is no network of timm"
+        raise ParameterError(problem, f"{one_of}; timm's ResNets read the weights of torchvision's")
+    training, classifier = network.training, network.get_classifier()
+    device = next(network.parameters()).device
+    probe = torch.linspace(-1, 1, 3 * PROBE**2, device=device).view(1, 3, PROBE, PROBE)
+    try:
+        features, logits = network.eval().forward_features(probe), network(probe)
+    except (AssertionError, IndexError, RuntimeError, ValueError):  # a network of images of one size
+        features = logits = probe[:, 0]
+    finally:
+        network.train(training)
+    linear = isinstance(classifier, nn.Linear) and features.ndim == 4
+    # Channels last, as a Swin has them, would not fit the classifier.
+    linear = linear and features.shape[1] == classifier.in_features
+    if not linear or not torch.allclose(classifier(features.mean(dim=(2, 3))), logits, rtol=1e-4, atol=1e-4):
         raise ParameterError(f"{name!r} does not classify the mean of its final map by a linear layer", one_of)
     return classifier
+
+
+def load_classifier(name: str, checkpoint: str | Path) -> tuple[nn.Module, list[str]]:
+    """Return timm's convolutional network with the weights and the classifier of a file, and what it left out.
+
+    name: as of `create_backbone`. checkpoint: as there. The number of classes, and whether there is a bias, are the
+    file's. The second value names the tensors of the file that the network has no place for.
+
+    Raises ParameterError for an unknown name, WeightsError for a file without a classifier, or as `load_weights` does.
+    """
+    network = _timm_model(timm_name_of(name), False)
+    own = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    layer = own if isinstance(own, str) else "fc"
+    shapes = {held: value.shape for held, value in tensors(checkpoint).items()}
+    found = [held for held in shapes if f".{held}".endswith(f".{layer}.weight") and len(shapes[held]) == 2]
+    if not found:
+        raise WeightsError(
+            f"{checkpoint} holds no classifier {layer + '.weight'!r} of {name!r}: without one, no class has a map",
+            "give the file of the whole network, or the name of the backbone that it was trained with",
+        )
+    network.reset_classifier(shapes[found[0]][0])
+    if found[0].removesuffix("weight") + "bias" not in shapes:
+        network.get_classifier().register_parameter("bias", None)
+    return network.eval(), load_weights(network, checkpoint)
 
 
 def timm_name_of(name: str) -> str:

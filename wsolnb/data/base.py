@@ -327,21 +327,30 @@ def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Imag
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
 
-def read_image(path: Path, remedy: str, stated: tuple[int, int] | None = None) -> np.ndarray:
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as the data sets are read: grey, palette and CMYK are converted, transparency is dropped."""
+    return image.convert("RGB")
+
+
+def read_image(
+    path: Path, remedy: str, stated: tuple[int, int] | None = None,
+    convert: Callable[[Image.Image], Image.Image] = plain_rgb,
+) -> np.ndarray:  # fmt: skip
     """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
 
-    The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files); grey,
-    palette and CMYK images are converted, transparency is dropped. Pixels are taken as they are stored, whatever
-    orientation the file asks for (EXIF): published annotations are of these. Only where annotations state a size
-    (height, width) that the turned image has, and the stored one has not, the image is turned.
+    The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files). Pixels are
+    taken as they are stored, whatever orientation the file asks for (EXIF): published annotations are of these. Only
+    where annotations state a size (height, width) that the turned image has, and the stored one has not, the image is
+    turned.
+    convert: brings what Pillow has opened to RGB.
     """
 
-    def convert(image: Image.Image) -> Image.Image:
+    def as_stated(image: Image.Image) -> Image.Image:
         if stated and image.size[::-1] != stated and (turned := ImageOps.exif_transpose(image)).size[::-1] == stated:
             image = turned
-        return image.convert("RGB")
+        return convert(image)
 
-    return _decode(path, remedy, convert)
+    return _decode(path, remedy, as_stated)
 
 
 def read_mask(

@@ -70,9 +70,15 @@ class LocalizationModel(Trainable):
     """An image classifier whose forward pass also holds what its maps are made of.
 
     maps: names of the maps that `localize` returns; the first is the method's own, the others are its ingredients.
+    class_names: of its classes, in their order, where they are known; else empty.
+    multi_label: whether an image can have several classes: the logits are then read one by one, each through a sigmoid.
+    classifies: whether the logits say anything. A decoder that draws a map alone leaves zeros.
     """
 
     maps: ClassVar[tuple[str, ...]]
+    class_names: tuple[str, ...] = ()
+    multi_label: bool = False
+    classifies: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from wsolnb.backbones import ConvBackbone, create_backbone, published_classifier
+from wsolnb.backbones import ConvBackbone, create_backbone, linear_classifier, published_classifier
 from wsolnb.errors import ParameterError, nearest
 from wsolnb.methods import register
 from wsolnb.methods.base import LocalizationModel, pick
@@ -121,9 +124,35 @@ class CAMClassifier(LocalizationModel):
 
         name, options: as of `create_backbone`, which raises the errors; see also `published_classifier`.
         """
-        classifier = published_classifier(name)
-        model = cls(create_backbone(name, pretrained=True, **options), classifier.out_features, bias=True)
+        backbone, classifier = create_backbone(name, pretrained=True, **options), published_classifier(name)
+        imagenet = ImageNetInfo()
+        names = imagenet.label_descriptions() if classifier.out_features == imagenet.num_classes() else ()
+        return cls._behind(backbone, classifier, names)
+
+    @classmethod
+    def of(cls, network: nn.Module, class_names: Sequence[str] = ()) -> CAMClassifier:
+        """Return a classifier of your own, as it was trained, in evaluation mode; the network itself stays as it is.
+
+            network = timm.create_model("resnet18", num_classes=2)
+            network.load_state_dict(torch.load("mine.pth", weights_only=True))
+            model = CAMClassifier.of(network, ["cat", "dog"])
+
+        network: of timm, with its classifier (`load_classifier` makes one of a file of weights). Its own bias is used
+        where it has one. class_names: of its classes, in their order; empty where they are not known.
+        Raises ParameterError as `linear_classifier` and `ConvBackbone` do, and for names that are not one per class.
+        """
+        classifier = linear_classifier(network, type(network).__name__)
+        if class_names and len(class_names) != classifier.out_features:
+            problem = f"{len(class_names)} names for a network of {classifier.out_features} classes"
+            raise ParameterError(problem, "give one name per class, in the order of the training, or none")
+        backbone = ConvBackbone(copy.deepcopy(network), type(network).__name__)
+        return cls._behind(backbone, classifier, class_names)
+
+    @classmethod
+    def _behind(cls, backbone: ConvBackbone, classifier: nn.Linear, class_names: Sequence[str]) -> CAMClassifier:
+        model = cls(backbone, classifier.out_features, bias=classifier.bias is not None)
         model.classifier.load_state_dict(classifier.state_dict())
+        model.class_names = tuple(class_names)
         return model.eval()
 
     @property

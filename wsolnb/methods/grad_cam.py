@@ -45,10 +45,21 @@ class GradCAM(CAMClassifier):
 
     maps = ("grad_cam", "cam")
 
-    def __init__(self, backbone: ConvBackbone, num_classes: int, layer: str = ""):
-        super().__init__(backbone, num_classes)
+    def __init__(self, backbone: ConvBackbone, num_classes: int, layer: str = "", bias: bool = False):
+        super().__init__(backbone, num_classes, bias)
         find_layer(backbone, layer)
         self.layer = layer
+
+    @classmethod
+    def over(cls, model: CAMClassifier, layer: str = "") -> GradCAM:
+        """Return Grad-CAM of a layer of a classifier that is trained already, in evaluation mode, with its weights.
+
+        Raises ParameterError for an unknown layer.
+        """
+        found = cls._behind(model.backbone, model.classifier, model.class_names)
+        found.multi_label, found.layer = model.multi_label, layer
+        find_layer(found.backbone, layer)
+        return found
 
     def forward(self, images: Tensor) -> GradCAMOutput:
         """Classify (B, 3, H, W) normalised images."""

@@ -191,6 +191,7 @@ class LocLoc(OnFrozen):
         self.learns_from_masks = classifier is None or self.config.enhance_training
         names = {"generated": generator, "classifier": classifier}
         self.maps = tuple(name for name, part in names.items() if part is not None)
+        self.classifies = classifier is not None
 
     @classmethod
     def create(

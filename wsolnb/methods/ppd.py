@@ -102,6 +102,7 @@ class PPD(OnFrozen):
             raise ParameterError("a PPD of neither decoder nor probe", "give one of them, or both")
         self.frozen, self.num_classes = FrozenBackbone(backbone), num_classes
         self.decoder, self.probe, self.threshold = decoder, probe, threshold
+        self.classifies = probe is not None
         if probe is not None:
             probe.prefix_tokens = backbone.prefix_tokens
 

@@ -130,6 +130,51 @@ def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
 
 
 @app.command()
+def localize(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="image files, or folders of them")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="folder that everything is written to")],
+    method: Annotated[
+        str, typer.Option(help="cam, layercam, grad_cam or lpcam of any classifier; of a checkpoint its own method")
+    ] = "",
+    backbone: Annotated[str, typer.Option(help="network of timm, or a short name; default efficientnet_lite0")] = "",
+    checkpoint: Annotated[
+        str, typer.Option(metavar="FILE", help="weights trained here (last.safetensors), or of the --backbone")
+    ] = "",
+    class_: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME", help="what is looked for; can be repeated")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="0 to 1, share of a map's maximum; default 0.3, lpcam 0.5")
+    ] = None,
+    names: Annotated[str, typer.Option(metavar="FILE", help="names of a checkpoint's classes, one per line")] = "",
+    layer: Annotated[str, typer.Option(help="of grad_cam: a layer of the backbone; the last one's is cam")] = "",
+    size: Annotated[int | None, typer.Option(min=32, help="side of the square that the network sees")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="write to a folder that is not empty")] = False,
+) -> None:
+    """Name what photographs show and where: maps, boxes (COCO, Pascal VOC), masks and a contact sheet.
+
+    Without --class the most likely class of each image is looked for. LPCAM's prototypes come from the images given.
+
+    DIR gets maps/*.npz (score maps in [0, 1]), masks/*.png (indices of classes.txt in VOC's colours), voc/*.xml,
+    coco/instances.json and results.json, and contact_sheet.png.
+
+    Ends with 0, with 1 when an image was left out (the others are written), with 2 when nothing could be done.
+    """
+    from pathlib import Path
+
+    from wsolnb.notebook import localize as command
+
+    options = {"method": method, "backbone": backbone, "checkpoint": checkpoint, "layer": layer, "names": names}
+    options |= {"threshold": threshold, "image_size": size, "device": device, "overwrite": overwrite}
+    left_out = command.run(
+        images, Path(out), classes=class_ or (), **options, say=typer.echo, warn=lambda text: typer.echo(text, err=True)
+    )
+    typer.echo(f"written to {out}" + (f"; {left_out} left out, see above" if left_out else ""))
+    raise typer.Exit(int(left_out > 0))
+
+
+@app.command()
 def refresh(notebooks: list[str]) -> None:
     """Execute notebooks in place with their defaults, and store the outputs."""
     from wsolnb.notebook import pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from wsolnb.data.exports import voc_palette
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample
 from wsolnb.metrics import boxes_from_score_map
 
@@ -187,3 +188,51 @@ def prediction_rows(predictions: Iterable[Any], thresholds: Mapping[str, float],
         for found in predictions
     ]
     return map_rows([found.sample for found in predictions], [found.maps for found in predictions], boxes, side)
+
+
+class SheetRow(NamedTuple):
+    """A row of a contact sheet: a result (`wsolnb.localization`), which of its classes, and that one's palette index.
+
+    name: of the image, as it is shown.
+    """
+
+    name: str
+    found: Any
+    place: int
+    index: int
+
+
+def contact_sheet(rows: Sequence[SheetRow]) -> Figure:
+    """Draw results: image, map, box and mask of each in a row, with a legend. The masks have VOC's colours."""
+    width = 2.4
+    heights = [width * min(1.3, max(0.25, row.found.mask.shape[0] / row.found.mask.shape[1])) + 0.3 for row in rows]
+    size = (4 * width + 0.9, sum(heights) + 0.35 * (2 + len({row.index for row in rows}) // 4))
+    options = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
+    figure, axes = plt.subplots(len(rows), 4, figsize=size, **options)
+    colours, named, drawn = voc_palette() / 255, {}, None
+    for (name, found, place, index), row in zip(rows, axes, strict=True):
+        label = found.names[place].partition(",")[0]
+        named[index] = label
+        likely = f" {found.probabilities[place]:.2f}" if found.ranking else ""
+        empty = not len(found.boxes[place])
+        titles = (_shortened(name, 30), f"{_shortened(label, 26)}{likely}")
+        titles += ("no box: the map is empty" if empty else "box", f"mask, index {index}")
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(title, fontsize=9, pad=3)
+            axis.set_axis_off()
+        row[0].imshow(found.image)
+        drawn = draw_map(row[1], found.maps[place], found.image)
+        row[2].imshow(found.image)
+        draw_boxes(row[2], found.boxes[place], predicted=True)
+        grey = np.repeat(found.image.mean(axis=2, keepdims=True) / 255, 3, axis=2)
+        inside = (found.mask == place + 1)[..., None]
+        row[3].imshow(np.where(inside, 0.4 * grey + 0.6 * colours[index], grey))
+    figure.colorbar(drawn, ax=axes.ravel().tolist(), label="score of the map", shrink=min(1, 3 / size[1]), pad=0.01)
+    handles = [Line2D([], [], color=PREDICTION, lw=2, ls="--", label="box")]
+    handles += [Patch(color=colours[i], label=f"{i} {_shortened(n, 24)}") for i, n in sorted(named.items())]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -10,6 +10,7 @@ folder and reads it back. Classifiers, map decoders, IRN and segmentation networ
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,8 +23,8 @@ from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import IMAGENET_MEAN, check_batches, make_loader
 from wsolnb.data.transforms import Transform
-from wsolnb.errors import ParameterError
-from wsolnb.files import resolve
+from wsolnb.errors import ParameterError, WeightsError
+from wsolnb.files import resolve, to_json, write_atomically
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
@@ -133,6 +134,14 @@ class Recipe(BaseModel):
             blocks[self.tuned_layers :].requires_grad_(False)
         return create_method(self.method, backbone, num_classes, **self.options)
 
+    def empty(self, num_classes: int) -> Trainable:
+        """Return the untrained model without the weights that it starts from: trained ones are to be loaded."""
+        return self.model_copy(update={"pretrained": False, "checkpoint": None}).build(num_classes)
+
+
+RECORD = "recipe.json"
+"""The file beside trained weights that says how to build their model: recipe, and names of the classes."""
+
 
 class TrainingSettings(BaseModel):
     """How all models of an experiment are trained; the fields are parameters of several notebooks."""
@@ -199,8 +208,35 @@ def fit(
         options |= {"truth": model.learns_from_masks, "mean": model.mean, "std": model.std}
         loader = make_loader(seen, transform, recipe.batch_size, **options)
         train(model, loader, recipe.training, folder, validate, progress)
+        known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
+        write_atomically(folder / RECORD, to_json(known))
 
     folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()))
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
-    empty = recipe.model_copy(update={"pretrained": False, "checkpoint": None}).build(classes)
-    return load_checkpoint(empty, folder, "last").to(pick_device(recipe.training.device)), folder
+    return load_checkpoint(recipe.empty(classes), folder, "last").to(pick_device(recipe.training.device)), folder
+
+
+def load_trained(path: str | Path) -> tuple[Trainable, Recipe]:
+    """Return a model that `fit` has trained, in evaluation mode on the CPU, and its recipe: the file is all it takes.
+
+    path: `last.safetensors` or `best.safetensors` in a folder of checkpoints.
+    Raises WeightsError where `recipe.json` is not beside it, which says how to build the model; TrainingError for
+    weights that are missing, damaged or do not fit.
+    """
+    path = Path(path)
+    record = path.parent / RECORD
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint at {path}", "give last.safetensors of a folder in outputs/*/checkpoints")
+    if path.stem not in ("best", "last") or not record.is_file():
+        problem = f"{path} is no checkpoint with a {RECORD} beside it, which says what model the weights are of"
+        remedy = "give last.safetensors of a folder that a notebook trained (an older one: run the notebook again); "
+        raise WeightsError(problem, remedy + "in Python: `load_checkpoint(recipe.build(classes), folder, 'last')`")
+    try:
+        known = json.loads(record.read_text("utf-8"))
+        recipe, names = Recipe.model_validate(known["recipe"]), tuple(known["class_names"])
+        multi_label = bool(known["multi_label"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{record} cannot be read: {str(error).splitlines()[0]}", "train the model again") from error
+    model = load_checkpoint(recipe.empty(len(names)), path.parent, path.stem)
+    model.class_names, model.multi_label = names, multi_label
+    return model, recipe
