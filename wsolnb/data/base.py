@@ -108,16 +108,19 @@ class FolderDataset(LocalizationDataset):
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image."""
-        path = self.image_path(index)
-        sample = Sample(read_image(path, self.remedy), self.image_ids[index], self.labels[index])
+        sample = Sample(read_image(self.image_path(index), self.remedy), self.image_ids[index], self.labels[index])
         if truth:
-            self.annotate(index, sample)
-            height, width = sample.size
-            for x0, y0, x1, y1 in sample.boxes:
-                if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
-                    box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
-                    raise self.problem(f"the box {box} lies outside of {path} ({width}x{height})")
+            self.add_truth(index, sample)
         return sample
+
+    def add_truth(self, index: int, sample: Sample) -> None:
+        """Add what is known of image `index` to the sample that holds it, and check it against the image's size."""
+        self.annotate(index, sample)
+        height, width = sample.size
+        for x0, y0, x1, y1 in sample.boxes:
+            if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
+                box = f"{x0:g}, {y0:g}, {x1:g}, {y1:g}"
+                raise self.problem(f"the box {box} lies outside of {self.image_path(index)} ({width}x{height})")
 
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
         """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`).
@@ -291,6 +294,12 @@ def read_image(path: Path, remedy: str) -> np.ndarray:
     palette and CMYK images are converted, transparency is dropped.
     """
     return _decode(path, remedy, lambda image: image.convert("RGB"))
+
+
+def read_size(path: Path, remedy: str) -> tuple[int, int]:
+    """Return (height, width) of an image file from its head; DataError when it is missing or has none."""
+    width, height = _decode(path, remedy, lambda image: image.size)
+    return int(height), int(width)
 
 
 def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -18,7 +18,8 @@ REMEDY = (
     "metadata of CUB, ILSVRC and OpenImages30k are in the folder metadata/ of "
     "https://github.com/clovaai/wsolevaluation, and where to get the images is in its README; metadata_root must hold "
     "<split>/image_ids.txt (a path relative to root per line), class_labels.txt (id,label), and for splits with boxes "
-    "or masks localization.txt (id,x0,y0,x1,y1 or id,mask,ignore) and image_sizes.txt (id,width,height)"
+    "or masks localization.txt (id,x0,y0,x1,y1 or id,mask,ignore) and image_sizes.txt (id,width,height); "
+    "`wsolnb data list` names the data sets in this form that `wsolnb data download` can get"
 )
 
 _CORNERS = dict.fromkeys(("x0", "y0", "x1", "y1"), number)
