@@ -55,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         if asked and "no ranges" not in way:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             status = 206 if start < len(whole) else 416
-            body, headers = whole[start:], {"Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
+            given = f"{start}-{len(whole) - 1}" if status == 206 else "*"
+            body, headers = whole[start:], {"Content-Range": f"bytes {given}/{len(whole)}"}
         if way == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
         sent = len(body) // 2 if way in ("cut", "cut, no ranges", "stall") else len(body)
@@ -121,6 +122,16 @@ class TestFetch:
         (tmp_path / "a.zip.part").write_bytes(BODY)
         assert fetch(source(server, size=size), tmp_path).read_bytes() == BODY
         assert len(server.asked) == requests
+
+    def test_a_passing_failure_does_not_lose_what_has_come(self, server, tmp_path):
+        server.ways["/a.zip"] = ["cut", "503"]
+        assert fetch(source(server), tmp_path).read_bytes() == BODY
+        assert server.asked[1] == server.asked[2]
+        assert server.asked[1][1] is not None
+
+    def test_a_part_that_is_longer_than_the_file_is_dropped(self, server, tmp_path):
+        (tmp_path / "a.zip.part").write_bytes(BODY + b"more")
+        assert fetch(source(server), tmp_path).read_bytes() == BODY
 
     def test_a_part_of_a_file_without_a_hash_is_not_trusted(self, server, tmp_path):
         (tmp_path / "a.zip.part").write_bytes(b"of an older version")
@@ -417,6 +428,7 @@ class TestDownload:
         assert mine.exists(), "the user's own file is not deleted"
         mine.write_bytes(server.files["/one.tgz"])
         assert tree(download("toys", tmp_path, str)) == WHOLE
+        assert mine.exists()
 
 
 def test_the_enlarged_list_of_voc(tmp_path):

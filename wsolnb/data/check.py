@@ -27,21 +27,19 @@ class Report:
     folder: Path
     splits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    problems: dict[str, list[str]] = field(default_factory=dict)
+    problems: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def add(self, problem: str) -> None:
         """Note a problem, once. Problems are of one kind if they differ in names and numbers only."""
         problem = problem.replace(f"{self.folder}/", "")
         kind = re.sub(r"'[^']*'|\S*/\S*|\S*\.\w+|-?\d+", "*", problem)
-        found = self.problems.setdefault(kind, [])
-        if problem not in found:
-            found.append(problem)
+        self.problems.setdefault(kind, {})[problem] = None
 
     def __str__(self) -> str:
         lines = [f"{self.record.title} in {self.folder}", *(f"  {line}" for line in self.splits), *self.notes]
         for found in self.problems.values():
             more = [f"... and {len(found) - EXAMPLES:,} more"] if len(found) > EXAMPLES else []
-            lines += [f"{len(found):,} x", *(f"  {line}" for line in found[:EXAMPLES] + more)]
+            lines += [f"{len(found):,} x", *(f"  {line}" for line in [*found][:EXAMPLES] + more)]
         return "\n".join([*lines, "something is wrong" if self.problems else "nothing is wrong"])
 
 

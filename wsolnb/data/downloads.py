@@ -7,6 +7,7 @@ hash. They are unpacked into a hidden folder beside the data set's own, which is
 from __future__ import annotations
 
 import fcntl
+import gzip
 import shutil
 import stat
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 from urllib.parse import urljoin
 
 import numpy as np
@@ -28,6 +29,7 @@ import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from scipy.io import loadmat
+from tqdm.auto import tqdm
 
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.readers import open_dataset
@@ -174,8 +176,9 @@ def download(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
                 hidden.replace(target)
             finally:
                 shutil.rmtree(hidden, ignore_errors=True)
-            for archive in archives:
-                archive.unlink()
+            for source, archive in zip(record.files, archives, strict=True):
+                if not source.by_hand:
+                    archive.unlink()
     except OSError as error:
         raise DataError(f"cannot write to {root}: {error}", "free space there, or choose another --root") from error
     say(f"{target} is there")
@@ -287,16 +290,16 @@ def _request(source: Source, store: Path, file: IO[bytes]) -> None:
             raise DataError(f"{source.url} leads to {link}, which is not https", _by_hand(source, store))
         if response.is_redirect:
             return
-        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if have and not (status == 206 and resumes):
-            file.truncate(0)  # this server does not resume
-            if status in (206, 416):
-                raise requests.ConnectionError("the server has another file than the one that was begun")
-        if 400 <= status < 500 and status not in (408, 429):
+        if 400 <= status < 500 and status not in (408, 416, 429):
             raise DataError(f"{source.url} answers {status} {response.reason}", _by_hand(source, store))
-        response.raise_for_status()
+        if status != 416:
+            response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise DataError(f"{source.url} sends a web page instead of {source.file}", _by_hand(source, store))
+        if have and (status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")):
+            file.truncate(0)  # this server does not resume, or has another file than the one that was begun
+            if status != 200:
+                raise requests.ConnectionError("the file cannot be resumed")
         require_space(store, length, source.file)
 
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -309,11 +312,6 @@ def _request(source: Source, store: Path, file: IO[bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------------ unpack
 
 
-class _Member(NamedTuple):
-    name: str
-    stream: IO[bytes] | None  # None: neither file nor folder
-
-
 def unpack(archive: Path, folder: Path, take: Mapping[str, str]) -> None:
     """Unpack the parts `take` (as in `Source`) of a zip or tar archive into a folder, which is made.
 
@@ -321,64 +319,57 @@ def unpack(archive: Path, folder: Path, take: Mapping[str, str]) -> None:
     Raises DataError for a damaged archive, which is deleted, for one that lacks a part, and for one with a member that
     is a link or device or lies outside of it.
     """
-    refused = "fetch the archive anew from its publisher; this one is not what was published"
-    folder.mkdir(parents=True, exist_ok=True)
-    if archive.suffix == ".zip":
-        with _deleted_if_damaged(archive), zipfile.ZipFile(archive) as file:
-            require_space(folder, sum(info.file_size for info in file.infolist()), f"the content of {archive.name}")
+    remedy = f"delete {archive} and run the command again; if it comes the same again, it is not what was published"
+    members = _zip_members(archive, folder) if archive.suffix == ".zip" else _tar_members(archive)
     lacking = set(take)
-    with _deleted_if_damaged(archive):
-        for member in (_zip_members if archive.suffix == ".zip" else _tar_members)(archive):
-            path = PurePosixPath(member.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, stream in tqdm(members, desc=archive.name, unit=" files", leave=False, disable=None):
+            path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
-                raise DataError(f"{archive} has the member {member.name!r}, which lies outside of its folder", refused)
+                raise DataError(f"{archive} has the member {name!r}, which lies outside of its folder", remedy)
             part = next((part for part in take if path.is_relative_to(part)), None)
             if part is None:
                 continue
-            if member.stream is None:
-                raise DataError(f"{archive} has the member {member.name!r}, which is a link or a device", refused)
+            if stream is None:
+                raise DataError(f"{archive} has the member {name!r}, which is a link or a device", remedy)
             lacking.discard(part)
             place = folder / take[part] / path.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
             with place.open("wb") as file:
-                shutil.copyfileobj(member.stream, file)
-    if lacking:
-        raise DataError(f"{archive} lacks {', '.join(map(repr, sorted(lacking)))}", refused)
-
-
-@contextmanager
-def _deleted_if_damaged(archive: Path) -> Iterator[None]:
-    try:
-        yield
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                shutil.copyfileobj(stream, file)
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         archive.unlink()
         problem = f"{archive} was damaged, and is deleted: {error}"
         raise DataError(problem, "run the command again: it fetches the file anew") from error
+    if lacking:
+        raise DataError(f"{archive} lacks {', '.join(map(repr, sorted(lacking)))}", remedy)
 
 
-def _zip_members(archive: Path) -> Iterator[_Member]:
+_Members = Iterator[tuple[str, IO[bytes] | None]]
+"""Names and contents; None for what is neither file nor folder."""
+
+
+def _zip_members(archive: Path, folder: Path) -> _Members:
     with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            if info.is_dir():
-                continue
-            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-                yield _Member(info.filename, None)
-                continue
+        infos = [info for info in file.infolist() if not info.is_dir()]
+        whole = sum(info.file_size + 4096 for info in infos)  # small files take a block of the disk each
+        require_space(folder, whole, f"the content of {archive.name}")
+        for info in infos:
+            regular = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
             with file.open(info) as stream:
-                yield _Member(info.filename, stream)
+                yield info.filename, stream if regular else None
 
 
-def _tar_members(archive: Path | IO[bytes], within: str = "") -> Iterator[_Member]:
+def _tar_members(archive: Path | IO[bytes], within: str = "") -> _Members:
     source = {"name": archive} if isinstance(archive, Path) else {"fileobj": archive}
     with tarfile.open(**source) as file:
         for info in file:
-            if info.isdir():
-                continue
             stream = file.extractfile(info) if info.isfile() else None
             if stream and info.name.endswith(".tar"):
                 yield from _tar_members(stream, f"{within}{info.name.removesuffix('.tar')}/")
-            else:
-                yield _Member(within + info.name, stream)
+            elif not info.isdir():
+                yield within + info.name, stream
 
 
 def add_train_aug(folder: Path) -> None:
