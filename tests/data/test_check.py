@@ -76,6 +76,9 @@ class TestWhole:
 
     def test_an_empty_folder(self, tmp_path):
         assert found("pets", tmp_path) == ["missing: annotations/list.txt"]
+        report = check("pets", tmp_path)
+        assert report.notes == []
+        assert "Remedy: images.tar.gz and annotations.tar.gz are at https://" in str(report)
 
 
 class TestBroken:
@@ -91,7 +94,7 @@ class TestBroken:
         assert text.count("missing") == checking.EXAMPLES
         assert "... and 3 more" in text
         assert "cannot decode images/american_bulldog_5.jpg" in text
-        assert text.endswith("something is wrong")
+        assert text.endswith("something is wrong")  # the layout is right: no remedy
 
     def test_a_truncated_image_is_found_when_it_is_decoded(self, pets):
         path = pets / "images" / "Siamese_x_5.jpg"

@@ -341,11 +341,11 @@ class TestDownload:
         """The first file is there, the second one in part; neither is fetched from the start again."""
         original = downloads._transfer
 
-        def interrupted(source, store, part):
+        def interrupted(source, store, part, say):
             if source.file == "two.zip":
                 part.write_bytes(server.files["/two.zip"][:10])
                 raise KeyboardInterrupt
-            original(source, store, part)
+            original(source, store, part, say)
 
         with monkeypatch.context() as patch:
             patch.setattr(downloads, "_transfer", interrupted)

@@ -21,13 +21,17 @@ EXAMPLES = 3
 
 @dataclass
 class Report:
-    """What was found in a folder. splits: one line each; problems: by kind; notes: what is good to know."""
+    """What was found in a folder.
+
+    splits: one line each. notes: what is good to know. problems: by kind. remedy: where a split cannot be opened.
+    """
 
     record: Record
     folder: Path
     splits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: dict[str, dict[str, None]] = field(default_factory=dict)
+    remedy: str = ""
 
     def add(self, problem: str) -> None:
         """Note a problem, once. Problems are of one kind if they differ in names and numbers only."""
@@ -40,7 +44,8 @@ class Report:
         for found in self.problems.values():
             more = [f"... and {len(found) - EXAMPLES:,} more"] if len(found) > EXAMPLES else []
             lines += [f"{len(found):,} x", *(f"  {line}" for line in [*found][:EXAMPLES] + more)]
-        return "\n".join([*lines, "something is wrong" if self.problems else "nothing is wrong"])
+        lines.append("something is wrong" if self.problems else "nothing is wrong")
+        return "\n".join([*lines, *([f"  Remedy: {self.remedy}"] if self.remedy else [])])
 
 
 def check(name: str, root: Path, deep: bool = False) -> Report:
@@ -61,6 +66,7 @@ def check(name: str, root: Path, deep: bool = False) -> Report:
         except DataError as error:
             report.splits.append(f"{split:10} cannot be opened")
             report.add(error.problem)
+            report.remedy = error.remedy
             continue
         classes = len({label for labels in dataset.labels for label in labels})
         report.splits.append(
@@ -77,7 +83,7 @@ def check(name: str, root: Path, deep: bool = False) -> Report:
         _look(dataset, report, split, deep)
     if partial:
         report.notes.append("a part of the data set: nothing is wrong with that")
-    if not deep:
+    if home and not deep:
         report.notes.append("images were opened, not decoded: --deep decodes them")
     return report
 

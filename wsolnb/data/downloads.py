@@ -246,7 +246,7 @@ def fetch(source: Source, store: Path, say: Callable[[str], None] = print) -> Pa
     for _ in range(2):
         if not path.exists():
             say(f"fetching {source.file}" + (f" from {in_words(_size(part))} on" if _size(part) else ""))
-            _transfer(source, store, part)
+            _transfer(source, store, part, say)
             part.replace(path)
         algorithm, _, digest = (source.hash or "").partition(":")
         if not digest or pooch.file_hash(str(path), alg=algorithm) == digest:
@@ -259,7 +259,7 @@ def fetch(source: Source, store: Path, say: Callable[[str], None] = print) -> Pa
     raise DataError(problem, "try another network; if that does not help, the publisher has changed the file")
 
 
-def _transfer(source: Source, store: Path, part: Path) -> None:
+def _transfer(source: Source, store: Path, part: Path, say: Callable[[str], None]) -> None:
     """Fetch a file into `part`, from where it ends; attempts that fail are repeated."""
     best = failures = 0
     while True:
@@ -273,6 +273,7 @@ def _transfer(source: Source, store: Path, part: Path) -> None:
             if failures >= FAILURES:
                 problem = f"{source.file} cannot be fetched from {source.url}: {error}"
                 raise DataError(problem, _by_hand(source, store)) from error
+            say(f"{source.file} broke off ({type(error).__name__}): trying again")
             time.sleep(min(WAIT * 2**failures, 60))
 
 
