@@ -630,9 +630,11 @@ class TestMetadataFolder:
         np.testing.assert_array_equal(dataset[1].mask, block(2, 6, 3, 8))
         assert dataset[1].boxes.shape == (0, 4)
 
-    def test_labels_alone_are_enough(self, boxed):
+    @pytest.mark.parametrize("empty", [False, True])  # the published train splits have empty files
+    def test_labels_alone_are_enough(self, boxed, empty):
         for name in ("image_sizes.txt", "localization.txt"):
-            (boxed["metadata_root"] / "train" / name).unlink()
+            path = boxed["metadata_root"] / "train" / name
+            path.write_text("") if empty else path.unlink()
         sample = MetadataFolder(**boxed, split="train", class_names=["a", "b", "c"])[2]
         assert sample.mask is None
         assert sample.boxes.shape == (0, 4)

@@ -60,3 +60,17 @@ def test_masks_have_a_colour_per_class():
     assert picture[0, 4].tolist() == [255, 255, 255]
     assert picture[0, 1].tolist() == picture[0, 3].tolist() == [0, 0x72, 0xB2]
     assert picture[0, 2].tolist() != picture[0, 1].tolist()
+
+
+def test_a_contact_sheet_names_what_it_shows():
+    samples = [aviary.render(AviaryConfig(variant="scenes"), "val", index) for index in range(4)]
+    names = [f"kind_{index}" for index in range(30)]
+    axes = [axis for axis in viz.sample_sheet(samples, names, columns=3).axes if axis.images]
+    assert len(axes) == 4
+    for axis, sample in zip(axes, samples, strict=True):
+        assert axis.get_title() == ", ".join(f"kind {label}" for label in sample.labels)
+        boxed = [names[label] for label in sample.box_labels] if len(sample.labels) > 1 else []
+        assert [text.get_text() for text in axis.texts] == boxed
+        assert len(axis.patches) == 2 * len(sample.boxes)
+        np.testing.assert_array_equal(axis.images[1].get_alpha() > 0, sample.mask > 0)
+    assert any(len(sample.labels) > 1 for sample in samples)

@@ -115,26 +115,30 @@ class FolderDataset(LocalizationDataset):
     remedy: str
 
     def read(self, index: int, truth: bool = True) -> Sample:
-        """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image.
-
-        A box that leaves the image by more than a pixel is cut off at its border, and the first one is told.
-        Raises DataError for an image of another size than the annotations state, and for a box wholly outside.
-        """
-        path, stated = self.image_path(index), self.stated(index)
-        image = read_image(path, self.remedy, stated.size if stated else None)
+        """Read sample `index`, 0 <= index < len(self), from disk, with its truth (`add_truth`) if asked for."""
+        stated = self.stated(index)
+        image = read_image(self.image_path(index), self.remedy, stated.size if stated else None)
         sample = Sample(image, self.image_ids[index], self.labels[index])
         if truth:
-            height, width = sample.size
-            if stated and stated.size != sample.size:
-                problem = f"{path} is {width}x{height}, {stated.source} says {stated.size[1]}x{stated.size[0]}"
-                raise self.problem(problem, "give the images that the annotations were made for, not resized copies")
-            self.annotate(index, sample)
-            sample.boxes = self._inside(path, sample)
+            self.add_truth(index, sample)
         return sample
 
     def stated(self, index: int) -> Stated | None:
         """Return the size that the annotations give for image `index`; None where they give none."""
         return None
+
+    def add_truth(self, index: int, sample: Sample) -> None:
+        """Add what is known of image `index` to the sample that holds it, and check it against the image's size.
+
+        A box that leaves the image by more than a pixel is cut off at its border, and the first one is told.
+        Raises DataError for an image of another size than the annotations state, and for a box wholly outside.
+        """
+        (height, width), stated, path = sample.size, self.stated(index), self.image_path(index)
+        if stated and stated.size != sample.size:
+            problem = f"{path} is {width}x{height}, {stated.source} says {stated.size[1]}x{stated.size[0]}"
+            raise self.problem(problem, "give the images that the annotations were made for, not resized copies")
+        self.annotate(index, sample)
+        sample.boxes = self._inside(path, sample)
 
     def _inside(self, path: Path, sample: Sample) -> np.ndarray:
         """Return the boxes of a sample, those that leave it by more than a pixel cut off at its border."""
@@ -149,10 +153,8 @@ class FolderDataset(LocalizationDataset):
         if (place := (self.name, str(self.root))) not in _TOLD:  # once for a data set
             _TOLD.add(place)
             box = ", ".join(f"{value:g}" for value in boxes[leaves][0])
-            told = (
-                f"{self.name}: the box {box} leaves {path} ({width}x{height}); it is cut off, as are all others that do"
-            )
-            warnings.warn(told, stacklevel=3)
+            told = f"the box {box} leaves {path} ({width}x{height}); it is cut off, as are all others that do"
+            warnings.warn(f"{self.name}: {told}", stacklevel=4)
         return np.where(leaves[:, None], np.clip(boxes, 0, [width, height] * 2), boxes)
 
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
@@ -313,6 +315,9 @@ def number(text: str) -> float:
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+ORIENTATION = 0x0112
+"""EXIF's tag of how an image is turned; from 5 on its sides are exchanged."""
+
 _TOLD: set[tuple[str, str]] = set()
 """Data sets (name, folder) of which this process has said that boxes are cut off."""
 
@@ -351,6 +356,17 @@ def read_image(
         return convert(image)
 
     return _decode(path, remedy, as_stated)
+
+
+def read_size(path: Path, remedy: str, stated: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Return (height, width) of an image file from its head, as `read_image` does; DataError when it has none."""
+
+    def sides(image: Image.Image) -> tuple[int, int]:
+        turned = image.getexif().get(ORIENTATION, 1) >= 5 and image.size == stated
+        return image.size if turned else image.size[::-1]
+
+    height, width = _decode(path, remedy, sides)
+    return int(height), int(width)
 
 
 def read_mask(

@@ -16,7 +16,8 @@ from wsolnb.errors import check_choice
 
 REMEDY = (
     "train2014.zip, val2014.zip and annotations_trainval2014.zip are at https://cocodataset.org/#download; unpack them "
-    "into one folder and give it: it holds annotations/instances_train2014.json and train2014/COCO_train2014_*.jpg"
+    "into one folder and give it: it holds annotations/instances_train2014.json and train2014/COCO_train2014_*.jpg; "
+    "`wsolnb data download coco` does all this"
 )
 
 

@@ -13,7 +13,8 @@ from wsolnb.errors import DataError
 REMEDY = (
     "CUB_200_2011.tgz is at https://www.vision.caltech.edu/datasets/cub_200_2011/; unpack it and give the folder that "
     "holds images.txt, classes.txt, image_class_labels.txt, train_test_split.txt, bounding_boxes.txt and "
-    "images/<class>/<file>.jpg (masks, a second archive, go to segmentations/<class>/<file>.png in the same folder)"
+    "images/<class>/<file>.jpg (masks, a second archive, go to segmentations/<class>/<file>.png in the same folder); "
+    "`wsolnb data download cub` does all this"
 )
 
 

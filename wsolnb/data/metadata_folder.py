@@ -18,7 +18,8 @@ REMEDY = (
     "metadata of CUB, ILSVRC and OpenImages30k are in the folder metadata/ of "
     "https://github.com/clovaai/wsolevaluation, and where to get the images is in its README; metadata_root must hold "
     "<split>/image_ids.txt (a path relative to root per line), class_labels.txt (id,label), and for splits with boxes "
-    "or masks localization.txt (id,x0,y0,x1,y1 or id,mask,ignore) and image_sizes.txt (id,width,height)"
+    "or masks localization.txt (id,x0,y0,x1,y1 or id,mask,ignore) and image_sizes.txt (id,width,height); "
+    "`wsolnb data list` names the data sets in this form that `wsolnb data download` can get"
 )
 
 _CORNERS = dict.fromkeys(("x0", "y0", "x1", "y1"), number)
@@ -41,7 +42,7 @@ class MetadataFolder(FolderDataset):
     Masks: 1 where any of an image's mask files is not zero, else 255 where its ignore file is not zero, as in the
     published evaluation: object overrides ignore. OpenImages has masks in another resolution than their images. Without
     `square` those are sampled, nearest pixel centre, at the size of the image.
-    A split without localization.txt has labels only.
+    A split without localization.txt, or with an empty one, has labels only.
 
     Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split.
     """
@@ -85,12 +86,17 @@ class MetadataFolder(FolderDataset):
         self.labels = tuple(labels[image] for image in self.image_ids)
 
         self._sizes: dict[str, tuple[int, int]] = {}
-        if (self._folder / "image_sizes.txt").exists():
+        if self._has("image_sizes.txt"):
             self._sizes = self._records("image_sizes.txt", {"image_id": str, "width": int, "height": int})
         self._boxes: dict[str, list[tuple]] = {}
         self._masks: dict[str, list[tuple[str, str]]] = {}
-        if (self._folder / "localization.txt").exists():
+        if self._has("localization.txt"):
             self._read_localization(self._folder / "localization.txt")
+
+    def _has(self, name: str) -> bool:
+        """Return whether the split has a table; published splits without one have an empty file."""
+        path = self._folder / name
+        return path.exists() and path.stat().st_size > 0
 
     def _records(self, name: str, columns: dict) -> dict[str, tuple]:
         """Read a table that has one line for every image of the split; it may have more."""

@@ -12,7 +12,7 @@ from wsolnb.data.sample import IGNORE, Sample, tight_box
 REMEDY = (
     "images.tar.gz and annotations.tar.gz are at https://www.robots.ox.ac.uk/~vgg/data/pets/; unpack both into one "
     "folder and give that folder: it holds images/*.jpg and annotations/ with list.txt, trainval.txt, test.txt and "
-    "trimaps/*.png"
+    "trimaps/*.png; `wsolnb data download pets` does all this"
 )
 FOREGROUND, BACKGROUND, BORDER = 1, 2, 3
 """Values of a trimap."""

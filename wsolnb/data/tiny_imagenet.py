@@ -14,7 +14,7 @@ from wsolnb.data.sample import Sample
 REMEDY = (
     "tiny-imagenet-200.zip is at http://cs231n.stanford.edu/tiny-imagenet-200.zip (research use only); unpack it and "
     "give the folder that holds wnids.txt, words.txt, train/<wnid>/<wnid>_boxes.txt with train/<wnid>/images/*.JPEG, "
-    "and val/val_annotations.txt with val/images/*.JPEG"
+    "and val/val_annotations.txt with val/images/*.JPEG; `wsolnb data download tiny_imagenet` does all this"
 )
 
 _CORNERS = dict.fromkeys(("x0", "y0", "x1", "y1"), number)

@@ -19,7 +19,7 @@ CLASS_NAMES = (
 REMEDY = (
     "VOCtrainval_11-May-2012.tar is at http://host.robots.ox.ac.uk/pascal/VOC/voc2012/; unpack it and give the folder "
     "VOCdevkit/VOC2012, which holds JPEGImages, Annotations, ImageSets and SegmentationClass (the masks of the SBD "
-    "list, a second archive, go to SegmentationClassAug in the same folder)"
+    "list, a second archive, go to SegmentationClassAug in the same folder); `wsolnb data download voc` does all this"
 )
 
 
@@ -64,7 +64,7 @@ class VOC(FolderDataset):
         if self._list and split == "train":
             masks = self._read_sbd_list(self._list)
         else:
-            ids = self.lines(self.root / "ImageSets" / image_set / f"{split}.txt").values()
+            ids = self.records(self.root / "ImageSets" / image_set / f"{split}.txt", {"image_id": str})
             masks = {name: self.root / "SegmentationClass" / f"{name}.png" for name in ids}
             if image_set == "Main":
                 masks = {name: path if path.exists() else None for name, path in masks.items()}

@@ -111,10 +111,99 @@ def parameters(notebook: str) -> None:
     from wsolnb.notebook import params
 
     rows = [(p.name, p.type, repr(p.default), p.help) for p in params.notebook_parameters(notebook).values()]
-    rows.insert(0, ("name", "type", "default", "meaning"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)] + [0]
+    _show([("name", "type", "default", "meaning"), *rows])
+
+
+def _show(rows: list[tuple[str, ...]]) -> None:
+    """Print a table, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------- data sets
+
+data = typer.Typer(help="Get data sets, check copies of them, look at them.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="a data set: `wsolnb data list` names them")]
+DataRoot = Annotated[str, typer.Option(help="folder of all data sets; a relative path starts at the repository")]
+DataFolder = Annotated[
+    str, typer.Argument(metavar="ROOT", help="the data set's folder, or that of all; a relative path as for --root")
+]
+
+
+@data.command("list")
+def list_data(root: DataRoot = "data") -> None:
+    """List the data sets: size of the download, licence, the profile that runs on it, whether it is in the root."""
+    from wsolnb.data.downloads import catalogue
+    from wsolnb.files import resolve
+
+    rows = [("name", "data set", "download", "licence", "profile", "there")]
+    for name, record in catalogue().items():
+        there = "yes" if (resolve(root) / record.folder).is_dir() else "no"
+        rows.append((name, record.title, record.size, record.licence, record.profile or "-", there))
+    _show(rows)
+    typer.echo(f"Folders are looked for in {resolve(root)}.")
+
+
+@data.command("download")
+def download_data(name: DataName, root: DataRoot = "data") -> None:
+    """Fetch and unpack a data set from its official addresses.
+
+    Files are checked against their published hashes. What was interrupted goes on when the command is given again.
+    Read the licence and the terms, which are shown first: who downloads accepts them.
+    """
+    from wsolnb.data.downloads import download
+    from wsolnb.files import resolve
+
+    try:
+        download(name, resolve(root), typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on", err=True)
+        raise typer.Exit(130) from None
+
+
+@data.command("check")
+def check_data(
+    name: DataName,
+    root: DataFolder,
+    deep: Annotated[bool, typer.Option("--deep", help="decode every image")] = False,
+) -> None:
+    """Say what is missing, damaged or inconsistent in a copy, whole or a part. Ends with 1 when anything is wrong."""
+    from wsolnb.data.check import check
+    from wsolnb.files import resolve
+
+    report = check(name, resolve(root), deep)
+    typer.echo(str(report))
+    raise typer.Exit(int(bool(report.problems)))
+
+
+@data.command("sample")
+def sample_data(
+    name: DataName,
+    root: DataFolder,
+    out: Annotated[str, typer.Option(metavar="FILE.png", help="a relative path starts at the repository")],
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="how many images")] = 16,
+    split: Annotated[str, typer.Option(help="default: the first that `check` names")] = "",
+    seed: Annotated[int, typer.Option(help="draws other images")] = 0,
+) -> None:
+    """Draw a contact sheet of random images with their boxes, masks and class names."""
+    import numpy as np
+
+    from wsolnb.data.downloads import get_record
+    from wsolnb.errors import check_choice
+    from wsolnb.files import resolve, write_atomically
+    from wsolnb.notebook import viz
+
+    record = get_record(name)
+    split = split or next(iter(record.splits))
+    check_choice(f"{name} has no split", split, record.splits)
+    dataset = record.open(record.locate(resolve(root)), split)
+    drawn = np.random.default_rng(seed).choice(len(dataset), min(number, len(dataset)), replace=False)
+    viz.set_style()
+    figure = viz.sample_sheet([dataset[index] for index in drawn], dataset.class_names)
+    typer.echo(write_atomically(resolve(out), viz.png(figure)))
 
 
 @app.command()

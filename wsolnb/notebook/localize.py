@@ -196,7 +196,7 @@ class Writer:
     def _draw(self) -> None:
         """Draw the first rows that are not drawn yet as the next page, and forget them."""
         file, rows = io.BytesIO(), self.rows[:ROWS]
-        figure = viz.contact_sheet(rows)
+        figure = viz.results_sheet(rows)
         figure.savefig(file, format="png", dpi=110)
         plt.close(figure)
         self.pages, self.rows = self.pages + 1, self.rows[ROWS:]

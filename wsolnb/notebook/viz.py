@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -151,6 +152,25 @@ def gallery(samples: Sequence[Sample], titles: Sequence[str] | None = None, colu
     return figure
 
 
+def sample_sheet(samples: Sequence[Sample], class_names: Sequence[str], columns: int = 4) -> Figure:
+    """Show samples with their boxes, their masks in colour over them, and the names of their classes."""
+    columns = min(columns, len(samples))
+    figure, axes = grid(-(-len(samples) // columns), columns, side=2.6)
+    for axis, sample in zip(axes.flat, samples, strict=False):
+        axis.imshow(sample.image)
+        if sample.mask is not None:
+            axis.imshow(mask_colours(sample.mask), alpha=np.where(sample.mask > 0, 0.5, 0.0))
+        draw_boxes(axis, sample.boxes)
+        if len(sample.labels) > 1:  # else the title tells
+            for (x0, y0, *_), label in zip(sample.boxes, sample.box_labels, strict=True):
+                style = {"boxstyle": "square,pad=0.1", "fc": TRUTH, "ec": "none"}
+                axis.text(max(x0, 0), max(y0, 0), class_names[label], fontsize=6, va="top", bbox=style, clip_on=True)
+        names = ", ".join(class_names[label] for label in sample.labels)
+        axis.set_title(textwrap.shorten(names.replace("_", " "), 32, placeholder=" ..."), fontsize=9)
+    box_legend(figure, predicted=False)
+    return figure
+
+
 def map_rows(
     samples: Sequence[Sample],
     maps: Sequence[Mapping[str, np.ndarray]],
@@ -202,7 +222,7 @@ class SheetRow(NamedTuple):
     index: int
 
 
-def contact_sheet(rows: Sequence[SheetRow]) -> Figure:
+def results_sheet(rows: Sequence[SheetRow]) -> Figure:
     """Draw results: image, map, box and mask of each in a row, with a legend. The masks have VOC's colours."""
     width = 2.4
     heights = [width * min(1.3, max(0.25, row.found.mask.shape[0] / row.found.mask.shape[1])) + 0.3 for row in rows]
