@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from wsolnb.errors import WeightsError
+
+COPIES = {"student", "ema", "model_ema", "state_dict_ema"}
+"""Of several networks in a file, those under these names are not taken."""
 
 HEADS = ("head", "fc.", "classifier", "mask_token")
 """Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
@@ -31,14 +34,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises WeightsError when the file is missing, damaged or no dictionary of tensors, or when it misses a tensor,
     changes the shape of one, or holds one that the model lacks.
     """
-    path = Path(path)
-    state, own = dict(_tensors(_read(path))), model.state_dict()
-    if not state:
-        raise WeightsError(
-            f"{path} holds no tensors by name",
-            "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
-        )
-    prefix = _prefix(state, own)
+    state, own = read_tensors(path), model.state_dict()
+    prefix = prefix_of(state, own)
     begins = {name.partition(".")[0] for name in state}
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if "register_tokens" in state and "reg_token" in own:  # as published with DINOv2; the other name is timm's
@@ -75,6 +72,29 @@ def positioned_prefix(vit: nn.Module) -> int:
     return 0 if vit.no_embed_class else vit.num_prefix_tokens
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return all tensors of a file, of dictionaries in dictionaries with their names joined by dots; no code is run.
+
+    Raises WeightsError when the file is missing, damaged, holds something that would run code, or no tensors by name.
+    """
+    state = dict(_tensors(_read(Path(path))))
+    if not state:
+        raise WeightsError(
+            f"{path} holds no tensors by name",
+            "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
+        )
+    return state
+
+
+def prefix_of(state: Iterable[str], known: Container[str]) -> str:
+    """Return what stands before the known names in a file: that behind which most of them are found, of no copy."""
+    found: Counter[str] = Counter()
+    for name in state:
+        for cut in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            found[name[:cut]] += name[cut:] in known
+    return max(found, key=lambda prefix: (found[prefix], COPIES.isdisjoint(prefix.split(".")))) if found.total() else ""
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"no checkpoint at {path}", "check the path; .safetensors, .pth and .pt files are read")
@@ -83,14 +103,19 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        refused = re.search(r"[Uu]nsupported (?:global|class|operand|GLOBAL)\W+(?:GLOBAL )?([\w.]+)", str(error))
         told = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
         remedy = "download it again; pickled objects other than tensors are refused"
         if refused:
             told = f"beside its tensors it holds {refused[1]}, which would run code"
+            bare = "." not in refused[1] or "is blocked" in str(error)  # eval, os.system: no trained state has these
             remedy = (
-                f"where you trust the file, save its tensors without {refused[1]}: "
-                "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
+                "do not load this file in any way: no checkpoint needs such an object"
+                if bare
+                else (
+                    f"where you trust the file, save its tensors without {refused[1]}: "
+                    "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
+                )
             )
         raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
 
@@ -102,15 +127,6 @@ def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{before}.{name}" if before else str(name))
     elif isinstance(content, Tensor):
         yield before, content
-
-
-def _prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Return what stands before the model's names in a file: that behind which most of them are found."""
-    found: Counter[str] = Counter()
-    for name in state:
-        for cut in (0, *(match.end() for match in re.finditer(r"\.", name))):
-            found[name[:cut]] += name[cut:] in own
-    return max(found, key=lambda prefix: (found[prefix], "student" not in prefix)) if found.total() else ""
 
 
 def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:

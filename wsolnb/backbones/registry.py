@@ -68,6 +68,7 @@ def create_backbone(
     checkpoint: str | Path | None = None,
     image_size: int | None = None,
     output_stride: int = 16,
+    dilate: bool = True,
     drop_path: float = 0.0,
     mixing: Mixing | None = None,
 ) -> TransformerBackbone | ConvBackbone:
@@ -80,7 +81,9 @@ def create_backbone(
     image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
         for `vit_photo` 160.
         Position embeddings are resized to it.
-    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
+    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. dilate: whether its convolutions behind a stride
+        that was taken out reach as far as before; the released IRN and LPCAM are trained without.
+    drop_path: stochastic depth of transformers.
     mixing: of the mini transformers; default that of `MIXING`.
 
     Raises ParameterError for unknown names, for models that no method can use, and for sizes and strides that a model
@@ -108,6 +111,8 @@ def create_backbone(
         if image_size is not None and image_size < 32:
             raise ParameterError(f"{name} cannot take images of side {image_size}", "use 32 or more")
         backbone = _cnn(name, timm_name, pretrained, output_stride)
+        if not dilate:
+            backbone.undilate()
     if checkpoint:
         load_weights(backbone.cnn if isinstance(backbone, ConvBackbone) else backbone.vit, checkpoint)
     return backbone
