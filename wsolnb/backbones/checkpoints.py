@@ -108,15 +108,12 @@ def _read(path: Path) -> Any:
         remedy = "download it again; pickled objects other than tensors are refused"
         if refused:
             told = f"beside its tensors it holds {refused[1]}, which would run code"
-            bare = "." not in refused[1] or "is blocked" in str(error)  # eval, os.system: no trained state has these
             remedy = (
-                "do not load this file in any way: no checkpoint needs such an object"
-                if bare
-                else (
-                    f"where you trust the file, save its tensors without {refused[1]}: "
-                    "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
-                )
+                f"where you trust the file, save its tensors without {refused[1]}: "
+                "content = torch.load(path, weights_only=False); torch.save(content['model'], new_path)"
             )
+            if "." not in refused[1] or "is blocked" in str(error):  # such as eval, os.system
+                remedy = "do not load this file in any way: no checkpoint needs such an object"
         raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
 
 

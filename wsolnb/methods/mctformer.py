@@ -74,6 +74,8 @@ class MCTformer(LocalizationModel):
         if not isinstance(backbone, TransformerBackbone) or isinstance(backbone, ConformerBackbone):
             problem = f"MCTformer needs a plain vision transformer, got {type(backbone).__name__}"
             raise ParameterError(problem, "use vit_mini, deit_small or another transformer of wsolnb.backbones")
+        if version not in (1, 2):
+            raise ParameterError(f"MCTformer of version {version!r}", "choose 1 or 2")
         self.backbone = backbone
         self.layers, self.final_norm = min(layers, backbone.depth), final_norm
         vit = backbone.vit
@@ -93,7 +95,7 @@ class MCTformer(LocalizationModel):
 
     @property
     def head(self) -> nn.Module:
-        """The convolution over the patch tokens; of version 1 nothing, whose layers all are pretrained."""
+        """The convolution over the patch tokens; version 1 has no new layer."""
         return self.semantic or nn.ModuleList()
 
     def forward(self, images: Tensor) -> MCTformerOutput:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -54,6 +54,7 @@ class Report:
 
     matched: the model's name by the file's. ignored: why a tensor of the file is not used. kept: why a tensor of the
     model is not filled. mismatched: what is wrong with any other tensor of either; nothing may be loaded then.
+    others: other sources whose names are those of the file, looked for where something is wrong.
     """
 
     source: str
@@ -61,6 +62,7 @@ class Report:
     ignored: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.matched)} tensors matched"]
@@ -297,14 +299,14 @@ def load_published(model: nn.Module, path: str | Path, source: str) -> Report:
     Raises ParameterError for an unknown source, or a model whose results would not be the published ones; WeightsError
     for a file that cannot be read, or whose tensors do not fit, with the name and the shapes of the first.
     """
-    report, tensors, layout = _compare(model, path, source)
+    report, tensors, built = _compare(model, path, source)
     if report.mismatched:
-        (name, told), others = next(iter(report.mismatched.items())), len(report.mismatched) - 1
+        (name, told), more = next(iter(report.mismatched.items())), len(report.mismatched) - 1
         raise WeightsError(
             f"{path} does not fit {type(model).__name__} as a file of {source!r}: {name!r} {told}"
-            + (f"; {others} more tensors do not fit" if others else ""),
-            f"build the model for the file's backbone, image size and number of classes, as {layout.built}"
-            + _others(read_tensors(path), source),
+            + (f"; {more} more do not fit" if more else ""),
+            f"build the model for the file's backbone, image size and number of classes, as {built}"
+            + _hint(report.others),
         )
     model.load_state_dict(tensors, strict=False)
     return report
@@ -318,17 +320,17 @@ def check_published(model: nn.Module, path: str | Path, source: str) -> Report:
     return _compare(model, path, source)[0]
 
 
-def _compare(model: nn.Module, path: str | Path, source: str) -> tuple[Report, dict[str, Tensor], Layout]:
+def _compare(model: nn.Module, path: str | Path, source: str) -> tuple[Report, dict[str, Tensor], str]:
+    """Return the report, the file's tensors by names of the model, and how to build the file's model."""
     check_choice("unknown source", source, SOURCES)
     state = read_tensors(path)
     known, layout = max(((_known(state, layout), layout) for layout in SOURCES[source]), key=lambda pair: len(pair[0]))
     if not known:
         problem = f"no tensor of {path} has a name of {source!r}; its first is {next(iter(state))!r}"
-        raise WeightsError(problem, "give the source that the file is from" + _others(state, source))
+        raise WeightsError(problem, "give the source that the file is from" + _hint(_others(state, source)))
     _check_model(model, source, layout)
 
-    report, found, own = Report(source), {}, model.state_dict()
-    prefix = prefix_of(state, known)
+    report, found, prefix = Report(source), {}, prefix_of(state, known)
     for whole, value in state.items():
         name = whole.removeprefix(prefix)
         if not whole.startswith(prefix) or not _knows(layout, name):
@@ -345,21 +347,24 @@ def _compare(model: nn.Module, path: str | Path, source: str) -> tuple[Report, d
         else:
             here = report.matched[whole] = _renamed(name, layout.names)
             found[here] = value
-
     if layout.convert:
         layout.convert(found)
+    _place(report, found, model.state_dict(), layout)
+    return replace(report, others=_others(state, source)) if report.mismatched else report, found, layout.built
+
+
+def _place(report: Report, found: dict[str, Tensor], own: dict[str, Tensor], layout: Layout) -> None:
+    """Complete the report by what becomes of each tensor of the model, `own`; `found` are the file's by its names."""
     for whole, here in list(report.matched.items()):
         value, wanted = found[here], own.get(here)
         if wanted is not None and set(value.shape[wanted.ndim :]) == {1}:  # a 1x1 convolution, a number
             value = found[here] = value.reshape(value.shape[: wanted.ndim])
-        if wanted is None or not here.startswith(layout.fills):
+        if wanted is None:
             report.mismatched[whole] = f"of shape {tuple(value.shape)} is {here!r} here, which the model has not"
         elif value.shape != wanted.shape:
             told = f"has shape {tuple(value.shape)}, the model's {here!r} has {tuple(wanted.shape)}"
             report.mismatched[whole] = told
-    for here, wanted in own.items():
-        if here in found:
-            continue
+    for here in (name for name in own if name not in found):
         if not here.startswith(layout.fills):
             report.kept[here] = f"the file holds the {layout.fills.strip('.')} alone"
         elif reason := _told(here, layout.kept):
@@ -367,10 +372,9 @@ def _compare(model: nn.Module, path: str | Path, source: str) -> tuple[Report, d
         elif here.endswith("num_batches_tracked"):
             report.kept[here] = "files older than PyTorch 0.4.1 do not count batches"
         else:
-            report.mismatched[here] = f"of the model, of shape {tuple(wanted.shape)}, is not in the file"
+            report.mismatched[here] = f"of the model, of shape {tuple(own[here].shape)}, is not in the file"
     for name in report.mismatched:
         report.matched.pop(name, None)
-    return report, found, layout
 
 
 def _check_model(model: nn.Module, source: str, layout: Layout) -> None:
@@ -398,8 +402,8 @@ def _knows(layout: Layout, name: str) -> bool:
     return any(_row(name, table) for table in (layout.names, layout.ignored, layout.copies))
 
 
-def _others(state: Mapping[str, Tensor], source: str) -> str:
-    """Return a hint at the other sources whose names are those of the file, all of them and no more."""
+def _others(state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
+    """Return the other sources whose names are those of the file, all of them and no more."""
     found = []
     for other, layouts in SOURCES.items():
         for layout in layouts:
@@ -407,8 +411,12 @@ def _others(state: Mapping[str, Tensor], source: str) -> str:
             names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
             used = {row[0] for name in names if (row := _row(name, layout.names))}
             if other != source and used == set(layout.names) and all(_knows(layout, name) for name in names):
-                found.append(repr(other))
-    return f"; its names are those of source {' or '.join(found)}" if found else ""
+                found.append(other)
+    return tuple(found)
+
+
+def _hint(others: Sequence[str]) -> str:
+    return f"; its names are those of source {' or '.join(map(repr, others))}" if others else ""
 
 
 @lru_cache
