@@ -3,8 +3,9 @@
     model = create_method("tscam", create_backbone("deit_small"), 200)
     report = load_published(model, "model_best.pth", source="tscam")
 
-Names and shapes are those of the released programs, read from their sources. Of the files only PPD's probe of CUB could
-be had, and was loaded. All of these programs normalise images by ImageNet's mean and standard deviation.
+Names and shapes are those of the released programs. Their own modules, filled with random numbers, give what the models
+here give after loading their states, to 1e-5 of the largest value. Of the files only PPD's probe of CUB could be had,
+and was loaded. All of these programs normalise images by ImageNet's mean and standard deviation.
 
 - tscam (github.com/vasgaowei/TS-CAM): DeiT-T, DeiT-S, DeiT-B of 384 pixels, Conformer-S. The logits of the last one add
   there those of the convolutional branch, which is not built here: its maps are the published ones, its logits not.
@@ -13,7 +14,8 @@ be had, and was loaded. All of these programs normalise images by ImageNet's mea
   20 classes of VOC, 80 of COCO. Its ResNet-50 has stride 16 without dilation.
 - irn (github.com/jiwoon-ahn/irn, and LPCAM's copy): `res50_irn.pth`, likewise.
 - mctformer_v1, mctformer_v2 (github.com/xulianuwa/MCTformer as of 2022): DeiT-S. For images of other sizes than 224 it
-  enlarges the positions by another bicubic rule. MCTformer+, which came later, ranks its patches: not read.
+  enlarges the positions by another bicubic rule (maps differ by half a percent). MCTformer+, which came later, ranks
+  its patches: not read.
 - locloc (github.com/Cliffia123/LocLoc): the generator in one file (the U-Net of its evaluation script), the classifier
   in another. That one has 1,000 outputs on CUB, too, of which the first 200 are the classes. The backbone is DeiT-S.
 - ppd (github.com/ustcjinggg/ProxyProbingDecoder): the decoder in one file, in another the probe, of class tokens alone.
