@@ -128,6 +128,22 @@ def test_resnet_stride_and_width(name, stride, dim):
     assert backbone.dim == dim
 
 
+@pytest.mark.parametrize("name", ["resnet_mini", "efficientnet_lite0"])
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_without_dilation_maps_keep_their_size_and_kernels_their_neighbours(name, stride):
+    dilated, plain = (backbones.create_backbone(name, output_stride=stride, dilate=dilate) for dilate in (True, False))
+    assert dilated.dilated == (stride < 32)
+    assert not plain.dilated
+    images = torch.randn(1, 3, 96, 64)
+    assert dilated(images).shape == plain(images).shape == (1, plain.dim, 96 // stride, 64 // stride)
+    if name == "resnet_mini":
+        convolution = plain.cnn.layer4[0].conv2
+        impulse = torch.zeros(1, convolution.in_channels, 9, 9)
+        impulse[:, :, 4, 4] = 1
+        reached = (convolution(impulse).abs().amax(1)[0] > 0).nonzero()
+        assert (reached.amin(0).tolist(), reached.amax(0).tolist()) == ([3, 3], [5, 5])
+
+
 def test_unknown_name_and_wrong_image_size_are_named():
     with pytest.raises(ParameterError, match="did you mean 'deit_small'"):
         backbones.create_backbone("deit_smal")

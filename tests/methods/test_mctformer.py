@@ -114,3 +114,32 @@ def test_refinement_and_loss_by_loops():
         rows = torch.tensor([[float(c == label) for c in range(3)] for label in labels])
         by_index = model.loss(model, {"image": images, "label": torch.tensor(labels)})
         assert float(by_index) == float(model.loss(model, {"image": images, "label": rows}))
+
+
+def test_without_final_norm_and_without_patch_classifier():
+    backbone = create_backbone("vit_mini_plain", image_size=32)
+    backbone.vit.norm.weight.data.mul_(3)
+    images, classes = torch.randn(2, 3, 32, 32), torch.tensor([2, 0])
+    with_norm = MCTformer(backbone, 3).eval()
+    without = MCTformer(backbone, 3, final_norm=False).eval()
+    without.load_state_dict(with_norm.state_dict())
+    features = without(images).features.flatten(2).mT
+    torch.testing.assert_close(backbone.vit.norm(features), with_norm(images).features.flatten(2).mT)
+
+    first = MCTformer(backbone, 3, version=1).eval()
+    first.load_state_dict({k: v for k, v in with_norm.state_dict().items() if not k.startswith("semantic.")})
+    output, labels = first(images), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    assert output.semantic_map is None
+    assert output.patch_logits is None
+    torch.testing.assert_close(output.logits, with_norm(images).token_logits)
+    maps = first.localize(output, classes)
+    assert first.maps == tuple(maps) == ("attention",)
+    torch.testing.assert_close(maps["attention"], with_norm.localize(with_norm(images), classes)["attention"])
+    p = output.logits.sigmoid()
+    expected = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
+    torch.testing.assert_close(first.loss(first, {"image": images, "label": labels}), expected)
+    assert [*first.head.parameters()] == []
+    with pytest.raises(ParameterError, match="MCTformer-V1 does not classify its patches"):
+        mctformer.PatchTokens(first)
+    with pytest.raises(ParameterError, match="version 3"):
+        MCTformer(backbone, 3, version=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,25 @@ from torch import Tensor, nn
 
 from wsolnb.errors import WeightsError
 
+COPIES = {"student", "ema", "model_ema", "state_dict_ema"}
+"""Of several networks in a file, those under these names are not taken."""
+
 HEADS = ("head", "fc.", "classifier", "mask_token")
 """Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
-
-
-def tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a local file by name; no code of the file is run.
-
-    Dictionaries in dictionaries (`model`, `state_dict`, `teacher`) are opened, their names joined by dots.
-    Raises WeightsError when the file is missing, damaged or no dictionary of tensors.
-    """
-    found = dict(_tensors(_read(path := Path(path))))
-    if not found:
-        raise WeightsError(
-            f"{path} holds no tensors by name",
-            "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
-        )
-    return found
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load a local file of weights into `model`; returns the names of the file's tensors that were left out.
 
-    The file is read as `tensors` does. What stands before all of the model's names (`module.`, `backbone.vit.`) is
+    The file is read as `read_tensors` does. What stands before all of the model's names (`module.`, `backbone.vit.`) is
     taken off, and with it everything beside; of a teacher and a student the teacher is taken. Classifier heads that the
     model does not have are left out. A position embedding of another square grid is resampled to the model's.
 
-    Raises WeightsError as `tensors` does, and when the file misses a tensor, changes the shape of one, or holds one
-    that the model lacks.
+    Raises WeightsError as `read_tensors` does, and when the file misses a tensor, changes the shape of one, or holds
+    one that the model lacks.
     """
-    path = Path(path)
-    state, own = tensors(path), model.state_dict()
-    held = list(state)
-    prefix = _prefix(state, own)
+    state, own = read_tensors(path), model.state_dict()
+    held, prefix = list(state), prefix_of(state, own)
     begins = {name.partition(".")[0] for name in state}
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if "register_tokens" in state and "reg_token" in own:  # as published with DINOv2; the other name is timm's
@@ -87,6 +73,29 @@ def positioned_prefix(vit: nn.Module) -> int:
     return 0 if vit.no_embed_class else vit.num_prefix_tokens
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return all tensors of a file, of dictionaries in dictionaries with their names joined by dots; no code is run.
+
+    Raises WeightsError when the file is missing, damaged, holds something that would run code, or no tensors by name.
+    """
+    state = dict(_tensors(_read(Path(path))))
+    if not state:
+        raise WeightsError(
+            f"{path} holds no tensors by name",
+            "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
+        )
+    return state
+
+
+def prefix_of(state: Iterable[str], known: Container[str]) -> str:
+    """Return what stands before the known names in a file: that behind which most of them are found, of no copy."""
+    found: Counter[str] = Counter()
+    for name in state:
+        for cut in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            found[name[:cut]] += name[cut:] in known
+    return max(found, key=lambda prefix: (found[prefix], COPIES.isdisjoint(prefix.split(".")))) if found.total() else ""
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"no checkpoint at {path}", "check the path; .safetensors, .pth and .pt files are read")
@@ -95,7 +104,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        refused = re.search(r"[Uu]nsupported (?:global|class|operand|GLOBAL)\W+(?:GLOBAL )?([\w.]+)", str(error))
         told = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
         remedy = "download it again; pickled objects other than tensors are refused"
         if refused:
@@ -105,6 +114,8 @@ def _read(path: Path) -> Any:
                 "content = torch.load(path, weights_only=False); torch.save(content[KEY], new_path), where KEY is that "
                 "of the tensors, such as 'model', 'state_dict' or 'teacher'"
             )
+            if "." not in refused[1] or "is blocked" in str(error):  # such as eval, os.system
+                remedy = "do not load this file in any way: no checkpoint needs such an object"
         raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
 
 
@@ -115,15 +126,6 @@ def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{before}.{name}" if before else str(name))
     elif isinstance(content, Tensor) and before:
         yield before, content
-
-
-def _prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Return what stands before the model's names in a file: that behind which most of them are found."""
-    found: Counter[str] = Counter()
-    for name in state:
-        for cut in (0, *(match.end() for match in re.finditer(r"\.", name))):
-            found[name[:cut]] += name[cut:] in own
-    return max(found, key=lambda prefix: (found[prefix], "student" not in prefix)) if found.total() else ""
 
 
 def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:

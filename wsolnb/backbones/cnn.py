@@ -42,6 +42,18 @@ class ConvBackbone(Backbone):
         self.stride = PROBE // shape[2]
 
     @property
+    def dilated(self) -> bool:
+        """Whether a convolution reads cells that are not neighbours, in place of a stride that was taken out."""
+        return any(isinstance(layer, nn.Conv2d) and max(layer.dilation) > 1 for layer in self.cnn.modules())
+
+    def undilate(self) -> None:
+        """Make every convolution read neighbouring cells; the size of each map stays."""
+        for layer in self.cnn.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.padding = tuple(side // step for side, step in zip(layer.padding, layer.dilation, strict=True))
+                layer.dilation = (1, 1)
+
+    @property
     def resnet(self) -> ResNet:
         """The network where it is a ResNet, for methods that read its stages; else ParameterError."""
         if not isinstance(self.cnn, ResNet):

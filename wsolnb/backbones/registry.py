@@ -13,7 +13,7 @@ from torch import nn
 
 from wsolnb import weights
 from wsolnb.backbones.base import Backbone, Colour, colours
-from wsolnb.backbones.checkpoints import load_weights, tensors
+from wsolnb.backbones.checkpoints import load_weights, read_tensors
 from wsolnb.backbones.cnn import PROBE, STRIDES, ConvBackbone
 from wsolnb.backbones.conformer import Conformer, ConformerBackbone
 from wsolnb.backbones.photo import NETWORK, vit_photo
@@ -68,6 +68,7 @@ def create_backbone(
     checkpoint: str | Path | None = None,
     image_size: int | None = None,
     output_stride: int = 16,
+    dilate: bool = True,
     drop_path: float = 0.0,
     mixing: Mixing | None = None,
 ) -> TransformerBackbone | ConvBackbone:
@@ -80,7 +81,9 @@ def create_backbone(
     image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
         for `vit_photo` 160.
         Position embeddings are resized to it.
-    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. drop_path: stochastic depth of transformers.
+    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. dilate: whether its convolutions behind a stride
+        that was taken out reach as far as before; the released IRN and LPCAM are trained without.
+    drop_path: stochastic depth of transformers.
     mixing: of the mini transformers; default that of `MIXING`.
 
     Raises ParameterError for unknown names, for models that no method can use, and for sizes and strides that a model
@@ -108,6 +111,8 @@ def create_backbone(
         if image_size is not None and image_size < 32:
             raise ParameterError(f"{name} cannot take images of side {image_size}", "use 32 or more")
         backbone = _cnn(name, timm_name, pretrained, output_stride)
+        if not dilate:
+            backbone.undilate()
     if checkpoint:
         load_weights(backbone.cnn if isinstance(backbone, ConvBackbone) else backbone.vit, checkpoint)
     return backbone
@@ -165,7 +170,7 @@ def load_classifier(name: str, checkpoint: str | Path) -> tuple[nn.Module, list[
     network = _timm_model(timm_name_of(name), False)
     own = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
     layer = own if isinstance(own, str) else "fc"
-    shapes = {held: value.shape for held, value in tensors(checkpoint).items()}
+    shapes = {held: value.shape for held, value in read_tensors(checkpoint).items()}
     found = [held for held in shapes if f".{held}".endswith(f".{layer}.weight") and len(shapes[held]) == 2]
     if not found:
         raise WeightsError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,13 @@ class MCTformerOutput(NamedTuple):
     semantic_map: (B, C, h, w), one map per class, before its ReLU. features: (B, D, h, w), the patch tokens.
     attention: (B, L, C, h, w) float32, class tokens to patches, mean over heads; L layers, the last ones.
     affinity: (B, N, N) float32, patches to patches, mean over heads and all layers; from a softmax over all tokens.
+    Of version 1 `logits` are those of the class tokens; it has neither `patch_logits` nor `semantic_map`.
     """
 
     logits: Tensor
     token_logits: Tensor
-    patch_logits: Tensor
-    semantic_map: Tensor
+    patch_logits: Tensor | None
+    semantic_map: Tensor | None
     features: Tensor
     attention: Tensor
     affinity: Tensor
@@ -59,17 +60,24 @@ class MCTformer(LocalizationModel):
     embedding is resampled to their grid.
     layers: number of last layers whose class attention is averaged.
     padding: of the 3 x 3 convolution over the patches, `zeros` as published, or `replicate`.
+    final_norm: whether the last block's tokens are normalised; the released program does not.
+    version: 2 (MCTformer-V2), or 1, which does not classify the patches: its one map is the attention.
     """
 
     maps = ("mctformer", "semantic", "attention")
 
-    def __init__(self, backbone: TransformerBackbone, num_classes: int, layers: int = 3, padding: str = "zeros"):
+    def __init__(
+        self, backbone: TransformerBackbone, num_classes: int, layers: int = 3, padding: str = "zeros",
+        final_norm: bool = True, version: Literal[1, 2] = 2,
+    ):  # fmt: skip
         super().__init__()
         if not isinstance(backbone, TransformerBackbone) or isinstance(backbone, ConformerBackbone):
             problem = f"MCTformer needs a plain vision transformer, got {type(backbone).__name__}"
             raise ParameterError(problem, "use vit_mini, deit_small or another transformer of wsolnb.backbones")
+        if version not in (1, 2):
+            raise ParameterError(f"MCTformer of version {version!r}", "choose 1 or 2")
         self.backbone = backbone
-        self.layers = min(layers, backbone.depth)
+        self.layers, self.final_norm = min(layers, backbone.depth), final_norm
         vit = backbone.vit
         start = vit.cls_token.detach()
         if positioned_prefix(vit):
@@ -78,14 +86,17 @@ class MCTformer(LocalizationModel):
         noise = torch.empty_like(self.class_tokens)
         # Equal tokens would differ by the loss of their own class only; noise as timm starts a class token with.
         self.class_tokens.data += nn.init.trunc_normal_(noise, std=0.02)
+        if version == 1:
+            self.semantic, self.maps = None, ("attention",)
+            return
         self.semantic = nn.Conv2d(backbone.dim, num_classes, 3, padding=1, padding_mode=padding)
         nn.init.kaiming_normal_(self.semantic.weight, nonlinearity="relu")
         nn.init.zeros_(self.semantic.bias)
 
     @property
     def head(self) -> nn.Module:
-        """The convolution over the patch tokens."""
-        return self.semantic
+        """The convolution over the patch tokens; version 1 has no new layer."""
+        return self.semantic or nn.ModuleList()
 
     def forward(self, images: Tensor) -> MCTformerOutput:
         """Classify (B, 3, H, W) normalised images; H and W multiples of the patch size."""
@@ -110,12 +121,15 @@ class MCTformer(LocalizationModel):
         for tokens, weights in run_blocks(vit.blocks, x, masks, partial(run_block, attend=_attend)):  # noqa: B007
             attention.append(weights[:, :count, first:])
             affinity = affinity + weights[:, first:, first:] / len(masks)
-        x = vit.norm(tokens)
+        x = vit.norm(tokens) if self.final_norm else tokens
         features = x[:, first:].mT.unflatten(2, (rows, columns))
-        semantic_map = self.semantic(features)
-        token_logits, patch_logits = x[:, :count].mean(dim=2), semantic_map.mean(dim=(2, 3))
-        logits = (token_logits + patch_logits) / 2
         attention = torch.stack(attention[-self.layers :], dim=1).unflatten(3, (rows, columns))
+        token_logits = x[:, :count].mean(dim=2)
+        if self.semantic is None:
+            return MCTformerOutput(token_logits, token_logits, None, None, features, attention, affinity)
+        semantic_map = self.semantic(features)
+        patch_logits = semantic_map.mean(dim=(2, 3))
+        logits = (token_logits + patch_logits) / 2
         return MCTformerOutput(logits, token_logits, patch_logits, semantic_map, features, attention, affinity)
 
     def _masks(self, rows: int, columns: int, count: int, device: torch.device) -> list[Tensor | None]:
@@ -135,13 +149,14 @@ class MCTformer(LocalizationModel):
         output, labels = forward(batch["image"]), batch["label"]
         if labels.ndim == 1:
             labels = F.one_hot(labels, output.token_logits.shape[1])
-        labels = labels.float()
-        losses = [F.multilabel_soft_margin_loss(z.float(), labels) for z in (output.token_logits, output.patch_logits)]
-        return losses[0] + losses[1]
+        logits = (z for z in (output.token_logits, output.patch_logits) if z is not None)
+        return sum(F.multilabel_soft_margin_loss(z.float(), labels.float()) for z in logits)
 
     def localize(self, output: MCTformerOutput, classes: Tensor) -> dict[str, Tensor]:
         """Class attention (mean over the last layers), rectified semantic map, and their product; each (B, h, w)."""
         attention = pick(output.attention.mean(dim=1), classes)
+        if output.semantic_map is None:
+            return {"attention": attention}
         semantic = pick(output.semantic_map.float().relu(), classes)
         return {"mctformer": attention * semantic, "semantic": semantic, "attention": attention}
 
@@ -155,9 +170,14 @@ def refine(maps: Tensor, affinity: Tensor) -> Tensor:
 
 
 class PatchTokens:
-    """MCTformer as an `Extractor`: patch tokens, and the convolution summed over its positions."""
+    """MCTformer-V2 as an `Extractor`: patch tokens, and the convolution summed over its positions.
+
+    Raises ParameterError for version 1, which has no convolution.
+    """
 
     def __init__(self, model: MCTformer):
+        if model.semantic is None:
+            raise ParameterError("MCTformer-V1 does not classify its patches", "use version 2")
         self.model = model.eval()
         self.mean, self.std = normalisation(model)
         self.weight = model.semantic.weight.detach().float().sum(dim=(2, 3))
