@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
 from wsolnb.errors import DataError, ParameterError, check_choice
@@ -102,14 +102,17 @@ class FolderDataset(LocalizationDataset):
     """A data set of image files: readers say where an image lies and what is known of it.
 
     remedy: where the data set is obtained and how its folder must look; part of every error about its files.
+    upright: whether images are turned as their EXIF orientation says. Published boxes and masks are those of the stored
+        pixels, unturned.
     """
 
     remedy: str
+    upright: bool = False
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image."""
         path = self.image_path(index)
-        sample = Sample(read_image(path, self.remedy), self.image_ids[index], self.labels[index])
+        sample = Sample(read_image(path, self.remedy, self.upright), self.image_ids[index], self.labels[index])
         if truth:
             self.annotate(index, sample)
             height, width = sample.size
@@ -274,7 +277,8 @@ def number(text: str) -> float:
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np.ndarray:
+    """Return what `convert` makes of an image file, as an array; DataError when it is missing or damaged."""
     if not path.exists():
         raise DataError(f"missing: {path}", remedy)
     try:
@@ -284,13 +288,22 @@ def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Imag
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
 
-def read_image(path: Path, remedy: str) -> np.ndarray:
+def read_image(path: Path, remedy: str, upright: bool = False) -> np.ndarray:
     """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
 
     The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files); grey,
-    palette and CMYK images are converted, transparency is dropped.
+    palette and CMYK images are converted, of 16 bits the upper eight are kept, transparency is dropped.
+    upright: turn the image as its EXIF orientation says, which is how viewers show it.
     """
-    return _decode(path, remedy, lambda image: image.convert("RGB"))
+    return decode(path, remedy, lambda image: _rgb(ImageOps.exif_transpose(image) if upright else image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow itself would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its values have 32 bits; save it with 8 bits a channel")
+    return image.convert("RGB")
 
 
 def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -298,7 +311,7 @@ def read_mask(path: Path, remedy: str, size: tuple[int, int] | None = None) -> n
 
     size: (height, width) that the mask must have. Raises DataError when it is missing, damaged or of another size.
     """
-    mask = _decode(path, remedy, lambda image: image if image.mode in ("P", "L") else image.convert("L"))
+    mask = decode(path, remedy, lambda image: image if image.mode in ("P", "L") else image.convert("L"))
     if size is not None and mask.shape != tuple(size):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}", remedy)
     return mask
