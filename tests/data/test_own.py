@@ -12,8 +12,11 @@ from PIL import Image
 
 from wsolnb.data import open_dataset
 from wsolnb.data.own import ImageFolder, LabelTable
-from wsolnb.data.splits import load_splits
-from wsolnb.errors import DataError, ParameterError
+from wsolnb.data.splits import DataSettings, load_splits
+from wsolnb.data.store import ClassMaps
+from wsolnb.errors import DataError, MapError, ParameterError
+from wsolnb.train.seeds import evaluate, has_masks
+from wsolnb.train.segmentation import class_mask
 
 HEIGHT, WIDTH = 12, 20
 
@@ -390,6 +393,32 @@ class TestMasks:
         parts = load_splits("folder", str(pets))
         masks = {s.image_id: s.mask for part in parts for s in map(part.__getitem__, range(len(part)))}
         assert [name for name, found in masks.items() if found is not None] == ["cat/0.jpg"]
+
+
+RENDERED = dict.fromkeys(("classes", "train_images", "val_images", "test_images"), 2)
+RENDERED |= {"body_cue": 0, "context_correlation": 0, "seed": 0}
+"""What notebooks say besides of the rendered benchmark."""
+
+
+class TestNotebooks:
+    """How notebooks open them."""
+
+    def test_one_label_an_image(self, pets, listed):
+        settings = DataSettings(dataset="folder", data_root=str(pets), **RENDERED)
+        assert [len(part) for part in settings.splits()] == [6, 2, 2]
+        settings = DataSettings(dataset="csv", data_root=str(listed), **RENDERED)
+        with pytest.raises(DataError, match=r"images of csv\(train: .*\) have several labels.*\n.*notebooks 20 to 23"):
+            settings.splits()
+        assert settings.splits("scenes").train.multi_label
+
+    def test_seeds_of_images_without_masks(self, pets, listed):
+        bare = ImageFolder(pets, "test")
+        assert not has_masks(bare)
+        assert (class_mask(bare[0], bare.multi_label) == 255).all()
+        mask(listed / "masks" / "b.png", block(2))
+        assert has_masks(LabelTable(listed, "train"))  # of the second image only
+        with pytest.raises(MapError, match=r"no image has a mask to be judged by\n.*in masks/"):
+            evaluate([{"cam": ClassMaps(bare.image_ids[0], (0,), np.zeros((1, HEIGHT, WIDTH), np.float32))}], bare)
 
 
 class TestBoxes:
