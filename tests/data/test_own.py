@@ -144,6 +144,12 @@ class TestFolder:
         (pets / "dog" / "link.jpg").symlink_to(pets / "cat" / "0.jpg")
         with pytest.raises(DataError, match=r"link\.jpg: 'dog/link\.jpg' is listed a second time with other labels"):
             ImageFolder(pets, "train")
+        (pets / "dog" / "link.jpg").unlink()
+        (pets / "eel").symlink_to(tmp_path / "nowhere", target_is_directory=True)
+        with pytest.raises(DataError, match=r"eel is a link to .*nowhere, which does not exist"):
+            ImageFolder(pets, "train")
+        (pets / "eel").unlink()
+        (pets / "dog" / "link.jpg").symlink_to(pets / "cat" / "0.jpg")
         (pets / "cat" / "0.jpg").unlink()
         with pytest.raises(DataError, match=r"link\.jpg is a link to .*0\.jpg, which does not exist"):
             ImageFolder(pets, "train")
@@ -226,8 +232,9 @@ class TestFaultsOfFolders:
     def test_no_image_behind_the_name(self, pets):
         for path in (pets / "cat").iterdir():
             path.write_bytes(b"<html>404</html>")
-        with pytest.raises(DataError, match=r"cannot decode .*cat.\d\.jpg"):
+        with pytest.raises(DataError, match=r"cannot decode .*cat.\d\.jpg") as caught:
             ImageFolder(pets, "test")[0]
+        assert caught.value.remedy.startswith("replace the file")
 
 
 class TestPixels:
@@ -604,6 +611,13 @@ class TestTable:
         with pytest.raises(DataError, match=message) as caught:
             LabelTable(listed, "train")
         assert "Remedy" in str(caught.value)
+
+    def test_a_file_for_a_folder(self, listed):
+        with pytest.raises(DataError, match=r"a file, no folder: .*a\.png"):
+            ImageFolder(listed / "a.png", "train")
+        (listed / "labels.csv").write_bytes(b"image,label\na.png,c\0t\n")
+        with pytest.raises(DataError, match=r"labels\.csv is no text: it holds zero bytes"):
+            LabelTable(listed, "train")
 
     def test_another_coding_of_text(self, listed):
         (listed / "labels.csv").write_text("image,label\na.png,kat\n", encoding="utf-16")

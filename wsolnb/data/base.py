@@ -102,17 +102,20 @@ class FolderDataset(LocalizationDataset):
     """A data set of image files: readers say where an image lies and what is known of it.
 
     remedy: where the data set is obtained and how its folder must look; part of every error about its files.
+    image_remedy: what to do about an image that cannot be read; empty: the remedy.
     upright: whether images are turned as their EXIF orientation says. Published boxes and masks are those of the stored
         pixels, unturned.
     """
 
     remedy: str
+    image_remedy: str = ""
     upright: bool = False
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`, 0 <= index < len(self), from disk, and check the truth against the image."""
         path = self.image_path(index)
-        sample = Sample(read_image(path, self.remedy, self.upright), self.image_ids[index], self.labels[index])
+        image = read_image(path, self.image_remedy or self.remedy, self.upright)
+        sample = Sample(image, self.image_ids[index], self.labels[index])
         if truth:
             self.annotate(index, sample)
             height, width = sample.size
@@ -149,7 +152,7 @@ class FolderDataset(LocalizationDataset):
         check_choice(f"{self.name} has no split", split, ("train", "val", "trainval", "test"))
         self.split, root = split, Path(root)
         if not root.is_dir():
-            raise self.problem(f"no such folder: {root}")
+            raise self.problem(f"{'a file, no folder' if root.exists() else 'no such folder'}: {root}")
         found = [folder for folder in (root, *(root / name for name in nested)) if (folder / marker).exists()]
         if not found:
             raise self.problem(f"missing: {root / marker}")

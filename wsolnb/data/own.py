@@ -63,6 +63,7 @@ class OwnImages(FolderDataset):
     """What both readers share: splits, classes, and the optional truth."""
 
     upright = True
+    image_remedy = "replace the file, save it anew as JPEG or PNG with 8 bits a channel, or remove it"
 
     def _take(self, rows: Sequence[Row], val_fraction: float, test_fraction: float, seed: int) -> None:
         """Set images, classes and truth of the split from all images of the data set."""
@@ -262,10 +263,14 @@ class OwnImages(FolderDataset):
                     problem = f"{path} is of a format that is not read"
                     raise self.problem(problem, "convert it to JPEG or PNG, or remove it")
                 if path.suffix.lower() in PICTURES:
-                    if not path.exists():
-                        raise self.problem(f"{path} is a link to {os.readlink(path)}, which does not exist")
+                    self._check_link(path)
                     found.append((_composed(path.relative_to(folder).as_posix()), path))
         yield from sorted(found)
+
+    def _check_link(self, path: Path) -> None:
+        if not path.exists():
+            problem = f"{path} is a link to {os.readlink(path)}, which does not exist"
+            raise self.problem(problem, "bring the file back, or remove the link")
 
     def _inside(self, name: str, where: str) -> str:
         """Return a listed path in one form; DataError for one that is absolute or leads out of the folder."""
@@ -289,6 +294,8 @@ class OwnImages(FolderDataset):
             raise self.problem(f"{path} is no UTF-8 text", "save it as `CSV UTF-8`") from error
         except OSError as error:
             raise self.problem(f"cannot read {path}: {error.strerror}", remedy) from error
+        if "\0" in text:
+            raise self.problem(f"{path} is no text: it holds zero bytes", "save it as `CSV UTF-8`")
         head = next((line for line in text.splitlines() if line.strip()), "")
         separator = max(",;\t", key=head.count)
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
@@ -305,7 +312,8 @@ class OwnImages(FolderDataset):
                     self._check_header(where, names, needed, optional, remedy)
                     continue
                 if len(fields) != len(names):
-                    problem = f"{where}: {len(fields)} fields, the header has {len(names)}: {separator.join(fields)}"
+                    count = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+                    problem = f"{where}: {count}, the header has {len(names)}: {separator.join(fields)}"
                     raise self.problem(problem, 'a field that holds the separator is put into quotes: "cat;dog"')
                 empty = False
                 yield where, dict(zip(names, fields, strict=True))
@@ -381,6 +389,7 @@ class ImageFolder(OwnImages):
         """
         found: dict[str, Path] = {}
         for path in sorted(filter(lambda path: _visible(path.name), folder.iterdir())):
+            self._check_link(path)
             if not path.is_dir():
                 if path.suffix.lower() in PICTURES:
                     raise self.problem(f"{path} lies in the folder of no class")
