@@ -35,11 +35,11 @@ from wsolnb.methods.prototypes import (
     variant_maps,
 )
 from wsolnb.metrics import seed_mask
-from wsolnb.train.seeds import REGIONS, THRESHOLDS, evaluate, region_features, scored
+from wsolnb.train.seeds import REGIONS, THRESHOLDS, evaluate, has_masks, region_features, scored
 
 __all__ = [
     "KINDS", "REGIONS", "THRESHOLDS", "ClassMaps", "ClassPrototypes", "ConvExtractor", "Extractor", "FeatureDump",
     "FeatureSource", "ImageFeatures", "LPCAMConfig", "LiveFeatures", "SeedMaps", "TokenExtractor", "all_seed_maps",
-    "class_images", "directions", "directions_by_kind", "evaluate", "fit_class", "fit_prototypes", "region_features",
-    "scored", "seed_maps", "seed_mask", "variant_maps", "write_dump",
+    "class_images", "directions", "directions_by_kind", "evaluate", "fit_class", "fit_prototypes", "has_masks",
+    "region_features", "scored", "seed_maps", "seed_mask", "variant_maps", "write_dump",
 ]  # fmt: skip

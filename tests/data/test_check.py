@@ -146,7 +146,9 @@ class TestBroken:
             content["images"][1]["file_name"] = content["images"][0]["file_name"]
 
         change(coco, twice)
-        assert "trainval lists 'COCO_train2014_000000000100' 2 times" in found("coco", coco)
+        assert "coco trainval has two images of the id 'COCO_train2014_000000000100' (1 such ids)" in found(
+            "coco", coco
+        )
 
     def test_an_image_in_two_splits(self, pets):
         train = (pets / "annotations" / "trainval.txt").read_text().splitlines()

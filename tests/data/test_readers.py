@@ -431,6 +431,35 @@ class TestVOC:
         with pytest.raises(ParameterError, match="did you mean 'Main'"):
             VOC(voc, "train", image_set="main")
 
+    def test_labels_alone(self, voc):
+        """Neither masks nor annotations: labels by the lists of Main; a class is in those of some splits only."""
+        for name in ("SegmentationClass", "Annotations", "ImageSets/Segmentation"):
+            (voc / name).rename(voc.parent / Path(name).name)
+        lists = voc / "ImageSets" / "Main"
+        with pytest.raises(DataError, match=r"missing: .*Annotations, and for labels alone .*aeroplane_train\.txt"):
+            VOC(voc, "train")
+        for name in CLASS_NAMES:
+            write(lists / f"{name}_trainval.txt", "a -1", "b  1" if name == "dog" else "b -1", "c -1", "d  0")
+        write(lists / "bird_train.txt", "a  1", "b -1", "d -1")
+        dataset, bird, dog = VOC(voc, "train", difficult=False), CLASS_NAMES.index("bird"), CLASS_NAMES.index("dog")
+        assert dataset.image_ids == ("a", "b", "d")
+        assert dataset.labels == ((bird,), (dog,), ())
+        assert VOC(voc, "train").labels[2] == tuple(range(20))  # difficult objects count
+        sample = dataset[0]
+        assert (sample.mask, sample.boxes.shape) == (None, (0, 4))
+        write(lists / "train.txt", "a", "e")
+        with pytest.raises(DataError, match=r"Main lacks 'e', which .*train\.txt has"):
+            VOC(voc, "train")
+        write(lists / "cat_train.txt", "a yes")
+        with pytest.raises(DataError, match=r"cat_train\.txt, line 1: 'a yes' is not <image> <present>"):
+            VOC(voc, "train")
+
+    def test_annotations_without_masks(self, voc):
+        (voc / "SegmentationClass").rename(voc / "elsewhere")
+        dataset = VOC(voc, "train")
+        assert [sample.mask for sample in (dataset[0], dataset[1])] == [None, None]
+        assert len(dataset[0].boxes) == 3
+
     def test_mask_value_without_class(self, voc):
         write_mask(voc / "SegmentationClass" / "a.png", block(0, 1, 0, 1, 21))
         with pytest.raises(DataError, match="holds the value 21"):
@@ -745,7 +774,8 @@ class TestOpenDataset:
         options = {"metadata_root": tmp_path} if name == "metadata" else {}
         with pytest.raises(DataError, match="nowhere" if root else "no folder given") as caught:
             open_dataset(name, root, "train", **options)
-        assert re.search(r"Remedy: .*https?://", str(caught.value))
+        own = name in ("folder", "csv")  # nobody else has them
+        assert re.search(r"Remedy: give a" if own else r"Remedy: .*https?://", str(caught.value))
 
     @pytest.mark.parametrize("name", [name for name in DATASETS if name != "metadata"])
     def test_empty_root_names_what_is_missing(self, tmp_path, name):

@@ -5,7 +5,8 @@ from torch import nn
 
 from wsolnb.data import Sample, aviary, transforms
 from wsolnb.data.aviary import AviaryConfig
-from wsolnb.errors import MapError
+from wsolnb.data.base import Derived
+from wsolnb.errors import DataError, MapError
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.cam import CAMOutput
 from wsolnb.metrics import LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP
@@ -114,6 +115,65 @@ def test_predictions_come_in_order_with_ranked_classes(splits):
 def test_maps_that_are_not_numbers_are_reported(splits):
     with pytest.raises(MapError, match="NaN"):
         evaluation.evaluate(Brightness(poison=True), splits["val"], TRANSFORM)
+
+
+class Unboxed(Derived):
+    """Images as they are, without their boxes; with `masks` alone the masks stay."""
+
+    def __init__(self, dataset, masks=False):
+        super().__init__(dataset)
+        self.masks = masks
+
+    def read(self, index, truth=True):
+        kept = self.dataset.read(index, truth)
+        return Sample(kept.image, kept.image_id, kept.labels, mask=kept.mask if self.masks else None)
+
+
+def test_without_any_box_classes_are_scored_and_boxes_are_nan(splits):
+    model = Brightness()
+    bare, boxed = Unboxed(splits["test"]), splits["test"]
+    val = evaluation.evaluate(model, Unboxed(splits["val"]), TRANSFORM)
+    test = evaluation.evaluate(model, bare, TRANSFORM)
+    expected = evaluation.evaluate(model, boxed, TRANSFORM).localization["red"]
+    found = test.localization["red"]
+    assert (found.top1_cls, found.top5_cls, found.images) == (expected.top1_cls, expected.top5_cls, len(boxed))
+    assert (test.v1, test.v2, test.pixels, test.parts) == ({}, {}, {}, {})
+    row = test.table(val)[0]
+    assert row["top1"] == expected.top1_cls
+    assert all(np.isnan(row[name]) for name in ("threshold", "gt_known", "oracle", "top1_loc", "maxboxacc_v2"))
+    assert np.isnan(val.summary()["gt_known"])
+    assert np.isnan(val.thresholds()["red"])
+
+
+def test_boxes_of_test_images_alone_choose_nothing_but_the_oracle(splits):
+    model = Brightness()
+    val = evaluation.evaluate(model, Unboxed(splits["val"], masks=True), TRANSFORM)
+    test = evaluation.evaluate(model, splits["test"], TRANSFORM)
+    row = test.table(val)[0]
+    assert np.isnan(row["gt_known"])
+    assert np.isnan(row["maxboxacc_v1"])
+    assert row["oracle"] == test.localization["red"].best()[1]
+    assert np.isfinite(row["mask_iou"])  # masks of both are known
+
+
+def test_images_without_a_box_do_not_count_among_images_with_one():
+    one, both = LocalizationAccuracy([0.5]), LocalizationAccuracy([0.5])
+    score_map, box = np.eye(8, dtype=np.float32), np.array([[0.0, 0, 8, 8]])
+    for metric in (one, both):
+        metric.update(score_map, box, 0, np.array([1.0, 0]))
+    both.classify(0, np.array([0, 1.0]))
+    assert both.compute().top1_cls == one.compute().top1_cls == 1
+
+
+def test_what_needs_boxes_says_so_before_it_trains(splits):
+    evaluation.require_boxes(splits["val"], splits["test"])
+    with pytest.raises(DataError, match=r"no image of aviary.* has a box.*\n.*boxes\.csv or masks/"):
+        evaluation.require_boxes(splits["val"], Unboxed(splits["test"], masks=True))
+
+
+def test_no_samples_have_no_centre_box():
+    box, score = evaluation.centre_box([])
+    assert np.isnan([*box, score, evaluation.box_accuracy(box, [])]).all()
 
 
 def test_centre_box_is_the_best_of_all_sizes(splits):

@@ -110,14 +110,19 @@ class FolderDataset(LocalizationDataset):
     """A data set of image files: readers say where an image lies and what is known of it.
 
     remedy: where the data set is obtained and how its folder must look; part of every error about its files.
+    image_remedy: what to do about an image that cannot be read; empty: the remedy.
+    upright: whether images are read as they are shown (`upright_rgb`). Published boxes and masks are of stored pixels.
     """
 
     remedy: str
+    image_remedy: str = ""
+    upright: bool = False
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`, 0 <= index < len(self), from disk, with its truth (`add_truth`) if asked for."""
-        stated = self.stated(index)
-        image = read_image(self.image_path(index), self.remedy, stated.size if stated else None)
+        stated, convert = self.stated(index), upright_rgb if self.upright else plain_rgb
+        remedy = self.image_remedy or self.remedy
+        image = read_image(self.image_path(index), remedy, stated.size if stated else None, convert)
         sample = Sample(image, self.image_ids[index], self.labels[index])
         if truth:
             self.add_truth(index, sample)
@@ -138,9 +143,9 @@ class FolderDataset(LocalizationDataset):
             problem = f"{path} is {width}x{height}, {stated.source} says {stated.size[1]}x{stated.size[0]}"
             raise self.problem(problem, "give the images that the annotations were made for, not resized copies")
         self.annotate(index, sample)
-        sample.boxes = self._inside(path, sample)
+        sample.boxes = self._cut_off(path, sample)
 
-    def _inside(self, path: Path, sample: Sample) -> np.ndarray:
+    def _cut_off(self, path: Path, sample: Sample) -> np.ndarray:
         """Return the boxes of a sample, those that leave it by more than a pixel cut off at its border."""
         (height, width), boxes = sample.size, np.asarray(sample.boxes, np.float64).reshape(-1, 4)
         for x0, y0, x1, y1 in boxes:
@@ -184,7 +189,7 @@ class FolderDataset(LocalizationDataset):
         check_choice(f"{self.name} has no split", split, ("train", "val", "trainval", "test"))
         self.split, root = split, Path(root)
         if not root.is_dir():
-            raise self.problem(f"no such folder: {root}")
+            raise self.problem(f"{'a file, no folder' if root.exists() else 'no such folder'}: {root}")
         found = [folder for folder in (root, *(root / name for name in nested)) if (folder / marker).exists()]
         if not found:
             raise self.problem(f"missing: {root / marker}")
@@ -322,7 +327,8 @@ _TOLD: set[tuple[str, str]] = set()
 """Data sets (name, folder) of which this process has said that boxes are cut off."""
 
 
-def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np.ndarray:
+    """Return what `convert` makes of an image file, as an array; DataError when it is missing or damaged."""
     if not path.exists():
         raise DataError(f"missing: {path}", remedy)
     try:
@@ -333,8 +339,50 @@ def _decode(path: Path, remedy: str, convert: Callable[[Image.Image], Image.Imag
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as the data sets are read: grey, palette and CMYK are converted, transparency is dropped."""
+    """Return an image as published data are read: as RGB of 8 bits; transparency is dropped.
+
+    Raises DataError for grey values that `eight_bits` does not take.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow itself would clip at 255
+        return Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
     return image.convert("RGB")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as 8-bit RGB, turned as its EXIF orientation says.
+
+    What is transparent becomes white. Grey values of 16 bits are divided by 257, floats in [0, 1] multiplied by 255.
+    Of several frames or pages the first is taken. Raises DataError for grey values of another range.
+    """
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError):
+        image.load()  # what is damaged beyond its EXIF block raises here
+        turned = image
+    if turned.mode.startswith(("I", "F")):
+        return Image.fromarray(eight_bits(np.asarray(turned))).convert("RGB")
+    if turned.has_transparency_data:
+        coloured = turned.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
+    return turned.convert("RGB")
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Return grey or colour values as uint8: bool, uint8, integers of 16 bits, or floats in [0, 1].
+
+    Raises DataError for any other type or range, and for NaN.
+    """
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint8:
+        return values
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if values.dtype.kind in "iu" and (values.dtype == np.uint16 or values.dtype.itemsize >= 4) and low >= 0:
+        if high <= 65535:
+            return np.rint(values / 257).astype(np.uint8)
+    elif values.dtype.kind == "f" and low >= 0 and high <= 1:  # false for NaN, which min and max pass on
+        return np.rint(values * 255).astype(np.uint8)
+    raise DataError(f"its values are {values.dtype} from {low:g} to {high:g}", "bring them to uint8")
 
 
 def read_image(
@@ -347,7 +395,7 @@ def read_image(
     taken as they are stored, whatever orientation the file asks for (EXIF): published annotations are of these. Only
     where annotations state a size (height, width) that the turned image has, and the stored one has not, the image is
     turned.
-    convert: brings what Pillow has opened to RGB.
+    convert: brings what Pillow has opened to RGB; `upright_rgb` turns it always, as images of one's own are shown.
     """
 
     def as_stated(image: Image.Image) -> Image.Image:
@@ -355,7 +403,12 @@ def read_image(
             image = turned
         return convert(image)
 
-    return _decode(path, remedy, as_stated)
+    try:
+        return decode(path, remedy, as_stated)
+    except DataError as error:
+        if str(path) in error.problem:
+            raise
+        raise DataError(f"{path}: {error.problem}", remedy) from error
 
 
 def read_size(path: Path, remedy: str, stated: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -365,7 +418,7 @@ def read_size(path: Path, remedy: str, stated: tuple[int, int] | None = None) ->
         turned = image.getexif().get(ORIENTATION, 1) >= 5 and image.size == stated
         return image.size if turned else image.size[::-1]
 
-    height, width = _decode(path, remedy, sides)
+    height, width = decode(path, remedy, sides)
     return int(height), int(width)
 
 
@@ -384,7 +437,7 @@ def read_mask(
             raise DataError(problem, "save the class of each pixel as a palette index: a PNG of mode P or L")
         return image if image.mode in ("P", "L") else image.convert("L")
 
-    mask = _decode(path, remedy, convert)
+    mask = decode(path, remedy, convert)
     if size is not None and mask.shape != tuple(size):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}", remedy)
     return mask

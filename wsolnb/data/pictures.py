@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from wsolnb.data.base import LocalizationDataset, read_image
+from wsolnb.data.base import LocalizationDataset, eight_bits, read_image, upright_rgb
 from wsolnb.data.sample import Sample
 from wsolnb.errors import DataError
 
@@ -30,43 +30,6 @@ REMEDY = "give a whole image file that Pillow reads, such as JPEG, PNG, TIFF or 
 TYPES = (
     "give a path, an image of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4): uint8, uint16, or floats in [0, 1]"
 )
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as 8-bit RGB, turned as its EXIF orientation says.
-
-    What is transparent becomes white. Grey values of 16 bits are divided by 257, floats in [0, 1] multiplied by 255.
-    Of several frames or pages the first is taken. Raises DataError for grey values of another range.
-    """
-    try:
-        turned = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError):
-        image.load()  # what is damaged beyond its EXIF block raises here
-        turned = image
-    if turned.mode.startswith(("I", "F")):
-        return Image.fromarray(eight_bits(np.asarray(turned))).convert("RGB")
-    if turned.has_transparency_data:
-        coloured = turned.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
-    return turned.convert("RGB")
-
-
-def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Return grey or colour values as uint8: bool, uint8, integers of 16 bits, or floats in [0, 1].
-
-    Raises DataError for any other type or range, and for NaN.
-    """
-    if values.dtype == bool:
-        return values.astype(np.uint8) * 255
-    if values.dtype == np.uint8:
-        return values
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
-    if values.dtype.kind in "iu" and (values.dtype == np.uint16 or values.dtype.itemsize >= 4) and low >= 0:
-        if high <= 65535:
-            return np.rint(values / 257).astype(np.uint8)
-    elif values.dtype.kind == "f" and low >= 0 and high <= 1:  # false for NaN, which min and max pass on
-        return np.rint(values * 255).astype(np.uint8)
-    raise DataError(f"its values are {values.dtype} from {low:g} to {high:g}", "bring them to uint8")
 
 
 def _array(values: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ DATASETS = {
     "pets": "pets.OxfordPets",
     "tiny_imagenet": "tiny_imagenet.TinyImageNet",
     "metadata": "metadata_folder.MetadataFolder",
+    "folder": "own.ImageFolder",
+    "csv": "own.LabelTable",
 }
 """Module and class of each reader. The rendered benchmark has no root: see `wsolnb.data.aviary.load`."""
 

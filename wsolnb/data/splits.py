@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from wsolnb.data import aviary
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.readers import get_reader, open_dataset
+from wsolnb.errors import DataError
 from wsolnb.files import resolve
 
 
@@ -49,7 +50,11 @@ class DataSettings(BaseModel):
             dials |= {split: getattr(self, f"{split}_images") for split in aviary.SPLITS} | {"variant": variant}
         if self.dataset == "metadata" and getattr(self, "protocol", "crop") != "crop":  # the test resizes whole images
             dials["square"] = self.image_size
-        return load_splits(self.dataset, self.data_root, self.seed, **dials)
+        opened = load_splits(self.dataset, self.data_root, self.seed, **dials)
+        if variant == "single" and opened.train.multi_label:
+            problem = f"images of {opened.train} have several labels, and this notebook takes one an image"
+            raise DataError(problem, "train on them in notebooks 20 to 23, or give images of one label")
+        return opened
 
 
 def load_splits(dataset: str, data_root: str = "", seed: int = 0, **dials: Any) -> Splits:

@@ -19,7 +19,8 @@ CLASS_NAMES = (
 REMEDY = (
     "VOCtrainval_11-May-2012.tar is at http://host.robots.ox.ac.uk/pascal/VOC/voc2012/; unpack it and give the folder "
     "VOCdevkit/VOC2012, which holds JPEGImages, Annotations, ImageSets and SegmentationClass (the masks of the SBD "
-    "list, a second archive, go to SegmentationClassAug in the same folder); `wsolnb data download voc` does all this"
+    "list, a second archive, go to SegmentationClassAug in the same folder); `wsolnb data download voc` does all this; "
+    "images of your own are read with less around them by `folder` and `csv`"
 )
 
 
@@ -34,7 +35,10 @@ class VOC(FolderDataset):
         alone, masks come from SegmentationClassAug, and there are none where that folder is absent.
     difficult: False leaves objects that are marked difficult out of labels and boxes.
 
-    Labels and boxes come from Annotations (corner pixels counted from 1, both inside, there; half-open here).
+    Labels and boxes come from Annotations (corner pixels counted from 1, both inside, there; half-open here). Of a root
+    without that folder the labels are those of ImageSets/Main/<class>_<split>.txt (1 present, -1 absent, 0 difficult),
+    and there are no boxes. Without the folder SegmentationClass there are no masks, without ImageSets/Segmentation the
+    lists are those of Main.
     Classes are the 20 of VOC, or the lines of `class_names.txt` where the root has that file.
     Masks: 0 background, class index + 1, 255 not to be counted.
     Parts: read from `PartMaps/<id>.png` (values of `wsolnb.data.sample`) where that folder exists.
@@ -61,19 +65,47 @@ class VOC(FolderDataset):
         self._has_parts = (self.root / "PartMaps").is_dir()
         self._difficult, self._list = difficult, Path(sbd_list) if sbd_list else None
 
+        listed = self._list
         if self._list and split == "train":
             masks = self._read_sbd_list(self._list)
         else:
-            ids = self.records(self.root / "ImageSets" / image_set / f"{split}.txt", {"image_id": str})
-            masks = {name: self.root / "SegmentationClass" / f"{name}.png" for name in ids}
-            if image_set == "Main":
+            lists, folder = self.root / "ImageSets", self.root / "SegmentationClass"
+            if not (lists / "Segmentation").is_dir():
+                image_set = "Main"
+            listed = lists / image_set / f"{split}.txt"
+            masks = {name: folder / f"{name}.png" for name in self.records(listed, {"image_id": str})}
+            if image_set == "Main" or not folder.is_dir():
                 masks = {name: path if path.exists() else None for name, path in masks.items()}
-        self.require(self.root / "Annotations")
         self.image_ids, self._masks = tuple(masks), tuple(masks.values())
         self._sizes: list[tuple[int, int] | None] = []
         self._named: list[set[int]] = []
-        self._objects = [self._read_objects(self._annotations(name)) for name in self.image_ids]
-        self.labels = tuple(tuple(sorted({label for label, *_ in objects})) for objects in self._objects)
+        if (self.root / "Annotations").is_dir():
+            self._objects = [self._read_objects(self._annotations(name)) for name in self.image_ids]
+            self.labels = tuple(tuple(sorted({label for label, *_ in objects})) for objects in self._objects)
+        else:
+            self._objects, self.labels = [[] for _ in self.image_ids], self._read_labels(listed)
+            self._sizes, self._named = [None] * len(self.labels), [set(own) for own in self.labels]
+
+    def _read_labels(self, listed: Path) -> tuple[tuple[int, ...], ...]:
+        """Return the classes of every image by the lists of ImageSets/Main, of whichever splits there are.
+
+        listed: where the images are from, for messages.
+        """
+        folder = self.root / "ImageSets" / "Main"
+        present: dict[str, set[int]] = {}
+        for label, name in enumerate(self.class_names):
+            paths = [folder / f"{name}_{split}.txt" for split in ("train", "val", "trainval", "test")]
+            paths = [path for path in paths if path.exists()]
+            if not paths:
+                alone = f"for labels alone {folder / f'{name}_{self.split}.txt'}"
+                raise self.problem(f"missing: {self.root / 'Annotations'}, and {alone}")
+            for path in paths:
+                for image, value in self.table(path, {"image": str, "present": int}):
+                    classes = present.setdefault(image, set())
+                    if value == 1 or (value == 0 and self._difficult):
+                        classes.add(label)
+        self.check_covers(folder, present, listed, self.image_ids)
+        return tuple(tuple(sorted(present[image])) for image in self.image_ids)
 
     def _read_sbd_list(self, path: Path) -> dict[str, Path | None]:
         """Return image id -> mask file of the list."""

@@ -29,16 +29,23 @@ class ThresholdCurve:
         return self.scores[name]
 
     def best(self, name: str) -> tuple[float, float]:
-        """Return (threshold, score) at the maximum of score `name`; the lowest threshold of equally good ones."""
+        """Return (threshold, score) at the maximum of score `name`; the lowest threshold of equally good ones.
+
+        Both are NaN where the score is NaN throughout: nothing was measured that could choose.
+        """
         values = self[name]
+        if np.isnan(values).all():
+            return np.nan, np.nan
         index = int(np.argmax(values))
         return float(self.thresholds[index]), float(values[index])
 
     def at(self, threshold: float) -> dict[str, float]:
         """Return all scores at a threshold chosen elsewhere, which must be one of `thresholds`.
 
-        Raises ParameterError for another one: there is no interpolation.
+        Raises ParameterError for another one: there is no interpolation. At NaN, which nothing chose, all are NaN.
         """
+        if np.isnan(threshold):
+            return dict.fromkeys(self.scores, np.nan)
         index = self.index(threshold)
         return {name: float(values[index]) for name, values in self.scores.items()}
 

@@ -148,6 +148,7 @@ class Localization(Scored):
     curve: per threshold `gt_known`, `top1_loc`, `top5_loc` and the shares of the errors (`ERRORS`); with maps of the
     predicted classes also `gt_known_predicted`, `gt_known_any5` and `top5_loc_any5`.
     top1_cls, top5_cls: classification accuracy. images: number of images.
+    Where no image had a box all curves are NaN, and the classification is that of the images that were `classify`d.
     """
 
     MAIN = "gt_known"
@@ -187,6 +188,15 @@ class LocalizationAccuracy:
         self.protocol = find_protocol(protocol)
         self._counts: dict[str, np.ndarray] = {}
         self._top1 = self._top5 = self._images = 0
+        self._unboxed: list[tuple[bool, bool]] = []
+
+    def classify(self, label: int, logits: np.ndarray) -> None:
+        """Add an image without a box. It counts where no image has one: class accuracies are then all there is.
+
+        label, logits: as for `update`.
+        """
+        ranking = _ranking(label, logits, None)
+        self._unboxed.append((ranking[0] == label, label in ranking))
 
     def update(
         self,
@@ -249,6 +259,11 @@ class LocalizationAccuracy:
 
     def compute(self) -> Localization:
         """Return the accuracies of the images so far; MapError when there are none."""
+        if self._unboxed and not self._images:
+            names = ("gt_known", "top1_loc", "top5_loc", *ERRORS)
+            curve = ThresholdCurve(self.thresholds, {name: np.full(self.thresholds.size, np.nan) for name in names})
+            top1, top5 = np.mean(self._unboxed, axis=0).tolist()
+            return Localization(curve, top1, top5, len(self._unboxed))
         images = _some(self._images)
         curve = ThresholdCurve(self.thresholds, {name: hits / images for name, hits in self._counts.items()})
         return Localization(curve, self._top1 / images, self._top5 / images, images)

@@ -201,10 +201,16 @@ def map_rows(
 
 
 def prediction_rows(predictions: Iterable[Any], thresholds: Mapping[str, float], side: float = 1.7) -> Figure:
-    """Draw `map_rows` of predictions (`wsolnb.train.evaluation`), with the box of each map at its threshold."""
+    """Draw `map_rows` of predictions (`wsolnb.train.evaluation`), with the box of each map at its threshold.
+
+    A threshold of NaN, which no true box chose, gives no box.
+    """
     predictions = list(predictions)
     boxes = [
-        {name: boxes_from_score_map(values, [thresholds[name]])[0] for name, values in found.maps.items()}
+        {
+            name: boxes_from_score_map(values, [thresholds[name]])[0] if thresholds[name] >= 0 else np.zeros((0, 4))
+            for name, values in found.maps.items()
+        }
         for found in predictions
     ]
     return map_rows([found.sample for found in predictions], [found.maps for found in predictions], boxes, side)

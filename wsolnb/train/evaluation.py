@@ -14,6 +14,7 @@ from wsolnb import maps as score_maps
 from wsolnb.data import LocalizationDataset, Sample
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Transform
+from wsolnb.errors import DataError
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.metrics import TSCAM, LocalizationAccuracy, MaxBoxAcc, PartCoverage, PxAP, box_iou
 from wsolnb.metrics.boxes import ground_truth
@@ -109,7 +110,8 @@ class Evaluation(NamedTuple):
     def table(self, validation: Evaluation) -> list[dict[str, Any]]:
         """Return one row per map: scores of these images at thresholds chosen on `validation`.
 
-        `oracle` is GT-known at the best threshold of these images themselves: how much the choice costs.
+        `oracle` is GT-known at the best threshold of these images themselves: how much the choice costs. Where no
+        validation image has a box nothing chooses a threshold, and all that depends on it is NaN.
         """
         rows = []
         for name, found in self.localization.items():
@@ -117,12 +119,15 @@ class Evaluation(NamedTuple):
             scores = found.at(threshold)
             row = {"map": name, "threshold": threshold, "top1": scores["top1_cls"], "gt_known": scores["gt_known"]}
             row |= {"oracle": found.best("gt_known")[1], "top1_loc": scores["top1_loc"], "top5_loc": scores["top5_loc"]}
-            if name in self.v1:
+            if name in self.v1 and name in validation.v1:
                 row["maxboxacc_v1"] = self.v1[name].at(validation.v1[name].best["iou_0.5"][0])["iou_0.5"]
                 row["maxboxacc_v2"] = self.v2[name].at([t for t, _ in validation.v2[name].best.values()])["mean"]
+            elif np.isnan(row["gt_known"]):
+                row["maxboxacc_v1"] = row["maxboxacc_v2"] = np.nan
             if name in self.pixels:
                 row["pxap"] = self.pixels[name].average_precision
-                row["mask_iou"] = self.pixels[name].at(validation.pixels[name].best("iou")[0])["iou"]
+                if name in validation.pixels:
+                    row["mask_iou"] = self.pixels[name].at(validation.pixels[name].best("iou")[0])["iou"]
             if name in self.parts:
                 covered = self.parts[name].at(threshold)
                 row |= {f"covers_{part}": covered[part] for part in ("discriminative", "rest", "context")}
@@ -141,9 +146,10 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
     """Score the maps of predictions against the truth of their samples, image by image.
 
     quick: only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of box
-    metrics, images without mask or parts out of those.
+    metrics, images without mask or parts out of those. Where no image has a box `localization` holds the class
+    accuracies, and is NaN besides.
 
-    Raises MapError when the maps hold NaN, or no image has a box.
+    Raises MapError when the maps hold NaN, or there is no image.
     """
     metrics: dict[str, dict[str, Any]] = {kind: {} for kind in Evaluation._fields}
     for found in predictions:
@@ -154,18 +160,32 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
             truth |= {"v1": (sample.boxes,), "v2": (sample.boxes,), "pixels": (sample.mask,), "parts": (sample.parts,)}
         for name, score_map in found.maps.items():
             for kind, known in truth.items():
-                if known[0] is None:
+                if known[0] is None or (kind in ("v1", "v2") and not len(known[0])):
                     continue
                 if name not in metrics[kind]:
                     metrics[kind][name] = METRICS[kind]()
                 if len(known[0]):
                     metrics[kind][name].update(score_map, *known)
+                else:
+                    metrics[kind][name].classify(sample.label, logits)
     return Evaluation(*({name: metric.compute() for name, metric in group.items()} for group in metrics.values()))
 
 
 def validator(dataset: LocalizationDataset, transform: Transform) -> Scorer:
     """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
     return lambda model: evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
+
+
+def require_boxes(*datasets: LocalizationDataset) -> None:
+    """Raise DataError unless each of the data sets has a box: for what says nothing without, before any training.
+
+    Images are read until the first one with a box.
+    """
+    for dataset in datasets:
+        if not any(len(dataset[index].boxes) for index in range(len(dataset))):
+            problem = f"no image of {dataset} has a box, and this notebook compares methods by their boxes"
+            remedy = "give val and test boxes or masks: of the data sets `folder` and `csv` in boxes.csv or masks/"
+            raise DataError(problem, f"{remedy}; notebooks 03, 11, 20, 21 and 30 need none")
 
 
 def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
@@ -177,8 +197,11 @@ def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
 def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
     """Find the box in the middle of the image that is right most often: what a localizer must beat.
 
-    samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`).
+    samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`);
+    NaN for no samples.
     """
+    if not samples:
+        return np.full(4, np.nan), np.nan
     height, width = samples[0].size
     shares = np.linspace(0, 1, steps + 1)[1:]
     middle = np.array([width, height, width, height]) / 2
@@ -189,7 +212,12 @@ def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, 
 
 
 def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:
-    """GT-known of one fixed box (4,) for all samples: the share with IoU >= 0.5, compared as TS-CAM does."""
+    """GT-known of one fixed box (4,) for all samples: the share with IoU >= 0.5, compared as TS-CAM does.
+
+    NaN for no samples, and for a box of NaN.
+    """
+    if not samples or np.isnan(box).any():
+        return np.nan
     height, width = samples[0].size
     # One past the last pixel, as the protocol leaves predicted boxes.
     predicted = np.trunc(box)

@@ -28,6 +28,12 @@ THRESHOLDS = np.round(np.arange(0, 1, 0.01), 2)
 """The 100 thresholds that seed maps are judged at."""
 
 
+NO_MASKS = (
+    "give val and test images masks: of the data sets `folder` and `csv` in masks/, of VOC in SegmentationClass; "
+    "notebooks 20 and 21 need none"
+)
+
+
 class SeedEvaluation(NamedTuple):
     """What the maps of one kind scored.
 
@@ -37,6 +43,11 @@ class SeedEvaluation(NamedTuple):
 
     segmentation: SeedSegmentation
     parts: Coverage | None
+
+
+def has_masks(dataset: LocalizationDataset) -> bool:
+    """Return whether any image has a mask; images are read until the first one that has."""
+    return any(dataset[index].mask is not None for index in range(len(dataset)))
 
 
 def evaluate(
@@ -70,7 +81,7 @@ def evaluate(
                 own = np.where((mask == 0) | (mask == label + 1), sample.parts, IGNORE).astype(np.uint8)
                 coverage.setdefault(kind, PartCoverage(thresholds)).update(score_map, own)
     if not scores:
-        raise MapError("no image has a mask to be judged by", "use a split with masks")
+        raise MapError("no image has a mask to be judged by", NO_MASKS)
     return {
         kind: SeedEvaluation(score.compute(), coverage[kind].compute() if kind in coverage else None)
         for kind, score in scores.items()

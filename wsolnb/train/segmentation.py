@@ -20,7 +20,12 @@ from wsolnb.metrics import SegmentationScores
 
 
 def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
-    """Return the true mask with class index + 1, also of data sets whose masks say object or not."""
+    """Return the true mask with class index + 1, also of data sets whose masks say object or not.
+
+    An image without a mask has one that is unknown throughout.
+    """
+    if sample.mask is None:
+        return np.full(sample.size, IGNORE, np.uint8)
     if multi_label:
         return sample.mask
     return np.where((sample.mask > 0) & (sample.mask != IGNORE), sample.label + 1, sample.mask).astype(np.uint8)
