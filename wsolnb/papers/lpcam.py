@@ -741,9 +741,12 @@ class Pipeline:
         """The segmenter that learns from true masks."""
         return self.segmenter("true masks", self.true_masks)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks."""
-        for stage in ("seeds", "seeds, CRF", "pseudo masks", BOUND, "segmentation"):
+    def rows(self, bound: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks.
+
+        bound: also those of the stage `BOUND`, for which another IRN is trained.
+        """
+        for stage in ("seeds", "seeds, CRF", "pseudo masks", *([BOUND] if bound else []), "segmentation"):
             yield from (own.row(stage) for own in self.stages.values())
         yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
 
