@@ -98,7 +98,7 @@ def _figures(cells: list[dict]) -> Iterator[str]:
             continue
         number += cell["cell_type"] == "code"
         outputs = cell.get("outputs", ())
-        if not any("image/png" in output.get("data", {}) for output in outputs):
+        if not any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
             continue
         near = [text for output in outputs for text in _shown(output)]
         near += [_source(following)] if following and following["cell_type"] == "markdown" else []

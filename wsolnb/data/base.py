@@ -359,12 +359,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError):
         image.load()  # what is damaged beyond its EXIF block raises here
         turned = image
-    if turned.mode.startswith(("I", "F")):
-        return Image.fromarray(eight_bits(np.asarray(turned))).convert("RGB")
-    if turned.has_transparency_data:
+    if turned.has_transparency_data and not turned.mode.startswith(("I", "F")):
         coloured = turned.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
-    return turned.convert("RGB")
+    return plain_rgb(turned)
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
