@@ -47,6 +47,7 @@ from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
 from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
+from wsolnb.pretraining.recipes import start_of
 from wsolnb.train import multilabel
 from wsolnb.train.loop import pick_device
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -82,6 +83,7 @@ class Classifier(TrainingSettings, DataSettings):
     method: Literal["cam", "mctformer"]
     backbone: str
     pretrained: bool
+    checkpoint: str
     output_stride: int
     frozen: bool
     epochs: int
@@ -141,6 +143,7 @@ class Classifier(TrainingSettings, DataSettings):
     def _frozen(self, run: Run, name: str, splits: Splits) -> tuple[LocalizationModel, Path]:
         set_seed(self.train_seed)  # of random features, where nothing is pretrained
         options = self.model_dump(include={"pretrained", "output_stride"})
+        options["checkpoint"] = resolve(self.checkpoint) if self.checkpoint else None
         backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
         if self.method != "cam" or not isinstance(backbone, ConvBackbone):
             problem = f"frozen features of {self.backbone!r} for the method {self.method!r}"
@@ -372,6 +375,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     claim_seeds: tuple[int, ...]
+    pretraining_seeds: tuple[int, ...]
     checked_seeds: tuple[int, ...]
     checked_on: tuple[Literal["scenes", "photographs"], ...]
     cases: tuple[tuple[float, float, int], ...]
@@ -429,18 +433,22 @@ class Claim(BaseModel):
             for name, row in zip(inside, found, strict=True):
                 yield {"study": "mctformer", **columns[name], **row}
 
-    def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def trainings(
+        self, study: str, classifier: Classifier, run: Run | None = None
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
 
-        study: `claim`; `ladder`, which trains for more and more epochs; `photographs`, on Oxford-IIIT Pet; `imagenet`,
-        the same with an ImageNet network, whose seeds also hold out other validation images and start the clusters
-        anew; `hosts`, which is MCTformer. Others train nothing.
+        study: `claim`; `ladder`, which trains for more and more epochs; `pretrainings`, the first case of `claim` from
+        networks that other seeds have pretrained; `photographs`, on Oxford-IIIT Pet; `imagenet`, the same with an
+        ImageNet network, whose seeds also hold out other validation images and start the clusters anew; `hosts`, which
+        is MCTformer. Others train nothing.
+        run: where `pretrainings` makes its starts; the others need none.
         """
         cases: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
-        if study in ("claim", "ladder"):
+        if study in ("claim", "ladder", "pretrainings"):
             by_epochs = [(classifier.body_cue, classifier.context_correlation, epochs) for epochs in self.ladder]
-            chosen = self.cases if study == "claim" else by_epochs
+            chosen = {"claim": self.cases, "ladder": by_epochs, "pretrainings": self.cases[:1]}[study]
             cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in chosen]
             changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
         elif study == "photographs":
@@ -451,7 +459,11 @@ class Claim(BaseModel):
         elif study == "hosts":
             cases = [{"epochs": classifier.epochs}]
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+        if study == "pretrainings":
+            cases = [case | {"pretraining": number} for case in cases for number in self.pretraining_seeds]
         for case, seed in itertools.product(cases, self.claim_seeds):
+            if number := case.get("pretraining"):
+                changes = changes | start_of(run, classifier.backbone, number)
             drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
             yield case, {"frozen": False, **case, **changes, **drawn}
 
@@ -493,7 +505,7 @@ class Claim(BaseModel):
         rows = (
             row
             for study in studies
-            for where, changes in self.trainings(study, classifier)
+            for where, changes in self.trainings(study, classifier, run)
             for row in self.measured(run, classifier.changed(**changes), base, study, where)
         )
         claims = with_recorded(run, "22_claim", rows, "study")

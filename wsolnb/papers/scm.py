@@ -11,6 +11,7 @@ Everything that is trained is trained once per run folder.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_type_hints
@@ -30,6 +31,7 @@ from wsolnb.methods.base import LocalizationModel, pick
 from wsolnb.methods.scm import SCM, SCMConfig
 from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
+from wsolnb.pretraining.recipes import start_of
 from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
 from wsolnb.train.loop import history, load_checkpoint
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -137,6 +139,7 @@ class Pair(_Experiment):
 
     prefix: ClassVar[str] = "pair-"
     backbone: str
+    checkpoint: str
     head_init: Literal["kaiming", "zeros"]
     preset: Literal["paper", "released"]
     epochs: int
@@ -305,7 +308,7 @@ BASELINE = "TS-CAM"
 PHOTO = {"image_size": 160, "shift": 12}
 """Photographs at the size that `vit_photo` was made for, as in the profiles `tiny` and `pets`."""
 
-STUDIES = ("pairs", "photographs", "tiny", "rates", "regimes", *VARIANTS)
+STUDIES = ("pairs", "pretrainings", "photographs", "tiny", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""
 
 
@@ -330,6 +333,7 @@ class Studies(BaseModel):
 
     pair: Pair
     pair_seeds: list[int]
+    pretraining_seeds: list[int]
     study_seeds: list[int]
     study_start: str
     study_epochs: int
@@ -344,13 +348,21 @@ class Studies(BaseModel):
     tiny_images: int
     tiny_epochs: int
 
-    def trials(self, study: str) -> Iterator[Trial]:
-        """Yield the trainings of a study, one of `STUDIES`, in their order."""
-        seeds = self.pair_seeds if study in ("pairs", "photographs", "tiny") else self.study_seeds
-        for variant, changes, module in self._variants(study):
+    def trials(self, study: str, run: Run | None = None) -> Iterator[Trial]:
+        """Yield the trainings of a study, one of `STUDIES`, in their order.
+
+        run: where `pretrainings` makes the starts that are not embedded, each before its pairs; else not needed.
+        """
+        seeds = self.study_seeds if study in ("rates", "regimes", *VARIANTS) else self.pair_seeds
+        variants = self._pretrainings(run) if study == "pretrainings" else self._variants(study)
+        for variant, changes, module in variants:
             pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
             methods = list(PAIR) if study not in VARIANTS else ["tscam" if variant == BASELINE else "scm"]
             yield from (Trial(study, variant, method, seed, pair, module) for seed in seeds for method in methods)
+
+    def _pretrainings(self, run: Run) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        for backbone, seed in itertools.product(self.starts, self.pretraining_seeds):
+            yield f"pretraining {seed}", {"backbone": backbone, **start_of(run, backbone, seed)}, {}
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Return name, changes of the pair, and changes of the module."""
@@ -378,7 +390,7 @@ class Studies(BaseModel):
     def rows(self, run: Run, studies: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Train the models of some studies, or find them; yield the rows of `measured`."""
         for study in studies:
-            for trial in self.trials(study) if study in STUDIES else ():
+            for trial in self.trials(study, run) if study in STUDIES else ():
                 yield from measured(run, trial)
 
     def factors(self, run: Run) -> Iterator[dict[str, Any]]:

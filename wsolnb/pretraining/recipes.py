@@ -752,3 +752,22 @@ def export(backbone: nn.Module, name: str, config: BaseModel, folder: str | Path
     card = folder / f"{name}.md"
     text = card.read_text("utf-8").split("---\n", 2)[2] if card.exists() else f"\n# {name}\n"
     return write_atomically(card, f"---\n{yaml.safe_dump(front, sort_keys=False, width=110)}---\n{text}")
+
+
+def start_of(run: Run, name: str, seed: int) -> dict[str, Any]:
+    """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a mini backbone pretrained with a seed.
+
+    seed: of the scenes and of everything random in the training. 0: the embedded weights. Any other: weights made by
+    the same recipe, once per run folder, in 10 to 60 minutes of a core. Raises ParameterError for a backbone without a
+    recipe.
+    """
+    if seed == 0:
+        return {"pretrained": True, "checkpoint": ""}
+    if name not in RECIPES:
+        raise ParameterError(f"there is no recipe to pretrain {name!r} again", f"use {', '.join(RECIPES)}")
+    own = RECIPES[name]
+    seeded = {part: getattr(own, part).model_copy(update={"seed": seed}) for part in ("scenes", "training")}
+    config = own.model_copy(update=seeded)
+    backbone, folder = pretrain(run, f"pretraining-{name}-{seed}", config, progress=False)
+    export(backbone, name, config, target := run.folder / "weights" / f"seed-{seed}", run.seconds_of(folder) / 60)
+    return {"pretrained": False, "checkpoint": str(target / f"{name}.safetensors")}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from wsolnb import weights
 from wsolnb.data import transforms
@@ -71,6 +71,11 @@ class Recipe(BaseModel):
     num_workers: int = Field(0, ge=0)
     tuned_layers: int | None = Field(None, ge=0)
     training: TrainingConfig
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _none_is_empty(cls, checkpoint: str | None) -> str | None:
+        return checkpoint or None  # papermill's parameters are empty where nothing is meant
 
     @model_validator(mode="after")
     def _one_crop(self) -> Self:
@@ -170,7 +175,8 @@ class TrainingSettings(BaseModel):
 
 OF_THE_LOOP = {"epochs", "lr", "head_lr", "schedule", "betas", "optimizer", "weight_decay", "precision", "device"}
 OF_THE_RECIPE = {
-    "method", "backbone", "pretrained", "output_stride", "image_size", "protocol", "batch_size", "shift", "num_workers",
+    "method", "backbone", "pretrained", "checkpoint", "output_stride", "image_size", "protocol", "batch_size", "shift",
+    "num_workers",
 }  # fmt: skip
 """What settings and recipes call by the same name."""
 
