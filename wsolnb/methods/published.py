@@ -3,9 +3,10 @@
     model = create_method("tscam", create_backbone("deit_small"), 200)
     report = load_published(model, "model_best.pth", source="tscam")
 
-Names and shapes are those of the released programs. Their own modules, filled with random numbers, give what the models
-here give after loading their states, to 1e-5 of the largest value. Of the files only PPD's probe of CUB could be had,
-and was loaded. All of these programs normalise images by ImageNet's mean and standard deviation.
+Names and shapes are those of the released programs. Their own modules were filled with random numbers. The models here
+give the same outputs after loading these states, to 1e-5 of the largest value. Of the published files only PPD's probe
+of CUB could be had, and it was loaded. All of these programs normalise images by ImageNet's mean and standard
+deviation.
 
 - tscam (github.com/vasgaowei/TS-CAM): DeiT-T, DeiT-S, DeiT-B of 384 pixels, Conformer-S. The logits of the last one add
   there those of the convolutional branch, which is not built here: its maps are the published ones, its logits not.
@@ -292,10 +293,10 @@ BESIDE = {
 def load_published(model: nn.Module, path: str | Path, source: str) -> Report:
     """Load a published checkpoint into a model, and return what was filled by what; no code of the file is run.
 
-    Strict: every tensor of the file is used or ignored for a reason, and every tensor of the model is filled or kept
-    for one. Wrappers (`state_dict`, `model`, `net`) and prefixes (`module.`, `model.`, `_orig_mod.`) are opened. Of a
-    LocLoc or PPD the part that the file holds is filled; the weights of its backbone are a file of their own, for
-    `create_backbone`. The model is left as it was where anything is wrong.
+    Loading is strict: every tensor of the file is used, or ignored for a reason, and every tensor of the model is
+    filled, or kept for a reason. Wrappers (`state_dict`, `model`, `net`) and prefixes (`module.`, `model.`,
+    `_orig_mod.`) are opened. For LocLoc and PPD the part that the file holds is filled; the weights of the backbone are
+    a file of their own, for `create_backbone`. If anything is wrong, the model is left as it was.
 
     source: whose program wrote the file, one of `SOURCES`. path: a `.pth`, `.pt`, `.tar` or `.safetensors` file.
     Raises ParameterError for an unknown source, or a model whose results would not be the published ones; WeightsError

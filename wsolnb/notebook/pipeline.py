@@ -127,7 +127,7 @@ def plan(
 def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
-    """Return what the steps of a profile (`plan`) need and is not there, as `preflight.look`."""
+    """Return, as `preflight.look`, what the steps of a profile (`plan`) need and do not find."""
     declared = {step.notebook: params.notebook_parameters(step.notebook) for step in steps}
     values = {
         step.notebook: {name: one.default for name, one in declared[step.notebook].items()} | step.parameters

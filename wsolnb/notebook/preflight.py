@@ -2,8 +2,8 @@
 
     findings = preflight.look({"20_lpcam_classifier": {"dataset": "voc", "data_root": "data/VOC2012", ...}})
 
-Data, lists and files, published weights, optional packages, the device, disk and memory are looked at, each once, and
-what is missing is told in one report. Parameters are known by their names, which all notebooks share.
+Data, lists and files, published weights, optional packages, the device, disk and memory are checked, each once. One
+report names what is missing. Parameters are known by their names, which all notebooks share.
 """
 
 from __future__ import annotations

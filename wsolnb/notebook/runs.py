@@ -1,6 +1,7 @@
 """Run folders: where a notebook's numbers, figures and checkpoints go, and what they were made with.
 
-A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A notebook opens its own part of it with
+A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A notebook opens its own part of the run
+folder with
 
     run = runs.start("03_cam_and_tscam", parameters)
 
@@ -251,9 +252,9 @@ class Run:
         return True
 
     def _clear(self, name: str, folder: Path, key: keys.Key) -> str:
-        """Take away what a builder must not go on from: what is damaged, or all of it if it is to be made again.
+        """Remove what a builder must not go on from: damaged files, or everything if the artefact is to be made again.
 
-        Returns in words why the artefact cannot be reused; empty where there is none of the name yet.
+        Returns in words why the artefact cannot be reused; empty if there is no artefact of this name yet.
         """
         record = keys.read_record(folder / keys.RECORD)
         faults = keys.faults(folder, record.get("files", {}))
@@ -284,7 +285,7 @@ class Run:
         return keys.read_record(folder / keys.RECORD)["seconds"]
 
     def used(self, notebook: str, **expected: Any) -> dict[str, Any]:
-        """Return the parameters that another notebook was run with in this run folder: what its models are named by.
+        """Return the parameters that another notebook was run with in this run folder.
 
         expected: values of some of them that this notebook relies on.
 
@@ -306,7 +307,7 @@ class Run:
         return used
 
     def recorded(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """Return a table of `outputs/reference`, which long studies are recorded in; without one, an empty table.
+        """Return a table of `outputs/reference`, where long studies are recorded; an empty table if there is none.
 
         columns: of the empty table.
         """

@@ -95,9 +95,10 @@ class Classifier(TrainingSettings, DataSettings):
     def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
         """Open the data set.
 
-        Of VOC and COCO a share (`HELD_OUT`) of the published `train` is for choices. The rest of it is trained on, or
-        all of `train_list` (VOC's enlarged set) that is not for choices. The third split is that rest again: there the
-        lineage judges seed masks. Classes and segmentation are scored on `evaluation`.
+        With VOC and COCO a share (`HELD_OUT`) of the published `train` serves for choices. Training uses the rest of
+        it, or the part of `train_list` (VOC's enlarged set) that does not serve for choices. The third split is this
+        rest of `train` again, because published programs judge seed masks there. Classes and segmentation are scored on
+        `evaluation`.
         """
         if not self._has_val:
             return super().splits(variant)
@@ -165,7 +166,7 @@ class Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class Host:
-    """A trained classifier, and what maps are made of: local features, and the weights that judge them."""
+    """A trained classifier with what maps are made from: local features, and the weights that judge them."""
 
     classifier: Classifier
     splits: Splits
@@ -279,7 +280,7 @@ REFERENCES = {
 """What the variants of each study are compared with: the paper's value, or the settings as they are."""
 
 FLOOR = {"mu_b_least": 0.05}
-"""What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
+"""The floor of VOC's released code, which the paper does not mention: context prototypes must score above 0.05."""
 
 
 def scored(
@@ -328,7 +329,7 @@ def confidence(prototypes: Sequence[ClassPrototypes], weight: Tensor, config: LP
     """Return how sure a classifier (C, D) is of its clusters, as means over the classes.
 
     `best_centre`: the largest score of a class's foreground centres (eq. 3). `kept_centres`: how many of them score
-    above `config.mu_f`; one of which none does counts as 0, though its best centre is used.
+    above `config.mu_f`. A class without such a centre counts as 0, although its best centre is used.
     """
     scores = [centre_scores(own.foreground, weight, c, config.score) for c, own in enumerate(prototypes)]
     known = [found for found in scores if len(found)]
@@ -348,7 +349,7 @@ def grid(config: LPCAMConfig, **values: Sequence[float]) -> list[LPCAMConfig]:
 def choose(
     run: Run, host: Host, source: LiveFeatures, prototypes: list[ClassPrototypes], grids: Grids, config: LPCAMConfig
 ) -> dict[str, LPCAMConfig]:
-    """Return for each kind of map that configuration of its grid which has the highest mIoU on a source's images.
+    """Return for each kind of map the configuration of its grid with the highest mIoU on a source's images.
 
     config: says scales and flips.
     """
@@ -436,7 +437,7 @@ class Claim(BaseModel):
     def trainings(
         self, study: str, classifier: Classifier, run: Run | None = None
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
+        """Yield, for each training of a paired study, the columns that name its case, and changes of the classifier.
 
         study: `claim`; `ladder`, which trains for more and more epochs; `pretrainings`, the first case of `claim` from
         networks that other seeds have pretrained; `photographs`, on Oxford-IIIT Pet; `imagenet`, the same with an
@@ -577,7 +578,7 @@ def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[d
 
 
 def _of_maps(config: LPCAMConfig) -> dict[str, Any]:
-    """Return the fields that decide how maps are made of directions; the others decide the directions."""
+    """Return the fields that decide how directions become maps; the other fields decide the directions."""
     return config.model_dump(include={"scales", "flip", "over_scales", "relu"})
 
 
@@ -671,7 +672,7 @@ BOUND = "pseudo masks, IRN of true masks"
 """The stage `pseudo masks` of `Stages.bound`."""
 
 COMPARED = ("cam", "lpcam")
-"""The kinds of maps that go all the way."""
+"""The kinds of maps that go through the whole pipeline."""
 
 
 @dataclass(frozen=True)
@@ -764,7 +765,7 @@ class Pipeline:
 
 
 class Segmenter(NamedTuple):
-    """A trained segmentation network, how it is asked, and its scores on test images."""
+    """A trained segmentation network, how it predicts, and its scores on test images."""
 
     model: nn.Module
     inference: Inference
@@ -790,7 +791,7 @@ class Stages:
 
     @property
     def bound(self) -> Stages:
-        """The same maps, walking in the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
+        """The same maps, walking within the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
         return replace(self, taught_by="truth")
 
     @property

@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
 
 class _Experiment(TrainingSettings, DataSettings):
-    """What both experiments share: how a single-label model is trained, and kept.
+    """What both experiments share: how a single-label model is trained and kept.
 
     images: training images that are seen, evenly spaced; 0 = all.
     """
@@ -114,9 +114,9 @@ class Baselines(_Experiment):
         return self
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how a method is trained: as TS-CAM if its class takes a transformer, else as CAM.
+        """Return the recipe of a method: as TS-CAM's if its class takes a transformer, else as CAM's.
 
-        What it takes is what the annotation of its argument `backbone` says. changes: of the method's options.
+        The annotation of the class's argument `backbone` says what it takes. changes: of the method's options.
         Raises ParameterError for an unknown method.
         """
         changes = self.method_options.get(method, {}) | changes
@@ -149,14 +149,14 @@ class Pair(_Experiment):
     betas: tuple[float, float]
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how `tscam` or `scm` is trained. changes: of the preset's `SCMConfig`."""
+        """Return the recipe of `tscam` or `scm`. changes: of the preset's `SCMConfig`."""
         options = self.model_dump(include={"padding", "head_init"})
         if method == "scm":
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
         return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options, images=self.images)
 
     def start(self, seed: int, like: TSCAM) -> TSCAM:
-        """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
+        """Return TS-CAM as it is before any training, on the device of a trained model and with its classes."""
         start = self.recipe("tscam", seed).build(like.semantic.out_channels)
         return start.eval().to(next(like.parameters()).device)
 
@@ -324,9 +324,9 @@ class Trial(NamedTuple):
 
 
 class Studies(BaseModel):
-    """Notebook 12: which trainings its studies are made of. The fields are the notebook's parameters.
+    """Notebook 12: the trainings of its studies. The fields are the notebook's parameters.
 
-    pair: the settings of notebook 11, which every training changes a little.
+    pair: the settings of notebook 11; every training changes some of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -1,4 +1,4 @@
-"""One recipe for every training, and one way to follow it.
+"""One recipe for every training, and one function that follows it.
 
     recipe = Recipe(method="tscam", backbone="vit_mini", pretrained=True, training=TrainingConfig(epochs=3, lr=1e-4))
     model, folder = fit(run, "tscam-0", recipe, splits.train, validate)
@@ -140,7 +140,7 @@ class Recipe(BaseModel):
         return create_method(self.method, backbone, num_classes, **self.options)
 
     def empty(self, num_classes: int) -> Trainable:
-        """Return the untrained model without the weights that it starts from: trained ones are to be loaded."""
+        """Return the untrained model without its starting weights, for loading trained ones."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None}).build(num_classes)
 
 
@@ -198,8 +198,8 @@ def fit(
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
 
-    Trains once per run folder; see `Run.cached` for when a training is found again.
-    name: how the artefact is called in the run folder.
+    It is trained once per run folder; `Run.cached` says when a training is found again. name: the artefact's name in
+    the run folder.
     validate: gives the columns of the history after each epoch, from validation images; `recipe.training.select` names
         the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
     Raises ParameterError for fewer images than a batch.
@@ -223,10 +223,10 @@ def fit(
 
 
 def load_trained(path: str | Path) -> tuple[Trainable, Recipe]:
-    """Return a model that `fit` has trained, in evaluation mode on the CPU, and its recipe: the file is all it takes.
+    """Return a model that `fit` has trained, in evaluation mode on the CPU, and its recipe, from the file alone.
 
     path: `last.safetensors` or `best.safetensors` in a folder of checkpoints.
-    Raises WeightsError where `recipe.json` is not beside it, which says how to build the model; TrainingError for
+    Raises WeightsError if `recipe.json`, which says how to build the model, is not beside the file; TrainingError for
     weights that are missing, damaged or do not fit.
     """
     path = Path(path)
