@@ -592,8 +592,8 @@ class Key:
     """What a result depends on.
 
     inputs: the captured values. code: digests by module, and of the notebook's statements by name. versions: of the
-    libraries. data: fingerprints of the files and folders that are read, by path; they are in `inputs` too, where a
-    data set that moved is the same one.
+    libraries. data: fingerprints of the files and folders that are read, by path. They are in `inputs` as well, without
+    paths, so a data set that moved is the same one.
     """
 
     inputs: Any
@@ -610,8 +610,8 @@ class Key:
 def key_of(value: Any, ignore: Iterable[str] = ()) -> Key:
     """Return the key of a builder, or of any value that a result depends on.
 
-    ignore: names of captured values that cannot change the result, such as a progress bar's switch.
-    Raises ParameterError for a captured value that cannot be told from another one.
+    ignore: names of captured values that cannot change the result, such as a progress bar's switch. Raises
+    ParameterError for a captured value of which no key can be made.
     """
     reading = _Reading(ignore)
     try:
@@ -623,7 +623,7 @@ def key_of(value: Any, ignore: Iterable[str] = ()) -> Key:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record in a file; nothing where there is none, or none that can be read."""
+    """Return the record in a file; an empty one if it is missing or cannot be read."""
     kinds = {"key": dict, "files": dict, "seconds": (int, float), "finished": str}
     try:
         record = json.loads(path.read_text("utf-8"))

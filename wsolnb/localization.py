@@ -246,7 +246,7 @@ def _lpcam_maps(look: _Look, pictures: Pictures) -> Iterator[tuple[_Seen, Tensor
     """Yield LPCAM's maps (K, H, W); the prototypes of each class are clustered from the pictures looked at for it."""
     extractor = ConvExtractor(look.model)
     pictures.class_names = tuple(map(str, range(len(extractor.weight))))
-    # What is kept of every picture is small: pixels and features are read again when they are needed.
+    # Little is kept of every picture; pixels and features are read again when they are needed.
     kept = {index: seen._replace(sample=None, output=None) for index, seen in look.all(pictures)}
     pictures.labels = tuple(kept[index].classes if index in kept else () for index in range(len(pictures)))
     if not kept:

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from wsolnb.errors import WeightsError
 
 COPIES = {"student", "ema", "model_ema", "state_dict_ema"}
-"""Of several networks in a file, those under these names are not taken."""
+"""If a file holds several networks, the ones under these names are not taken."""
 
 HEADS = ("head", "fc.", "classifier", "mask_token")
-"""Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
+"""A backbone does not need tensors whose names begin like this; `mask_token` serves DINOv2's training alone."""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load a local file of weights into `model`; returns the names of the file's tensors that were left out.
 
     The file is read by `read_tensors`. A prefix of all of the model's names (`module.`, `backbone.vit.`) is taken off,
-    and tensors without this prefix are left out. Of a teacher and a student the teacher is taken. Classifier heads that
-    the model does not have are left out. A position embedding of another square grid is resampled to the model's grid.
+    and tensors without this prefix are left out. If the file holds a teacher and a student, the teacher is taken.
+    Classifier heads that the model does not have are left out. A position embedding of another square grid is resampled
+    to the model's grid.
 
     Raises WeightsError as `read_tensors` does, and when the file misses a tensor, changes the shape of one, or holds
     one that the model lacks.

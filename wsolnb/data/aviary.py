@@ -215,7 +215,7 @@ def _towards(angle: float) -> np.ndarray:
 
 
 def _up(ahead: np.ndarray) -> np.ndarray:
-    """What is above, (2,), for who looks `ahead` to the right."""
+    """Return the direction (2,) that is up for somebody who looks along `ahead` to the right."""
     return np.array([ahead[1], -ahead[0]])
 
 

@@ -145,7 +145,7 @@ def make_loader(
     transform: applied to every sample; None takes images as they are. A batch needs images of one size.
     seed: of order and augmentation, 0 or more; `set_epoch` before an epoch gives each epoch its own.
     num_workers: processes that read ahead; results do not depend on it.
-    drop_last: of training: a last batch that is not full is left out.
+    drop_last: leave out a last batch that is not full, as in training.
 
     Raises ParameterError for a negative seed or where `drop_last` leaves no batch, DataError for an empty data set.
     An image that cannot be read raises its DataError while iterating, from a worker as well.

@@ -76,7 +76,7 @@ def _window(
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
-    """For each of `new` pixels along an axis the old one that its centre falls into: floor((i + 1/2) old / new)."""
+    """Return for each of `new` pixels along an axis the old pixel that holds its centre: floor((i + 1/2) old / new)."""
     return (2 * np.arange(new) + 1) * old // (2 * new)
 
 

@@ -87,7 +87,7 @@ class VOC(FolderDataset):
             self._sizes, self._named = [None] * len(self.labels), [set(own) for own in self.labels]
 
     def _read_labels(self, listed: Path) -> tuple[tuple[int, ...], ...]:
-        """Return the classes of every image by the lists of ImageSets/Main, of whichever splits there are.
+        """Return the classes of every image by the lists of ImageSets/Main, of all splits that exist.
 
         listed: where the images are from, for messages.
         """

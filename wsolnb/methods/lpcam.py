@@ -177,17 +177,18 @@ class LPCAMConfig(BaseModel):
     clusters: K, of foreground and of context each. tau: of eq. 2, on CAM divided by a maximum, see `split_maximum`.
     ties: a pixel whose CAM equals tau goes to the `context`, or is `dropped`.
     split_cam: the CAM of eq. 2 is that of the feature `grid` at scale 1, or the `final` one (all scales and flips, at
-        the image's size), of which each cell of the grid takes the nearest pixel.
-    split_maximum: of that CAM, over the cells of the `grid`, or over the pixels of the `image`. The final CAM has been
-        divided by the latter: `image` takes its values as they are, as released. The CAM of the grid has `grid` only.
+        the image's size); each cell of the grid then takes its nearest pixel.
+    split_maximum: the maximum that divides this CAM: over the cells of the `grid`, or over the pixels of the `image`.
+        The final CAM is already divided by the latter, so `image` takes its values as they are, as released. For the
+        CAM of the grid only `grid` is allowed.
     mu_f: least score of a class prototype (eq. 3). mu_b, mu_b_least: a context prototype scores between them (eq. 4).
     score: of a centre, the classifier's `softmax` over classes, or the `sigmoid` that its loss was made for.
     metric: of the assignment to centres. algorithm: `kmeans`, `minibatch` (k-means for large sets) or `hierarchical`.
     start: of k-means, `k-means++` or `random` features. tolerance: k-means stops when the square of the summed shifts
         of all centres is below it; 0 = when no feature changes its cluster.
     images_per_class: number of images that are clustered, drawn at random, with `replacement` or without; 0 = all.
-    features_per_class: most local features, of foreground and of context each, that are clustered; 0 = all. The limit
-        bounds the memory: of more, a uniform sample is kept.
+    features_per_class: the largest number of local features that are clustered, for foreground and context each; 0 =
+        all. The limit bounds the memory: if there are more, a uniform sample is kept.
     none_left: what happens when no centre scores mu_f: take the `best`, or raise an `error` (as VOC's released code).
     flip: how the mirror image enters a map: its `features` are added to the image's before the cosine, its `maps` are
         added, or it does not enter (`none`).

@@ -10,7 +10,7 @@ deviation.
 
 - tscam (github.com/vasgaowei/TS-CAM): DeiT-T, DeiT-S, DeiT-B of 384 pixels, Conformer-S. The logits of the last one add
   there those of the convolutional branch, which is not built here: its maps are the published ones, its logits not.
-- scm (github.com/164140757/SCM): DeiT-S. Its program has a Conformer, too, of which it offers no weights: not read.
+- scm (github.com/164140757/SCM): DeiT-S. Its program also has a Conformer, but offers no weights for it: not read.
 - lpcam (github.com/zhaozhengChen/LPCAM): the classifier, `res50_cam.pth`, which the program writes and nobody offers;
   20 classes of VOC, 80 of COCO. Its ResNet-50 has stride 16 without dilation.
 - irn (github.com/jiwoon-ahn/irn, and LPCAM's copy): `res50_irn.pth`, likewise.
@@ -18,7 +18,7 @@ deviation.
   enlarges the positions by another bicubic rule (maps differ by half a percent). MCTformer+, which came later, ranks
   its patches: not read.
 - locloc (github.com/Cliffia123/LocLoc): the generator in one file (the U-Net of its evaluation script), the classifier
-  in another. That one has 1,000 outputs on CUB, too, of which the first 200 are the classes. The backbone is DeiT-S.
+  in another. The classifier has 1,000 outputs also on CUB, where the first 200 are the classes. The backbone is DeiT-S.
 - ppd (github.com/ustcjinggg/ProxyProbingDecoder): the decoder in one file, in another the probe, of class tokens alone.
   The backbone is DINO's ViT-S/16, for images of 256 pixels. LocLoc's training script writes a decoder of the same names
   and shapes, for tokens without a final normalisation: it cannot be told apart.

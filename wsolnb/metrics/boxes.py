@@ -39,7 +39,7 @@ WSOLEVALUATION = BoxProtocol("wsolevaluation", clip_prediction=True, clip_truth=
 """MaxBoxAcc of Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020."""
 
 TSCAM = BoxProtocol("tscam", clip_prediction=False, clip_truth=True, empty=(0, 0, 1, 1))
-"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which others inherited."""
+"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which other programs inherited."""
 
 SCM = BoxProtocol("scm", clip_prediction=True, clip_truth=False, empty=(0, 0, 0, 0), truncate_truth=False)
 """The evaluation of SCM's released code (Bai et al., ECCV 2022): predictions as in wsolevaluation, truth untouched."""

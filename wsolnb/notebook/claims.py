@@ -39,10 +39,11 @@ class Test(BaseModel):
 
     rule: `difference` of two groups; `value` of the rows; `trend`, Spearman's correlation with the number in `over`;
     `best`, the lead of one variant over the strongest of the others.
-    where: the rows that count. without: rows that agree with all of it do not.
+    where: the rows that count. without: rows that agree with all of its values do not count.
     measure: a column, or an expression of columns as pandas reads it. rows: columns; each combination is a row.
     pair_by: the columns that pair two numbers; empty for a count, which has no spread.
-    of, less: the two groups of a difference; of: the variant that is said to be best. relative: of / less - 1 instead.
+    of, less: the two groups of a difference; for `best`, `of` is the variant that is said to be best. relative: take
+    `of / less - 1` instead.
     expect: the claimed side of `target`; `same`: within `room` of it. size: the paper's distance from `target`.
     error: column of the standard error over `images`, where these are the sample.
     """

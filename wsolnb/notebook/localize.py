@@ -45,7 +45,7 @@ BACKBONE = "efficientnet_lite0"
 """The default network; its weights came with the installation."""
 
 ROWS, SIDE = 10, 320
-"""Of a contact sheet: its rows, and the longer side of a picture in pixels."""
+"""Rows of a contact sheet, and the longer side of its pictures in pixels."""
 
 Say = Callable[[str], None]
 
@@ -53,7 +53,7 @@ Say = Callable[[str], None]
 def open_model(
     method: str, backbone: str, checkpoint: str, layer: str, class_names: Sequence[str], warn: Say
 ) -> tuple[LocalizationModel, str, int | None]:
-    """Return a model, the name of its map, and the side of the images that it was trained on (None: of any).
+    """Return a model, the name of its map, and the side of the images that it was trained on (None: any side).
 
     method, backbone, checkpoint, layer: of the command; empty where they were not given. class_names: of a checkpoint
     of another program. warn: is told which tensors of such a checkpoint were left out.

@@ -54,7 +54,7 @@ class NotebookError(WsolnbError):
 
 
 class Step(BaseModel, extra="forbid", strict=True):
-    """A notebook to run, with values that differ from its defaults: those of the pipeline's file, or of `plan` all."""
+    """A notebook to run, with values that differ from its defaults (from the pipeline's file; from `plan`, all)."""
 
     notebook: str
     needs: list[str] = []

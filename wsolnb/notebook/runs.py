@@ -211,7 +211,7 @@ class Run:
         other artefacts), of the code that it can run, and of the libraries' versions. The record `done.json` holds the
         key, and the hash of every file in the folder. A folder is reused only where all of them fit; what is missing or
         damaged is made again. A build that was interrupted leaves its folder without a record, and the next one can go
-        on inside it. Of two processes that want the same folder, one builds and the other waits.
+        on inside it. If two processes want the same folder, one builds it and the other waits.
 
         Prints one line: reused, or built and why.
 
@@ -318,11 +318,11 @@ class Run:
         return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(columns))
 
     def __cache_key__(self, _reading: Any) -> None:
-        """Nothing: a run says where results lie, not what they are."""
+        """Nothing: a run says where results lie, and not what they are."""
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Return what a file of metrics says its numbers were made with; nothing where there is none that can be read."""
+    """Return the provenance in a file of metrics; nothing if the file is missing or cannot be read."""
     try:
         found = json.loads(path.read_text("utf-8"))["provenance"]
     except (OSError, ValueError, KeyError, TypeError):

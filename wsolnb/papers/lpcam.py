@@ -402,8 +402,8 @@ class Claim(BaseModel):
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of one classifier: CAM, and LPCAM-F and LPCAM with the paper's and with chosen hyperparameters.
 
-        Of MCTformer also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
-        where: columns that tell the case.
+        For MCTformer there are also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
+        where: columns that name the case.
         """
         base = base.model_copy(update={"seed": classifier.seed})
         if study == "imagenet":
@@ -473,8 +473,8 @@ class Claim(BaseModel):
     ) -> tuple[Host, LPCAMConfig]:
         """Return a classifier of one seed, and the configuration that `checked` varies.
 
-        Of `scenes`, the classifier of notebook 20 and the selection that validation images choose. Of `photographs`,
-        that of the study `imagenet` and the paper's selection and scales.
+        For `scenes`: the classifier of notebook 20, and the selection that validation images choose. For `photographs`:
+        the classifier of the study `imagenet`, and the paper's selection and scales.
         """
         if data == "photographs":
             host = classifier.changed(**self._imagenet(number), train_seed=number).host(run)
@@ -679,7 +679,7 @@ COMPARED = ("cam", "lpcam")
 class Pipeline:
     """From the maps of one classifier to segmentation; `pipeline.stages["lpcam"]` are those of one kind of map.
 
-    base: LPCAM's configuration, of which mu_f, mu_b and the floor are chosen here.
+    base: LPCAM's configuration; mu_f, mu_b and the floor of it are chosen here.
     """
 
     run: Run

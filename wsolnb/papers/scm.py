@@ -222,7 +222,7 @@ class _Products(Reader):
 class Products(_Products):
     """Products of one model's attention with another's semantic map; the map `a x s` takes them from models a and s.
 
-    trained: TS-CAM or SCM by name. start: the model before training, of which the attention only is taken.
+    trained: TS-CAM or SCM by name. start: the model before training; only its attention is taken.
     """
 
     def __init__(self, trained: Mapping[str, TSCAM], start: TSCAM):
@@ -242,7 +242,7 @@ class Products(_Products):
 def swapped(
     trained: Mapping[str, TSCAM], start: TSCAM, splits: Splits, transform: Transform
 ) -> list[dict[str, str | float]]:
-    """Return GT-known of one model's attention times one's semantic map: test images, thresholds by validation."""
+    """Return GT-known of each model's attention times each model's semantic map, at validation thresholds."""
     products = Products(trained, start)
     val, test = (evaluate(products, part, transform, quick=True) for part in (splits.val, splits.test))
     at = val.thresholds()
@@ -431,7 +431,8 @@ def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
     """Train one model of a study, or find it; yield a row for its best and one for its last epoch.
 
     Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds
-    chosen on validation images; the drift is that of validation images. Of SCM also lambda and beta of every block.
+    chosen on validation images; the drift is that of validation images. Rows of SCM also have lambda and beta of every
+    block.
     """
     pair, splits = trial.pair, trial.pair.splits()
     one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)

@@ -682,7 +682,7 @@ def on_photographs(name: str, dataset: str) -> PretrainingConfig:
 
 @torch.no_grad()
 def shrink_positions(backbone: TransformerBackbone, share: float) -> None:
-    """Draw the position embedding of the patches towards its mean over all places: `share` of the difference is left.
+    """Move the position embedding of the patches towards its mean over all places; `share` of the difference is left.
 
     Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and can only
     learn it from the position embedding. 1 changes nothing; with 0 the patches do not know where they are.
@@ -696,8 +696,8 @@ def pretrain(
 ) -> tuple[nn.Module, Path]:
     """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
 
-    Trains once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. Of a
-    self-distilled one the teacher is returned. The folder holds the training's end, before `shrink_positions`.
+    It is trained once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. A
+    self-distilled recipe returns the teacher. The folder holds the training's end, before `shrink_positions`.
     data_root: folder of the photographs, if the recipe names any.
     Raises TrainingError, DataError and ParameterError as the loop, the renderer and the readers do.
     """

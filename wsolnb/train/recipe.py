@@ -37,17 +37,17 @@ class Recipe(BaseModel):
     method: a name of `wsolnb.methods`. options: of the method. backbone: a name that `create_backbone` knows.
     pretrained, checkpoint, output_stride: as there; a relative checkpoint starts at the root of the repository.
     image_size: side of the input in pixels.
-    protocol: `resize` (the whole image), `crop_resize` (in training a random crop of the image resized to 8/7 of the
-        side, at test the whole image: SCM and TS-CAM) or `crop` (the same training; at test the shorter side is resized
-        to 8/7 and the centre cropped: LocLoc, PPD).
+    protocol: `resize` takes the whole image. `crop_resize` takes in training a random crop of the image resized to 8/7
+        of the side, and at test the whole image (SCM and TS-CAM). `crop` has the same training; at test the shorter
+        side is resized to 8/7 and the centre cropped (LocLoc, PPD).
     long_side: range of the longer side in pixels before a random crop, as the LPCAM lineage trains on photographs.
     scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
         other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
         the spread around the mean. All three in training only.
     images: training images that are seen, evenly spaced; 0 = all.
-    tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
-        normalisation and head; the others stay as they start. None = all.
+    tuned_layers: how many of a transformer's layers are trained, counted from the first. Patch embedding, final
+        normalisation and head are trained as well; the other layers stay as they start. None = all.
     training: the loop's hyperparameters.
     """
 
