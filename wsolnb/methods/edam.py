@@ -143,7 +143,8 @@ class EDAM(LocalizationModel):
         output = forward(images)
         if self.training:
             own = output.responses.detach().float()[:, : self.num_classes] * labels[:, :, None, None]
-            self.polarity.lerp_((own * own.abs()).sum(dim=(0, 2, 3)) / labels.sum(dim=0).clamp(min=1), 0.1)
+            seen = (own * own.abs()).sum(dim=(0, 2, 3)) / labels.sum(dim=0).clamp(min=1)
+            self.polarity.lerp_(seen.to(self.polarity), 0.1)
         return F.multilabel_soft_margin_loss(output.logits.float(), labels.float())
 
     def class_maps(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
