@@ -241,8 +241,9 @@ SEED_MARGINS = (0.2, 0.1)
 """How far AMN's thresholds of confident foreground and background lie above and below that of the seeds. Released: 0.45
 and 0.15 around 0.25."""
 
-SEED_CRF = CRFConfig(colour=13.0, wide=11.0, max_side=40)
-"""The CRF that refines AMN's labels, as notebook 23 has it. IRN's walk does not refine them, nor as released."""
+SEED_CRF = CRFConfig(colour=13.0, wide=11.0, max_side=28)
+"""The CRF that refines AMN's labels: that of notebook 23, on a coarser image, whose cells are still smaller than AMN's.
+IRN's walk does not refine them, nor as released."""
 
 
 def taught(
