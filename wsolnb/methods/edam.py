@@ -71,7 +71,7 @@ class EDAM(LocalizationModel):
     two images in training, and of one at test. Loss: binary cross-entropy of z.
 
     hidden: width of U and of the blocks; None = 128 as released, or a quarter of the channels where that is less.
-    heads: of the blocks. dropout: in them, and of s.
+    heads: of the blocks. dropout: in them, and of s; not of attention weights.
     """
 
     maps = ("edam",)
@@ -91,6 +91,8 @@ class EDAM(LocalizationModel):
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, **options) for _ in range(num_classes)
         )
+        for block in self.blocks:
+            block.self_attn.dropout = 0.0  # the fused attention of the CPU has none; released 0.1
         self.judges = nn.ModuleList(nn.Linear(hidden, 1, bias=False) for _ in range(num_classes))
         self.dropout = nn.Dropout(dropout)
         for parameter in self.head.parameters():

@@ -429,9 +429,9 @@ def score_drawn(
 ) -> list[dict[str, float]]:  # fmt: skip
     """Return test scores of each of the maps of `drawn`, in their order, at thresholds that validation images chose.
 
-    parts: validation and test images, each with its cue.
+    parts: validation and test images, each with its cue. The coverage of parts is not measured.
     """
-    val, test = (evaluate(drawn(hosts, by_name, config, *part), part[0]) for part in parts)
+    val, test = (evaluate(drawn(hosts, by_name, config, *part), part[0], parts=False) for part in parts)
     return [score_pair(val[name], test[name]) for name in (*hosts, *by_name)]
 
 
