@@ -8,9 +8,9 @@ that stands behind them, and it is given the image's labels at test, too, where 
     model = create_method("amn", create_backbone("resnet50"), 20)     # trained on them with its own loss
     maps = model.localize(model(images, labels), classes)
 
-Facts of the released program (github.com/gaviotas/AMN): dilations, initialisation, dropout, smoothing of 0.4, labels of
-the nearest pixel on the network's grid. There the map is a class's probability where the training image's own seed
-label is background, and elsewhere that probability min-max scaled; here, on images without seed labels, the latter.
+As the released program (github.com/gaviotas/AMN) has it: dilations, initialisation, dropout, smoothing, and labels of
+the nearest pixel on the network's grid. It makes maps of training images, and min-max scales a class's probability
+where the image's own seed label is not background. Here images have no seed labels, and the map is the probability.
 """
 
 from __future__ import annotations

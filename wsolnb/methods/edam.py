@@ -6,10 +6,9 @@ mask lets through, of two images at once. The masks are the localization: a bett
     model = create_method("edam", create_backbone("resnet50"), 20)
     maps = model.localize(model(images), classes)
 
-The equations are those of the released program (github.com/allenwu97/EDAM). It trains on listed pairs of images with a
-class in common; here `partners` pairs the images of a batch. At test it takes masks alone, as here; the logits of an
-image are then those of the image alone. Its background cue, the saliency maps of a network that was trained with masks,
-is no part of the model: `papers.lpcam` has GrabCut's masks in its place.
+The equations are those of the released program (github.com/allenwu97/EDAM), which trains on listed pairs of images with
+a class in common; `partners` pairs those of a batch. Its background cue, saliency maps of a network that was trained
+with masks, is no part of the model. No such network is here: `papers.lpcam.salient` has GrabCut's masks in its place.
 """
 
 from __future__ import annotations
@@ -62,13 +61,14 @@ class EDAMOutput(NamedTuple):
 
 @register("edam")
 class EDAM(LocalizationModel):
-    """Embedded discriminative attention (https://openaccess.thecvf.com/CVPR2021, Wu et al.). With x the feature map,
+    """Embedded discriminative attention, with x the feature map; for the paper see
+    https://openaccess.thecvf.com/content/CVPR2021/html/Wu_Embedded_Discriminative_Attention_Mechanism_for_Weakly_Supervised_Semantic_Segmentation_CVPR_2021_paper.html
 
         n = (W * x) / |W * x| over the C + 1 channels,   M_k = |n_k|                             (the masks)
         s_k = U x M_k + position + image,   a_k = block_k(s_k of both images),   z_k = w_k . mean over cells of a_k
 
     W is a 3 x 3 convolution, block_k a transformer block of class k (collaborative multi-attention) over the cells of
-    two images in training, and of one at test. Loss: binary cross-entropy of z.
+    two images in training, and of one at test. Loss: binary cross-entropy of z. The masks are the map.
 
     hidden: width of U and of the blocks; None = 128 as released, or a quarter of the channels where that is less.
     heads: of the blocks. dropout: in them, and of s; not of attention weights.
