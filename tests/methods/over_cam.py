@@ -10,7 +10,7 @@ from wsolnb.methods.cam import CAMClassifier
 class Tiny(nn.Module):
     """A backbone of two layers; (B, 6, H / 2, W / 2)."""
 
-    dim = 6
+    dim, stride = 6, 2
 
     def __init__(self):
         super().__init__()

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from wsolnb.data import aviary, open_dataset
+from wsolnb.data.store import ClassMaps, Store, WithMasks
 from wsolnb.data.transforms import resize
 from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
+from wsolnb.methods.irn import IRNConfig, irn_labels
 from wsolnb.methods.lpcam import LPCAMConfig
 from wsolnb.methods.prototypes import directions_by_kind, variant_maps
 from wsolnb.notebook import params, runs
@@ -257,7 +259,12 @@ def test_the_studies_of_several_classifiers(run, host, base, monkeypatch):
     own = lpcam.weight_overlap(host).set_index("class")
     assert list(bias[bias.seed == host.number].set_index("variant")["head"]) == list(own["head"])
     hosts = list(claim.trainings("hosts", host.classifier))
-    assert [changes["train_seed"] for _, changes in hosts] == [0, 1]
+    asked = [(where["host"], where["epochs"], host.classifier.changed(**changes)) for where, changes in hosts]
+    assert [(name, own.train_seed) for name, _, own in asked] == [
+        ("mctformer", 0), ("mctformer", 1), ("amn", 0), ("amn", 1), ("edam", 0), ("edam", 1),
+    ]  # fmt: skip
+    assert all(name == own.method and epochs == own.epochs for name, epochs, own in asked)
+    assert [own.backbone for _, _, own in asked[::2]] == ["vit_mini", "resnet_mini", "resnet_mini"]
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +305,98 @@ def test_lpcam_in_mctformer_takes_the_place_of_cam(run, mctformer, base):
     expected = scored(*(evaluate(lpcam.plugged(mctformer, {"x": None}, base, part), part)["x"] for part in held))
     assert all(inside.iloc[0][name] == pytest.approx(value, nan_ok=True) for name, value in expected.items())
     assert (rows.study == "hosts").sum() == 6
+
+
+@pytest.fixture(scope="module")
+def amn(run, host):
+    return host.classifier.changed(method="amn").host(run)
+
+
+@pytest.fixture(scope="module")
+def edam(run, host):
+    return host.classifier.changed(method="edam").host(run)
+
+
+def by_hand(model, image, labels):
+    """An image as the network sees it, and which classes it has, (1, C)."""
+    image = torch.from_numpy(resize(image, (64, 64)).image).permute(2, 0, 1)[None] / 255
+    present = torch.zeros(1, model.num_classes)
+    present[0, list(labels)] = 1
+    return (image - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1), present
+
+
+def over_maximum(maps, size):
+    """Maps (K, h, w) enlarged to pixels, each divided by its maximum."""
+    full = torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear")[0]
+    return (full / full.amax(dim=(1, 2), keepdim=True)).numpy()
+
+
+def test_amn_learns_confident_seeds_of_the_plain_classifier(amn, host, run):
+    assert amn.first.folder == host.folder
+    assert amn.mean_average_precision == host.mean_average_precision
+    threshold = lpcam.best_thresholds(host.sources.val, {"cam": None}, lpcam.SEED_SCALES)[0]["threshold"]
+    sure = IRNConfig(foreground=min(threshold + 0.2, 0.95), background=max(threshold - 0.1, 0.02))
+    labels = [folder for folder in run.checkpoints.glob("seed-labels-cam-0-*") if folder.is_dir()]
+    taught = WithMasks(host.splits.train, Store(labels[0]))
+    cam = variant_maps(host.source(host.splits.train), {"cam": None}, lpcam.SEED_SCALES)
+    for sample, maps in zip(taught, cam, strict=True):
+        stored = maps["cam"]._replace(maps=maps["cam"].maps.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(sample.mask, irn_labels(stored, sample.image, sure, lpcam.SEED_CRF))
+
+
+def test_lpcam_in_amn_teaches_it_other_seeds(run, amn, base):
+    claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.9], grid_mu_b=[0.9]))
+    rows = pd.DataFrame(claim.measured(run, amn.classifier, base, "hosts", {"host": "amn", "epochs": 1}))
+    assert (rows.study == "hosts").sum() == 6
+    inside = rows[rows.study == "amn"]
+    assert [f"{row['map']}, {row.hyper}" for _, row in inside.iterrows()] == list(lpcam.INSIDE)
+    assert set(inside["host"]) == {"amn"}
+    _, _, directions = claim.variants(run, amn.first, base)
+    for name, own in zip(lpcam.INSIDE, inside.to_dict("records"), strict=True):
+        other = amn if name == "cam, paper" else lpcam.taught(run, amn.classifier, amn.first, name, directions[name])
+        assert (other.folder == amn.folder) is (name == "cam, paper")
+        found = []
+        for data in amn.splits[1:]:
+            maps = []
+            for sample in data:
+                image, present = by_hand(other.model, sample, sample.labels)
+                with torch.no_grad():
+                    both = [other.model(view, present).scores.softmax(dim=1)[0, 1:] for view in (image, image.flip(3))]
+                total = (both[0] + both[1].flip(2))[list(sample.labels)]
+                maps.append({"x": ClassMaps(sample.image_id, sample.labels, over_maximum(total, sample.size))})
+            found.append(evaluate(maps, data, parts=False)["x"])
+        expected = scored(*found)
+        assert own["miou"] == pytest.approx(expected["miou"], abs=1e-6)
+        assert own["threshold"] == expected["threshold"]
+
+
+def test_edams_mask_and_lpcam_in_its_place_behind_the_cue(run, edam, base):
+    data = edam.splits.val
+    prototypes, _ = lpcam.cached_prototypes(run, edam, base)
+    directions = directions_by_kind(prototypes, edam.weight, base, ["lpcam"], "zero")
+    cue = lpcam.salient(run, edam, data)
+    plain = list(lpcam.drawn({"edam": edam}, directions, base, data))
+    masked = list(lpcam.drawn({"edam": edam}, directions, base, data, cue))
+    alone = variant_maps(edam.source(data), directions, base)
+    for sample, own, cut, lpcams in zip(data, plain, masked, alone, strict=True):
+        image, _ = by_hand(edam.model, sample, ())
+        with torch.no_grad():
+            both = [edam.model(view).responses[0].abs() for view in (image, image.flip(3))]
+        total = (both[0] + both[1].flip(2))[list(sample.labels)]
+        np.testing.assert_allclose(own["edam"].maps, over_maximum(total, sample.size), atol=1e-5)
+        np.testing.assert_array_equal(own["lpcam"].maps, lpcams["lpcam"].maps)
+        mask = cue.read_mask(sample.image_id)[0]
+        rows, columns = ((np.arange(side) + 0.5) * 112 // side for side in sample.size)
+        inside = mask[rows.astype(int)][:, columns.astype(int)]
+        assert 0 < inside.mean() < 1
+        for name in ("edam", "lpcam"):
+            np.testing.assert_array_equal(cut[name].maps, np.where(inside, own[name].maps, 0))
+    claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.9], grid_mu_b=[0.9]))
+    rows = pd.DataFrame(claim.measured(run, edam.classifier, base, "hosts", {"host": "edam", "epochs": 1}))
+    assert rows.groupby("study", sort=False).size().to_dict() == {"hosts": 6, "edam": 3, "edam, cue": 3}
+    of_hosts = rows[(rows.study == "hosts") & (rows["map"] == "lpcam") & (rows.hyper == "paper")].iloc[0]
+    assert rows[rows.study == "edam"].iloc[1].miou == of_hosts.miou  # the same maps
+    assert rows[rows.study == "edam, cue"].iloc[1].miou != of_hosts.miou
 
 
 def test_every_stage_after_the_other(run, host, base, capsys):

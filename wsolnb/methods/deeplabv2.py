@@ -7,6 +7,8 @@ It learns from masks; the background is a class of its own, index 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,15 @@ from torch import Tensor, nn
 from wsolnb.backbones import ConvBackbone, TransformerBackbone
 from wsolnb.methods import register
 from wsolnb.methods.base import SegmentationModel
+
+
+def aspp(dim: int, classes: int, dilations: Sequence[int]) -> nn.ModuleList:
+    """Return 3 x 3 convolutions of (B, dim, h, w), one per dilation (in cells), whose outputs are to be summed."""
+    branches = nn.ModuleList(nn.Conv2d(dim, classes, 3, padding=d, dilation=d) for d in dilations)
+    for branch in branches:
+        nn.init.normal_(branch.weight, std=0.01)
+        nn.init.zeros_(branch.bias)
+    return branches
 
 
 @register("deeplabv2")
@@ -29,10 +40,7 @@ class DeepLabV2(SegmentationModel):
     ):
         super().__init__()
         self.backbone = backbone
-        self.aspp = nn.ModuleList(nn.Conv2d(backbone.dim, classes, 3, padding=d, dilation=d) for d in dilations)
-        for branch in self.aspp:
-            nn.init.normal_(branch.weight, std=0.01)
-            nn.init.zeros_(branch.bias)
+        self.aspp = aspp(backbone.dim, classes, dilations)
 
     @property
     def head(self) -> nn.Module:

@@ -29,7 +29,7 @@ from wsolnb.data.transforms import resize
 from wsolnb.errors import DataError, ParameterError
 from wsolnb.files import write_atomically
 from wsolnb.maps import seen_area
-from wsolnb.methods.cam import CAMClassifier
+from wsolnb.methods.base import LocalizationModel
 
 Unreadable = Literal["stop", "skip"]
 """What to do with an image that cannot be read: end the run with its error, or leave it out with a warning that names
@@ -40,7 +40,8 @@ class Extractor(Protocol):
     """What makes a network a host: a function of images, and the classifier's weights.
 
     weight: (C, D), the linear classifier behind the pooling. An extractor may also have `mean` and `std` of the images
-    that it takes. It has `stride`, pixels per cell, if it takes images that the stride does not divide.
+    that it takes. It has `stride`, pixels per cell, if it takes images that the stride does not divide. If it has
+    `takes_labels`, it is also called with the images' labels, (B, C) of 0 and 1.
     """
 
     weight: Tensor
@@ -50,17 +51,33 @@ class Extractor(Protocol):
 
 
 class ConvExtractor:
-    """The final map of a convolutional classifier with a linear (1 x 1) head: `CAMClassifier`."""
+    """The final map of a convolutional classifier with a linear (1 x 1) head: `CAMClassifier`.
 
-    def __init__(self, model: CAMClassifier):
+    weight: (C, D), what judges that map; None = the weights of the head.
+    """
+
+    def __init__(self, model: LocalizationModel, weight: Tensor | None = None):
         self.model = model.eval()
         self.mean, self.std = normalisation(model)
-        self.weight = model.classifier.weight.detach().float()
+        self.weight = model.classifier.weight.detach().float() if weight is None else weight
         self.stride = model.backbone.stride
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the feature map that the pooling sees."""
         return self.model.backbone(images)
+
+
+class OwnMaps(ConvExtractor):
+    """What AMN or EDAM itself draws of every class, as local features: with unit weights CAM is the host's own map."""
+
+    takes_labels = True
+
+    def __init__(self, model: LocalizationModel):
+        super().__init__(model, torch.eye(model.num_classes, device=next(model.parameters()).device))
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the maps (B, C, h, w), >= 0, of images that have the classes `labels` (B, C)."""
+        return self.model.class_maps(images, labels)
 
 
 class TokenExtractor:
@@ -183,6 +200,11 @@ class LiveFeatures(FeatureSource):
 
     def _extract(self, held: list[tuple], scales: Sequence[float], flip: bool) -> Iterator[ImageFeatures]:
         batch = torch.stack([image for _, image, _ in held]).to(self.weight.device)
+        known = []
+        if getattr(self.extractor, "takes_labels", False):
+            known.append(batch.new_zeros(len(held), len(self.weight)))
+            for row, (index, _, _) in zip(known[0], held, strict=True):
+                row[list(self.labels[index])] = 1
         found = []
         for scale in scales:
             images = batch
@@ -190,9 +212,9 @@ class LiveFeatures(FeatureSource):
                 side = [max(1, round(extent * scale)) for extent in batch.shape[2:]]
                 images = F.interpolate(batch, size=side, mode="bilinear", align_corners=False, antialias=scale < 1)
             with torch.inference_mode():
-                views = [self.extractor(images).float()]
+                views = [self.extractor(images, *known).float()]
                 if flip:
-                    views.append(self.extractor(images.flip(3)).float().flip(3))
+                    views.append(self.extractor(images.flip(3), *known).float().flip(3))
             found.append(torch.stack(views, dim=1))
         cells, stride = found[0].shape[-2:], getattr(self.extractor, "stride", None)
         for row, (index, _, size) in enumerate(held):

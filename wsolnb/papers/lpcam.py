@@ -34,17 +34,28 @@ from wsolnb.data.base import hold_out
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
-from wsolnb.data.transforms import resize
+from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve, within
 from wsolnb.maps import upsample
+from wsolnb.methods.amn import AMN, ConditionedFeatures
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.crf import CRFConfig
-from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures
+from wsolnb.methods.edam import EDAM
+from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures, OwnMaps
+from wsolnb.methods.grabcut import Attend, GrabCutConfig, maker
 from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
 from wsolnb.methods.lpcam import Directions, LPCAMConfig, centre_scores, lpcam_of
 from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
-from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
+from wsolnb.methods.prototypes import (
+    KINDS,
+    ClassPrototypes,
+    clustering,
+    directions_by_kind,
+    fit_prototypes,
+    variant_maps,
+    write_maps,
+)
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.pretraining.recipes import start_of
@@ -74,17 +85,20 @@ HELD_OUT = 0.1
 class Classifier(TrainingSettings, DataSettings):
     """Notebook 20: a multi-label classifier, and its data. The fields are the notebook's parameters.
 
+    method: of `cam`, `mctformer` and `edam` one network learns image labels; for `amn` that of `cam` comes first, whose
+        seeds it learns (`taught`). dilations: of AMN's convolutions.
     frozen: the backbone stays as it starts, and the classifier is logistic regression (`multilabel.frozen_maker`).
     """
 
     train_list: str
     image_size: int
     long_side: tuple[int, ...]
-    method: Literal["cam", "mctformer"]
+    method: Literal["cam", "mctformer", "amn", "edam"]
     backbone: str
     pretrained: bool
     checkpoint: str
     output_stride: int
+    dilations: tuple[int, ...]
     frozen: bool
     epochs: int
     optimizer: Literal["adamw", "sgd"]
@@ -128,7 +142,8 @@ class Classifier(TrainingSettings, DataSettings):
         loop: dict[str, Any] = {"seed": self.train_seed, "select": "map"}
         if self.optimizer == "sgd":  # as the lineage trains: plain steps whose rate falls as (1 - progress) ** 0.9
             loop |= {"momentum": 0.0, "schedule": "poly", "warmup": 0.0, "clip": 0.0}
-        return self.recipe_of(loop, long_side=self.long_side or None)
+        options = {"dilations": self.dilations} if self.method == "amn" else {}
+        return self.recipe_of(loop, options=options, long_side=self.long_side or None)
 
     def host(self, run: Run, progress: bool = False) -> Host:
         """Return the trained classifier as a host of maps; trained once per run folder.
@@ -138,6 +153,8 @@ class Classifier(TrainingSettings, DataSettings):
         splits, name = self.splits(), f"classifier-{self.train_seed}"
         if self.frozen:
             return Host(self, splits, *self._frozen(run, name, splits))
+        if self.method == "amn":
+            return taught(run, self, self.changed(method="cam").host(run, progress), "cam", None, progress)
         validate = multilabel.validator(splits.val, self.image_size)
         return Host(self, splits, *fit(run, name, self.recipe(), splits.train, validate, progress))
 
@@ -166,12 +183,16 @@ class Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class Host:
-    """A trained classifier with what maps are made from: local features, and the weights that judge them."""
+    """A trained classifier with what maps are made from: local features, and the weights that judge them.
+
+    first: the host of the seeds that taught this one (`taught`), or None.
+    """
 
     classifier: Classifier
     splits: Splits
     model: LocalizationModel
     folder: Path
+    first: Host | None = None
 
     @property
     def number(self) -> int:
@@ -180,8 +201,17 @@ class Host:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """Local features of images: the patch tokens of MCTformer, else the final feature map."""
-        return PatchTokens(self.model) if isinstance(self.model, MCTformer) else ConvExtractor(self.model)
+        """Local features of images: the patch tokens of MCTformer, else the final feature map (AMN's with labels)."""
+        if isinstance(self.model, MCTformer):
+            return PatchTokens(self.model)
+        if isinstance(self.model, AMN):
+            return ConditionedFeatures(self.model)
+        return ConvExtractor(self.model, self.model.weight if isinstance(self.model, EDAM) else None)
+
+    @property
+    def judge(self) -> LocalizationModel:
+        """The network that says which classes an image has: of AMN, which is told, that of its seeds."""
+        return self.first.judge if self.first else self.model
 
     @property
     def weight(self) -> Tensor:
@@ -200,12 +230,46 @@ class Host:
     @cached_property
     def mean_average_precision(self) -> float:
         """The classifier's mean average precision on the images of `evaluation`."""
-        return multilabel.mean_average_precision(self.model, self.evaluation, self.classifier.image_size)
+        return multilabel.mean_average_precision(self.judge, self.evaluation, self.classifier.image_size)
 
     @cached_property
     def evaluation(self) -> LocalizationDataset:
         """The images that classes and segmentation are scored on (`Classifier.evaluation`)."""
         return self.classifier.evaluation(self.splits)
+
+
+SEED_SCALES = LPCAMConfig(scales=(1.0,))
+"""How the maps are made that AMN's labels come from: one scale, and the mirror image."""
+
+SEED_MARGINS = (0.2, 0.1)
+"""How far AMN's thresholds of confident foreground and background lie above and below that of the seeds. Released: 0.45
+and 0.15 around 0.25."""
+
+SEED_CRF = CRFConfig(colour=13.0, wide=11.0, max_side=28)
+"""The CRF that refines AMN's labels: that of notebook 23, on a coarser image, whose cells are still smaller than AMN's.
+IRN's walk does not refine them, nor as released."""
+
+
+def taught(
+    run: Run, classifier: Classifier, first: Host, name: str, chosen: Directions | None, progress: bool = False
+) -> Host:
+    """Return AMN (the recipe of `classifier`) trained on seeds of a first host; made once per run folder.
+
+    name, chosen: of the seeds' maps, as of `variant_maps` (None: CAM). Their threshold is the best on validation
+    images; confident labels keep `SEED_MARGINS` from it. Where neither is sure, a pixel has no label.
+    """
+    number, train, by_name = first.number, first.splits.train, {name: chosen}
+    title = name.replace(", ", "-")
+    maps = run.cached(f"seeds-{title}-{number}", partial(write_maps, first.sources.train, by_name, SEED_SCALES))
+    found = run.cached_rows(
+        f"seed-threshold-{title}-{number}", partial(best_thresholds, first.sources.val, by_name, SEED_SCALES)
+    )
+    threshold, (above, below) = found[0]["threshold"], SEED_MARGINS
+    sure = IRNConfig(foreground=min(threshold + above, 0.95), background=max(threshold - below, 0.02))
+    write = partial(write_irn_labels, Store(maps / name), train, sure, SEED_CRF)
+    masks = WithMasks(train, Store(run.cached(f"seed-labels-{title}-{number}", write)))
+    model, folder = fit(run, f"amn-{title}-{number}", classifier.recipe(), masks, None, progress)
+    return Host(classifier, first.splits, model, folder, first)
 
 
 # ------------------------------------------------------------------------------------------- prototypes (notebook 21)
@@ -325,6 +389,56 @@ def score_plugged(host: Host, by_name: Mapping[str, Directions | None], config: 
     return [score_pair(val[name], test[name]) for name in by_name]
 
 
+CUE = GrabCutConfig(fg_threshold=0.3, bg_threshold=0.005, uncertain="none", size=112)
+"""How EDAM's background cue is cut: as notebook 30 cuts masks."""
+
+
+def salient(run: Run, host: Host, dataset: LocalizationDataset) -> Store:
+    """Return masks of what is salient in images: GrabCut's, guided by the attention of a self-distilled transformer.
+
+    It knows no class and has seen no mask. It stands for EDAM's saliency network, which was trained with masks.
+    """
+    backbone = create_backbone("vit_mini_dino", pretrained=True).to(pick_device(host.classifier.device)).eval()
+    return Store(run.cached("cue", maker(dataset, Attend(backbone), CUE, progress=False)))
+
+
+def drawn(
+    hosts: Mapping[str, Host], by_name: Mapping[str, Directions], config: LPCAMConfig, dataset: LocalizationDataset,
+    cue: Store | None = None,
+) -> Iterator[dict[str, ClassMaps]]:  # fmt: skip
+    """Yield the maps that AMN or EDAM makes by itself of an image's classes, and maps of LPCAM in their place.
+
+    hosts: by name; AMN's differ in the seeds that taught them. by_name: LPCAM's directions among the features of the
+    first host. Both are made at the scales and with the mirror image of `config`, and divided by their maximum.
+    cue: masks of what is salient. Every map is zero outside of it.
+    """
+    first, *_ = hosts.values()
+    size = first.classifier.recipe().map_size
+    made = [
+        variant_maps(LiveFeatures(OwnMaps(host.model), dataset, size), {name: None}, config)
+        for name, host in hosts.items()
+    ]
+    for parts in zip(*made, variant_maps(first.source(dataset), by_name, config), strict=True):
+        found = {name: maps for part in parts for name, maps in part.items()}
+        if cue is not None:
+            image_id, _, maps = next(iter(found.values()))
+            inside = resize_map(cue.read_mask(image_id)[0], maps.shape[1:])
+            found = {name: own._replace(maps=own.maps * inside) for name, own in found.items()}
+        yield found
+
+
+def score_drawn(
+    hosts: Mapping[str, Host], by_name: Mapping[str, Directions], config: LPCAMConfig,
+    parts: Sequence[tuple[LocalizationDataset, Store | None]],
+) -> list[dict[str, float]]:  # fmt: skip
+    """Return test scores of each of the maps of `drawn`, in their order, at thresholds that validation images chose.
+
+    parts: validation and test images, each with its cue. The coverage of parts is not measured.
+    """
+    val, test = (evaluate(drawn(hosts, by_name, config, *part), part[0], parts=False) for part in parts)
+    return [score_pair(val[name], test[name]) for name in (*hosts, *by_name)]
+
+
 def confidence(prototypes: Sequence[ClassPrototypes], weight: Tensor, config: LPCAMConfig) -> dict[str, float]:
     """Return how sure a classifier (C, D) is of its clusters, as means over the classes.
 
@@ -370,6 +484,17 @@ IMAGENET = {
 """The classifier of the study `imagenet`: features of an ImageNet network, as published."""
 
 
+HOSTS: dict[str, dict[str, Any]] = {
+    "mctformer": {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002},
+    "amn": {"method": "amn"},
+    "edam": {"method": "edam"},
+}
+"""The hosts of the study `hosts`, and how they differ from the classifier of notebook 20."""
+
+INSIDE = ("cam, paper", "lpcam, paper", "lpcam, chosen, floor")
+"""What stands inside of a host's own map in the studies named after hosts."""
+
+
 class Claim(BaseModel):
     """Notebook 22: the studies over training seeds. The fields are the notebook's parameters."""
 
@@ -402,25 +527,17 @@ class Claim(BaseModel):
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of one classifier: CAM, and LPCAM-F and LPCAM with the paper's and with chosen hyperparameters.
 
-        For MCTformer there are also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
+        For the other hosts there are also rows of studies under their names: `inside`.
         where: columns that name the case.
         """
         base = base.model_copy(update={"seed": classifier.seed})
         if study == "imagenet":
             base = base.model_copy(update={"scales": LPCAMConfig.paper().scales})
         host = classifier.host(run)
-        prototypes, _ = cached_prototypes(run, host, base)
-        chosen = self.choose(run, host, prototypes, base)
-        floor = chosen["lpcam"].model_copy(update=FLOOR)
-        variants = [(kind, "paper", base) for kind in KINDS]
-        variants += [(kind, "chosen", config) for kind, config in chosen.items()] + [("lpcam", "chosen, floor", floor)]
+        prototypes, variants, by_name = self.variants(run, host, base)
         alike = confidence(prototypes, host.weight, base)
         if host.splits.val[0].parts is not None:
             alike |= region_features(host.sources.val, host.splits.val).similarity()
-        by_name = {
-            f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
-            for kind, hyper, config in variants
-        }
         columns = {
             f"{kind}, {hyper}": {**where, "seed": host.number, "map": kind, "hyper": hyper, "mu_f": config.mu_f,
                                  "mu_b": config.mu_b, "mAP": host.mean_average_precision}
@@ -428,11 +545,54 @@ class Claim(BaseModel):
         }  # fmt: skip
         for name, row in scored(run, host, by_name, base).items():
             yield {"study": study, **columns[name], **row, **alike}
+        for place, found in self.inside(run, host, by_name, base):
+            for name, row in zip(INSIDE, found, strict=True):
+                yield {"study": place, **columns[name], **row}
+
+    def variants(
+        self, run: Run, host: Host, base: LPCAMConfig
+    ) -> tuple[list[ClassPrototypes], list[tuple[str, str, LPCAMConfig]], dict[str, Directions | None]]:
+        """Return a host's prototypes, variants as (kind, hyperparameters, configuration), and directions by name.
+
+        A name is `kind, hyperparameters`. As of `variant_maps`, the direction of CAM is None.
+        """
+        prototypes, _ = cached_prototypes(run, host, base)
+        chosen = self.choose(run, host, prototypes, base)
+        floor = chosen["lpcam"].model_copy(update=FLOOR)
+        variants = [(kind, "paper", base) for kind in KINDS]
+        variants += [(kind, "chosen", config) for kind, config in chosen.items()] + [("lpcam", "chosen, floor", floor)]
+        by_name = {
+            f"{kind}, {hyper}": directions_by_kind(prototypes, host.weight, config, [kind], "zero")[kind]
+            for kind, hyper, config in variants
+        }
+        return prototypes, variants, by_name
+
+    def inside(
+        self, run: Run, host: Host, by_name: Mapping[str, Directions | None], base: LPCAMConfig
+    ) -> Iterator[tuple[str, list[dict[str, float]]]]:
+        """Yield a study's name and its scores of `INSIDE`: a host's own map, and LPCAM in CAM's place. Of CAM nothing.
+
+        `mctformer`: inside of its map (`plugged`). `edam`: instead of its mask; `edam, cue`: the same, where `salient`.
+        `amn`: the network's map, taught by seeds of CAM or of LPCAM in its first host; mu is of the latter.
+        """
+        mine, held = {name: by_name[name] for name in INSIDE}, host.splits[1:]
         if isinstance(host.model, MCTformer):
-            inside = {name: by_name[name] for name in ("cam, paper", "lpcam, paper", "lpcam, chosen, floor")}
-            found = run.cached_rows(f"plugged-{host.number}", partial(score_plugged, host, inside, base))
-            for name, row in zip(inside, found, strict=True):
-                yield {"study": "mctformer", **columns[name], **row}
+            yield "mctformer", run.cached_rows(f"plugged-{host.number}", partial(score_plugged, host, mine, base))
+        elif isinstance(host.model, EDAM):
+            cam, *others = INSIDE
+            theirs = {name: mine[name] for name in others}
+            for study, cues in (("edam", (None, None)), ("edam, cue", [salient(run, host, part) for part in held])):
+                parts = list(zip(held, cues, strict=True))
+                score = partial(score_drawn, {cam: host}, theirs, base, parts)
+                yield study, run.cached_rows(f"{study.replace(', ', '-')}-{host.number}", score)
+        elif host.first:
+            cam, *others = INSIDE
+            _, variants, seeds = self.variants(run, host.first, base)
+            hosts = {cam: host} | {n: taught(run, host.classifier, host.first, n, seeds[n]) for n in others}
+            score = partial(score_drawn, hosts, {}, base, [(part, None) for part in held])
+            of = {f"{kind}, {hyper}": {"mu_f": c.mu_f, "mu_b": c.mu_b} for kind, hyper, c in variants}
+            found = run.cached_rows(f"amn-{host.number}", score)
+            yield "amn", [row | of[name] for name, row in zip(INSIDE, found, strict=True)]
 
     def trainings(
         self, study: str, classifier: Classifier, run: Run | None = None
@@ -441,8 +601,8 @@ class Claim(BaseModel):
 
         study: `claim`; `ladder`, which trains for more and more epochs; `pretrainings`, the first case of `claim` from
         networks that other seeds have pretrained; `photographs`, on Oxford-IIIT Pet; `imagenet`, the same with an
-        ImageNet network, whose seeds also hold out other validation images and start the clusters anew; `hosts`, which
-        is MCTformer. Others train nothing.
+        ImageNet network, whose seeds also hold out other validation images and start the clusters anew; `hosts`, all of
+        `HOSTS`. Others train nothing.
         run: where `pretrainings` makes its starts; the others need none.
         """
         cases: list[dict[str, Any]] = []
@@ -458,15 +618,15 @@ class Claim(BaseModel):
             cases = [{"epochs": 0}]
             changes = self._imagenet(0) | {"epochs": classifier.epochs}  # a recipe has some; nothing is trained by it
         elif study == "hosts":
-            cases = [{"epochs": classifier.epochs}]
-            changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+            cases = [{"host": name, "epochs": classifier.epochs} for name in HOSTS]
         if study == "pretrainings":
             cases = [case | {"pretraining": number} for case in cases for number in self.pretraining_seeds]
         for case, seed in itertools.product(cases, self.claim_seeds):
             if number := case.get("pretraining"):
                 changes = changes | start_of(run, classifier.backbone, number)
             drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
-            yield case, {"frozen": False, **case, **changes, **drawn}
+            own = {name: value for name, value in case.items() if name != "host"} | HOSTS.get(case.get("host"), {})
+            yield case, {"frozen": False, **own, **changes, **drawn}
 
     def checked_host(
         self, run: Run, classifier: Classifier, base: LPCAMConfig, data: str, number: int
