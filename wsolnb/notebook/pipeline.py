@@ -28,6 +28,7 @@ import textwrap
 import threading
 import time
 import uuid
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -64,6 +65,7 @@ class Step(BaseModel, extra="forbid", strict=True):
 class _File(BaseModel, extra="forbid", strict=True):
     steps: list[Step]
     gpu: bool = False  # the profile is made for one
+    extends: str = ""  # a profile whose files hold for the notebooks that have none here
 
 
 # What to run
@@ -115,7 +117,7 @@ def plan(
 
     steps = []
     for step in selected:
-        name, file = step.notebook, folder / f"{step.notebook}.yaml"
+        name, file = step.notebook, _file_of(step.notebook, folder)
         values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
         values |= params.check_parameters(name, step.parameters, str(folder / "pipeline.yaml"))
         values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}
@@ -128,12 +130,32 @@ def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
     """Return what the steps of a profile (`plan`) need and is not there, as `preflight.look`."""
-    declared = {step.notebook: params.notebook_parameters(step.notebook) for step in steps}
-    values = {
-        step.notebook: {name: one.default for name, one in declared[step.notebook].items()} | step.parameters
-        for step in steps
-    }
-    return preflight.look(values, run_folder(profile, outputs), _read(repository_root() / "params" / profile).gpu)
+    values = {step.notebook: _all_parameters(step) for step in steps}
+    return preflight.look(values, run_folder(profile, outputs), made_for_gpu(profile))
+
+
+def resolved(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    """Return all parameters of each step, behind those of the steps that it needs: what it goes on from."""
+    found: dict[str, dict[str, Any]] = {}
+    for step in steps:  # needs come first
+        found[step.notebook] = dict(ChainMap(_all_parameters(step), *(found[need] for need in step.needs)))
+    return found
+
+
+def made_for_gpu(profile: str) -> bool:
+    """Return whether a profile says that it is made for a GPU."""
+    return _read(repository_root() / "params" / profile).gpu
+
+
+def _all_parameters(step: Step) -> dict[str, Any]:
+    declared = params.notebook_parameters(step.notebook)
+    return {name: one.default for name, one in declared.items()} | step.parameters
+
+
+def _file_of(notebook: str, folder: Path) -> Path:
+    """Return the file of a notebook's parameters, which need not be there."""
+    own, base = folder / f"{notebook}.yaml", _read(folder).extends
+    return own if own.exists() or not base else folder.parent / base / own.name
 
 
 def _read(folder: Path) -> _File:
