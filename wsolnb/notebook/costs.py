@@ -174,7 +174,10 @@ def downloads(steps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     steps: as of `estimate`.
     """
-    from wsolnb.backbones import create_backbone
+    import timm
+    import torch
+
+    from wsolnb.backbones.registry import timm_name_of
 
     found: dict[str, str] = {}
     for values in steps.values():
@@ -183,8 +186,9 @@ def downloads(steps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             found[record.title] = record.size
         for network in preflight.networks(values):
             if network not in found and preflight.is_download(network):
-                weights = create_backbone(network).parameters()
-                found[network] = in_words(4 * sum(weight.numel() for weight in weights))
+                with torch.device("meta"):
+                    model = timm.create_model(timm_name_of(network))
+                found[network] = in_words(4 * sum(weight.numel() for weight in model.parameters()))
     return found
 
 
@@ -253,7 +257,7 @@ def _images(v: Mapping[str, Any]) -> Images:
         test, classes = published.get("test") or published["val"], record.classes
     if v.get("train_list"):  # a longer list of VOC
         path = within(root, v["train_list"])
-        train = len(path.read_text("utf-8").split("\n")) if path.is_file() else record.splits["train_aug"].images
+        train = len(path.read_text("utf-8").split()) if path.is_file() else record.splits["train_aug"].images
     held = 0 if val else round(HELD_OUT * train)
     train = min(v.get("images") or train, train - held)
     return Images(train, val or held, test, classes)
