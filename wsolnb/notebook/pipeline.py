@@ -99,6 +99,9 @@ def plan(
         problem = f"there is no profile {profile!r}{nearest(profile, known)}"
         raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
     folder = repository_root() / "params" / profile
+    if (base := _read(folder).extends) and base not in known:
+        problem = f"{folder / 'pipeline.yaml'} extends {base!r}, which is no profile{nearest(base, known)}"
+        raise ParameterError(problem, f"use one of: {', '.join(known)}")
     selected = _select(_ordered(folder), only)
 
     place, root = run_folder(profile, outputs), repository_root()
@@ -117,7 +120,9 @@ def plan(
 
     steps = []
     for step in selected:
-        name, file = step.notebook, _file_of(step.notebook, folder)
+        name, file = step.notebook, folder / f"{step.notebook}.yaml"
+        if base and not file.exists():
+            file = folder.parent / base / file.name
         values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
         values |= params.check_parameters(name, step.parameters, str(folder / "pipeline.yaml"))
         values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}
@@ -150,12 +155,6 @@ def made_for_gpu(profile: str) -> bool:
 def _all_parameters(step: Step) -> dict[str, Any]:
     declared = params.notebook_parameters(step.notebook)
     return {name: one.default for name, one in declared.items()} | step.parameters
-
-
-def _file_of(notebook: str, folder: Path) -> Path:
-    """Return the file of a notebook's parameters, which need not be there."""
-    own, base = folder / f"{notebook}.yaml", _read(folder).extends
-    return own if own.exists() or not base else folder.parent / base / own.name
 
 
 def _read(folder: Path) -> _File:
