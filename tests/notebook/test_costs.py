@@ -138,6 +138,7 @@ def test_images_are_those_of_the_folder_where_it_is_there(tmp_path):
     (tmp_path / "list.txt").write_text("a\nb\n\n")
     assert costs._images(longer | {"train_list": str(tmp_path / "list.txt")}).train == 2
     assert costs._images({"dataset": "tiny_imagenet", "images": 5000}).train == 5000
+    assert costs._images({"dataset": "pets", "data_root": "none"}) == (2944, 736, 3669, 37)  # a fifth is held out
 
 
 def test_what_cannot_be_estimated_says_why(tmp_path):

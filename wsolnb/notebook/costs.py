@@ -11,6 +11,7 @@ training is three forward passes of what is trained, one of what is frozen. Para
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ WALK = 25e-6  # seconds of a core a cell of IRN's grid. Measured (benchmarks/irn
 CRF = {"mean_field": 0.02, "pydensecrf": 1.0, "none": 0.0}  # seconds of a core an image. The second is assumed
 PIXELS = 500 * 375  # of a photograph of VOC or COCO, where it keeps its size
 LABELS = 1.5  # classes of an image of several labels, in the mean of VOC
-HELD_OUT = 0.1  # of the training images, for choices, where a data set has no validation split of its own
+HELD_OUT = 0.1  # of the training images of VOC and COCO, for choices; of others their reader says it
 
 
 class Network(NamedTuple):
@@ -258,9 +259,16 @@ def _images(v: Mapping[str, Any]) -> Images:
     if v.get("train_list"):  # a longer list of VOC
         path = within(root, v["train_list"])
         train = len(path.read_text("utf-8").split()) if path.is_file() else record.splits["train_aug"].images
-    held = 0 if val else round(HELD_OUT * train)
+    held = 0 if val else round(_held_out(dataset) * train)
     train = min(v.get("images") or train, train - held)
     return Images(train, val or held, test, classes)
+
+
+def _held_out(dataset: str) -> float:
+    from wsolnb.data.readers import get_reader
+
+    parameters = {} if dataset in ("voc", "coco") else inspect.signature(get_reader(dataset)).parameters
+    return parameters["val_fraction"].default if "val_fraction" in parameters else HELD_OUT
 
 
 def _opened(dataset: str, root: str, seed: int) -> Images:
