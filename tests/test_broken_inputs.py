@@ -185,8 +185,8 @@ BROKEN = {
     "weights: quantised": (weights(torch.ones(2, 2, dtype=torch.int8)), "w.pth holds int8 in 'weight'"),
     "parameters: Latin-1": (parameter_file("lr: 0.1  # größer".encode("latin-1")), "p.yaml is no UTF-8 text"),
     "parameters: an infinite rate": (parameter("lr", "float", float("inf")), "'lr' must be finite, not inf"),
-    "parameters: NaN between scales": (
-        parameter("scales", "list[float]", [1.0, float("nan")]), r"'scales' must be finite, not \[1.0, nan\]",
+    "parameters: an infinite scale": (
+        parameter("scales", "list[float]", [1.0, float("inf")]), r"'scales' must be finite, not \[1.0, inf\]",
     ),
     "parameters: a seed twice": (parameter("seeds", "list[int]", [0, 1, 0]), "'seeds' must be different from"),
 }  # fmt: skip

@@ -173,6 +173,10 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         region = np.zeros(size, bool)
         for points in segmentation:
             region |= polygon_mask(points, size)
+            x, y = np.array(points[0::2]), np.array(points[1::2])
+            if min(x.max(), y.max()) < -1 or x.min() > size[1] + 1 or y.min() > size[0] + 1:
+                problem = f"has a polygon from {x.min():g}, {y.min():g} on, outside of {size[1]}x{size[0]} pixels"
+                raise ValueError(problem)
         return region
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise ValueError("is neither a list of polygons nor run lengths")
@@ -227,8 +231,6 @@ def polygon_mask(points: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     if corners.ndim != 1 or corners.size < 6 or corners.size % 2 or not np.isfinite(corners).all():
         raise ValueError(f"has a polygon of {corners.size} coordinates")
     x0, y0 = corners[0::2], corners[1::2]
-    if min(x0.max(), y0.max()) < -1 or x0.min() > size[1] + 1 or y0.min() > size[0] + 1:
-        raise ValueError(f"has a polygon from {x0.min():g}, {y0.min():g} on, outside of {size[1]}x{size[0]} pixels")
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
     height, width = size
     centres = np.arange(height)[:, None] + 0.5

@@ -92,13 +92,14 @@ class Parameter:
             return "a list of at least one value"
         if items and _named(self.name, _RANGES) and (len(items) != 2 or items[0] > items[1]):
             return "empty, or a range: two numbers, the smaller one first"
-        if not all(isfinite(item) for item in items if isinstance(item, float)):
-            return "finite"
         if _named(self.name, "*seeds") and len(set(items)) < len(items):  # an interval would be too narrow
             return "different from each other"
         rules = ((rule, ends) for rule, (*ends, names) in _RULES.items() if _named(self.name, names))
         rule, (low, high) = next(rules, ("", (-inf, inf)))
-        return "" if all(low <= item <= high for item in items if isinstance(item, int | float)) else rule
+        numbers = [item for item in items if isinstance(item, int | float)]
+        if not all(low <= item <= high for item in numbers):
+            return rule
+        return "" if all(map(isfinite, numbers)) else "finite"
 
     def parse(self, text: str) -> Any:
         """Return the value that `text`, as typed on the command line, has for the declared type.
