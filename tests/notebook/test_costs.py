@@ -113,6 +113,9 @@ def test_the_default_profile_takes_what_was_measured_within_a_factor_of_two(monk
     assert sum(found.values()) == pytest.approx(sum(MEASURED.values()), rel=0.3)
     far = {name: (took, MEASURED[name]) for name, took in found.items() if not 0.5 < took / MEASURED[name] < 2.1}
     assert far == {}
+    monkeypatch.setattr(costs, "_has_bf16", lambda: False)
+    took = sum(one.hours * 3600 for one in estimate(steps, DEVICES["cpu"]))
+    assert took == pytest.approx(2 * 17 * 60, rel=0.5)  # 17 minutes of two cores with AVX2
 
 
 @pytest.mark.parametrize("profile", ["cub", "voc_swin"])

@@ -37,7 +37,7 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "cpu": Device("one core of this processor", 0.15, 0.06, 0, (1, 1), 1),  # what trainings of this repository reached
+    "cpu": Device("one core of this processor", 0.15, 0.1, 0, (1, 1), 1),  # what trainings of this repository reached
     "t4": Device("NVIDIA T4", 0, 8.1, 16),
     "v100": Device("NVIDIA V100 SXM2", 0, 15.7, 32),
     "rtx3090": Device("NVIDIA RTX 3090", 71, 35.6, 24),
