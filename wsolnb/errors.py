@@ -52,6 +52,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_choice(problem: str, name: str, known: Collection[str]) -> None:
-    """Raise ParameterError, `problem` and the name with the nearest known one, when it is none of the known."""
+    """Raise ParameterError (`problem`, the name and the nearest known name) when the name is not a known one."""
     if name not in known:
         raise ParameterError(f"{problem} {name!r}{nearest(name, known)}", f"choose one of {', '.join(known)}")

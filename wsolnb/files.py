@@ -1,4 +1,4 @@
-"""Paths, atomic writes and values as JSON: what every part of the package writes files with.
+"""Paths, atomic writes and values as JSON: every part of the package writes its files with these.
 
 Relative paths mean the same wherever a notebook or a command is started: they start at the root of the repository.
 """
@@ -25,8 +25,8 @@ from wsolnb.errors import RunError
 def repository_root() -> Path:
     """Return the root of the repository, the folder with `pyproject.toml` and `notebooks/`.
 
-    Looked for in this order: the environment variable WSOLNB_ROOT, the working folder and those above it, the checkout
-    that this package is imported from. Where there is none of them it is the working folder.
+    It is looked for in this order: the environment variable WSOLNB_ROOT, the working folder and the folders above it,
+    the checkout that this package is imported from. If none of them fits, it is the working folder.
 
     Raises:
         RunError: WSOLNB_ROOT is set and is no folder.
@@ -48,9 +48,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def within(root: str | os.PathLike[str], path: str) -> Path:
-    """Return a relative path inside of a data set's folder where a file lies there, else as `resolve`.
+    """Return a relative path within a data set's folder if a file lies there, else what `resolve` returns.
 
-    So a list of images is found beside the data, wherever they lie.
+    So a list of images is found beside the data, wherever the data lie.
     """
     inside = resolve(root) / path
     return inside if root and inside.is_file() else resolve(path)
@@ -98,13 +98,14 @@ def sweep(folder: str | os.PathLike[str]) -> int:
 
 
 def plain(value: Any, where: str = "") -> Any:
-    """Return `value` as what JSON can hold.
+    """Return `value` in a form that JSON can hold.
 
-    Scalars and arrays of NumPy and torch become numbers and lists, tables a list of rows, dataclasses and pydantic
-    models dictionaries, paths text. NaN and infinities become None: JSON has no word for them.
+    Scalars and arrays of NumPy and torch become numbers and lists. Tables become a list of rows, dataclasses and
+    pydantic models become dictionaries, and paths become text. NaN and infinities become None, because JSON has no word
+    for them.
 
     Raises:
-        RunError: the value, or one inside it (which is named), is none of these.
+        RunError: the value is of another kind, or holds such a value; the error names it.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value

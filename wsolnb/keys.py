@@ -1,24 +1,24 @@
-"""What a result depends on, read off the code that makes it: the keys of the cache.
+"""The keys of the cache: what a result depends on, read off the code that makes it.
 
     key = key_of(build)        # of a function that is about to be run, or of any value
     changed = differences(old, key)
 
-The key of a builder holds everything that can change what it makes: the values that it captures (arguments, globals of
-a notebook, closures), the data sets among them with a fingerprint of their files, the trained artefacts that it reads,
-the code that it can run, and the versions of the numeric libraries. Nothing has to be listed by hand, so that nothing
-can be forgotten. Comments and docstrings do not count.
+A builder is a function that makes a result. Its key holds everything that can change the result: the values that the
+builder captures (arguments, globals of a notebook, closures), with a fingerprint of the files of every data set among
+them; the trained artefacts that it reads; the code that it can run; and the versions of the numeric libraries. Nothing
+has to be listed by hand, so nothing can be forgotten. Comments and docstrings do not count.
 
-The code that can run is found in two ways. Of modules it is found in the syntax tree: the module of a builder, and
-every module that it imports, and so on, as far as they belong to this package or lie in a file that is not installed. A
-name that a package re-exports leads to the module that defines it, so that a change in one data reader does not reach
-those who use another. Of functions and classes of a notebook it is their byte code, and the globals that they read.
-What is found by name at run time (a method, a reader) is no import; its class is among the captured values, and leads
-to its module.
+The code that can run is found in two ways. For modules, the syntax tree tells it: the key takes the module of the
+builder, every module that this module imports, and so on, as far as these modules belong to this package or lie in a
+file that is not installed. A name that a package re-exports leads to the module that defines the name. So a change in
+one data reader does not reach results that use another reader. For functions and classes of a notebook, the key takes
+their byte code and the globals that they read. A method or a reader that is found by name at run time is not imported.
+Its class is among the captured values, and leads to its module.
 
-What a key cannot see: names that are made at run time (`getattr(module, text)`, `eval`), a module's global that another
-one has replaced, text that names a file, the device, and images of large data sets that were replaced by others of the
-same size. Lists and tuples of equal items are equal, and so are dictionaries in another order. A modified program needs
-a fresh process: code that was changed on disk since this one started is an error.
+A key cannot see the following: names that are made at run time (`getattr(module, text)`, `eval`), a module's global
+that another module has replaced, text that names a file, the device, and images of large data sets that were replaced
+by others of the same size. Lists and tuples of equal items are equal, and so are dictionaries in another order. A
+modified program needs a fresh process: code that was changed on disk since this process started is an error.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ LIBRARIES = (
 """The libraries whose versions are part of every key: those that compute numbers."""
 
 SMALL = 512 * 2**20
-"""Bytes up to which every file of a data set is read for its fingerprint; of larger sets, lists and labels are."""
+"""Bytes up to which every file of a data set is read for its fingerprint. Of larger sets only lists and labels are
+read."""
 
 LISTS = {".txt", ".csv", ".json", ".xml", ".mat", ".yaml"}
 """Endings of files that hold lists and labels, not images."""
 
 LONG = 16
-"""Sequences beyond this length stand in a key by their hash: ten thousand image names help no reader."""
+"""Sequences longer than this stand in a key by their hash, because ten thousand image names help no reader."""
 
 
 def digest(content: bytes | str) -> str:
@@ -107,8 +108,9 @@ def file_hash(path: str | os.PathLike[str], status: os.stat_result | None = None
 def tree(root: str | os.PathLike[str]) -> str:
     """Return the fingerprint of a file, or of all files below a folder: names, sizes and contents.
 
-    Of folders beyond `SMALL` bytes only the contents of `LISTS` are read: an image that was replaced by another one of
-    the same size is not noticed there. Hidden files do not count. What is missing has the fingerprint "missing".
+    In folders of more than `SMALL` bytes only the contents of `LISTS` are read. There an image that was replaced by
+    another one of the same size is not noticed. Hidden files do not count. A missing file or folder has the fingerprint
+    "missing".
     """
     root = Path(root)
     if root.is_file():
@@ -288,7 +290,8 @@ def _below(package: str) -> set[str]:
 def _defined_in(name: str, module: str = "", seen: frozenset[str] = frozenset()) -> set[str]:
     """Return the modules that define what `module.name` reads, through any number of re-exports.
 
-    A dotted name without a module starts at the top. Where it ends at a module, all that can be reached through it.
+    A dotted name without a module starts at the top. If it ends at a module, all that can be reached through this
+    module is returned.
     """
     if not module:
         module, _, name = name.partition(".")
@@ -540,7 +543,7 @@ class _Reading:
         return {"<class>": self.describe(type(value), where), **found}
 
     def _object(self, value: Any, where: str) -> Any:
-        """An object as `pickle` takes it apart; what cannot be told from another one is an error, not a guess."""
+        """Describe an object as `pickle` takes it apart; raise where it could not be told from another one."""
         kind = type(value)
         try:
             reduce = copyreg.dispatch_table.get(kind)
@@ -589,8 +592,8 @@ class Key:
     """What a result depends on.
 
     inputs: the captured values. code: digests by module, and of the notebook's statements by name. versions: of the
-    libraries. data: fingerprints of the files and folders that are read, by path; they are in `inputs` too, where a
-    data set that moved is the same one.
+    libraries. data: fingerprints of the files and folders that are read, by path. They are in `inputs` as well, without
+    paths, so a data set that moved is the same one.
     """
 
     inputs: Any
@@ -607,8 +610,8 @@ class Key:
 def key_of(value: Any, ignore: Iterable[str] = ()) -> Key:
     """Return the key of a builder, or of any value that a result depends on.
 
-    ignore: names of captured values that cannot change the result, such as a progress bar's switch.
-    Raises ParameterError for a captured value that cannot be told from another one.
+    ignore: names of captured values that cannot change the result, such as a progress bar's switch. Raises
+    ParameterError for a captured value of which no key can be made.
     """
     reading = _Reading(ignore)
     try:
@@ -620,7 +623,7 @@ def key_of(value: Any, ignore: Iterable[str] = ()) -> Key:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record in a file; nothing where there is none, or none that can be read."""
+    """Return the record in a file; an empty one if it is missing or cannot be read."""
     kinds = {"key": dict, "files": dict, "seconds": (int, float), "finished": str}
     try:
         record = json.loads(path.read_text("utf-8"))
@@ -637,7 +640,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def faults(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
-    """Return which files below a folder are missing or not what the record says, and what is wrong with each."""
+    """Return the files below a folder that are missing or differ from the record, and what is wrong with each."""
     found = {}
     for name, expected in recorded.items():
         path = folder / name
@@ -650,7 +653,7 @@ def faults(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 3) -> str:
-    """Return in words what differs between two keys (as dictionaries); empty where nothing does."""
+    """Return in words what differs between two keys (as dictionaries); empty text if nothing differs."""
     found = list(_differences(old, new, ()))
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return ", ".join(found[:most]) + more

@@ -1,11 +1,11 @@
-"""Where in images of your own is what a network names? One function for every method.
+"""Where is the object that a network names, in images of your own? One function for every method.
 
     model = CAMClassifier.published("efficientnet_lite0")
     for found in localize(["cat.jpg", "dog.jpg"], model, method="lpcam"):
         found.names, found.probabilities, found.boxes   # the class that is looked for, and where it is
 
-Thresholds belong to a network and to a kind of images: where some of yours have boxes or masks, choose on those
-(`wsolnb.metrics`). The defaults here are guesses.
+A threshold belongs to one network and to one kind of images. If some of your images have boxes or masks, choose it on
+those (`wsolnb.metrics`). The defaults here are guesses.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from wsolnb.metrics.boxes import TSCAM, foreground_levels
 from wsolnb.metrics.checks import check_thresholds
 
 LONGER_SIDE = 320
-"""Pixels of an image's longer side as a convolutional network sees it: near the 224 that ImageNet's were trained with,
-and with a finer map."""
+"""Pixels of an image's longer side as a convolutional network sees it. This is near the 224 that ImageNet's networks
+were trained with, and gives a finer map."""
 
 THRESHOLD, LPCAM_THRESHOLD = 0.3, 0.5
-"""Share of a map's maximum above which a pixel belongs to the object. LPCAM's maps are high on all of it."""
+"""Share of a map's maximum above which a pixel belongs to the object; higher for LPCAM, whose maps are wider."""
 
 MANY = 100
-"""Classes among which few regions score above LPCAM's `mu_f` of 0.9."""
+"""Number of classes from which on few regions score above LPCAM's `mu_f` of 0.9."""
 
 
 class Localized(NamedTuple):
@@ -51,11 +51,11 @@ class Localized(NamedTuple):
 
     name: of the image. image: (H, W, 3) uint8, upright.
     ranking: (name of a class, probability), from most to least likely; empty for a model that draws a map alone.
-    classes, names, probabilities: of the K classes that were looked for; a model that draws a map alone has no
-    probability, and 1 stands for it.
+    classes, names, probabilities: of the K classes that were looked for. A model that only draws a map has no
+    probability; 1 stands in its place.
     maps: (K, H, W) float32 in [0, 1]. boxes: of each class (n, 4) int32, half-open `x0, y0, x1, y1` in pixels of the
-    image; n is 1, or 0 where the map is empty at the threshold. mask: (H, W) uint8, 0 background, k the class
-    `classes[k - 1]`: of the classes whose map is above the threshold the one with the highest.
+    image; n is 1, or 0 where the map is empty at the threshold. mask: (H, W) uint8: 0 is background, and k is the class
+    `classes[k - 1]`. Among the classes whose map is above the threshold, the one with the highest map counts.
     """
 
     name: str
@@ -74,21 +74,21 @@ def localize(
     classes: Sequence[str | int] | None = None, threshold: float | None = None, image_size: int | None = None,
     skipped: Callable[[DataError], None] | None = None,
 ) -> Iterator[Localized]:  # fmt: skip
-    """Yield, for each image in turn, its likely classes, and map, box and mask of those that are looked for.
+    """Yield for each image its likely classes, and map, box and mask of the classes that are looked for.
 
     images: paths, arrays (H, W), (H, W, 3) or (H, W, 4), or images of Pillow; one, or several.
     model: any localization model, such as `CAMClassifier.published("efficientnet_lite0")` or `CAMClassifier.of` your
         own network. It runs on the device it is on.
     method: one of `model.maps` (default: the first), or `lpcam` of a `CAMClassifier`, whose prototypes are clustered
         from these images, class by class.
-    classes: names or indices; default each image's most likely class. LPCAM takes all images for images of them.
-    threshold: in [0, 1], a share of the map's maximum; default 0.3, of LPCAM 0.5.
-    image_size: side of the square that the network sees; default that of a transformer, and of a convolutional network
-        the image's own proportions.
-    skipped: is called with the error of an image that cannot be read, which is then left out; default: it is raised.
+    classes: names or indices; default each image's most likely class. LPCAM assumes that all images show these classes.
+    threshold: in [0, 1], a share of the map's maximum; default 0.3, and 0.5 for LPCAM.
+    image_size: side of the square that the network sees. By default a transformer sees its own size, and a
+        convolutional network sees the image in its own proportions.
+    skipped: called with the error of an image that cannot be read; the image is left out. Default: the error is raised.
 
-    Raises ParameterError for an unknown method or class, a threshold out of range or no image, DataError for an image
-    that cannot be read, MapError where the network gives no numbers.
+    Raises ParameterError for an unknown method or class, a threshold out of range or no image; DataError for an image
+    that cannot be read; MapError if the network returns NaN.
     """
     pictures = Pictures([images] if isinstance(images, (str, np.ndarray, Image.Image)) or _is_path(images) else images)
     if not len(pictures):
@@ -246,7 +246,7 @@ def _lpcam_maps(look: _Look, pictures: Pictures) -> Iterator[tuple[_Seen, Tensor
     """Yield LPCAM's maps (K, H, W); the prototypes of each class are clustered from the pictures looked at for it."""
     extractor = ConvExtractor(look.model)
     pictures.class_names = tuple(map(str, range(len(extractor.weight))))
-    # What is kept of every picture is small: pixels and features are read again when they are needed.
+    # Little is kept of every picture; pixels and features are read again when they are needed.
     kept = {index: seen._replace(sample=None, output=None) for index, seen in look.all(pictures)}
     pictures.labels = tuple(kept[index].classes if index in kept else () for index in range(len(pictures)))
     if not kept:

@@ -5,8 +5,8 @@
     for found in seed_maps(source, "lpcam", config, prototypes):  # or "cam", "lpcam-f"
         mask = seed_mask(found.maps, found.classes, threshold=0.3)
 
-The names that a host needs, from where they are defined: sources in `wsolnb.methods.features`, LPCAM over a data set in
-`wsolnb.methods.prototypes`, scores in `wsolnb.train.seeds`.
+This module gathers the names that a host needs. They are defined elsewhere: sources in `wsolnb.methods.features`, LPCAM
+over a data set in `wsolnb.methods.prototypes`, scores in `wsolnb.train.seeds`.
 """
 
 from wsolnb.data.store import ClassMaps

@@ -178,6 +178,23 @@ def test_the_ladder_differs_in_the_epochs_alone(host):
     assert trained[0].train_images == claim.study_train_images
 
 
+def test_the_pretrainings_differ_in_the_start_alone(host, run, monkeypatch):
+    def start_of(run, name, seed):
+        return {"pretrained": False, "checkpoint": f"{name}-{seed}.safetensors"}
+
+    monkeypatch.setattr(lpcam, "start_of", start_of)
+    claim = lpcam.Claim(**defaults("22_lpcam_results", pretraining_seeds=[0, 2], claim_seeds=[0, 3]))
+    cases, changes = zip(*claim.trainings("pretrainings", host.classifier, run), strict=True)
+    assert [(where["pretraining"], one["train_seed"]) for where, one in zip(cases, changes, strict=True)] == [
+        (0, 0), (0, 3), (2, 0), (2, 3),
+    ]  # fmt: skip
+    embedded, other = (host.classifier.changed(**changes[place]) for place in (0, 2))
+    _, of_the_claim = next(claim.trainings("claim", host.classifier))
+    assert embedded == host.classifier.changed(**of_the_claim)
+    assert other.recipe().checkpoint == f"{embedded.backbone}-2.safetensors"
+    assert other.changed(pretrained=embedded.pretrained, checkpoint="") == embedded
+
+
 def test_the_imagenet_study_trains_no_feature_and_draws_other_images_and_clusters(host, run, base, monkeypatch):
     claim = lpcam.Claim(**defaults("22_lpcam_results", claim_seeds=[0, 3], photos_root="pets"))
     cases, changes = zip(*claim.trainings("imagenet", host.classifier), strict=True)

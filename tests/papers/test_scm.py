@@ -212,6 +212,26 @@ def test_studies_change_one_thing_at_a_time(pair):
             trial.pair.recipe("scm", trial.seed, **trial.module)  # every change is one that the module knows
 
 
+def test_pairs_from_other_pretrainings_start_from_their_weights(run, pair, monkeypatch):
+    asked = []
+
+    def start_of(run, name, seed):
+        asked.append((run.folder, name, seed))
+        return {"pretrained": not seed, "checkpoint": f"{name}-{seed}.safetensors" if seed else ""}
+
+    monkeypatch.setattr(scm, "start_of", start_of)
+    trials = list(plan(pair).trials("pretrainings", run))
+    assert asked == [(run.folder, name, seed) for name in ("a", "b") for seed in (0, 1)]
+    assert [(t.variant, t.seed, t.method) for t in trials[4:8]] == [
+        ("pretraining 1", n, m) for n in (0, 1) for m in ("tscam", "scm")
+    ]
+    for method in scm.PAIR:
+        embedded, other = trials[0].pair.recipe(method, 0), trials[4].pair.recipe(method, 0)
+        assert (embedded.pretrained, embedded.checkpoint) == (True, None)
+        assert (other.pretrained, other.checkpoint) == (False, "a-1.safetensors")
+        assert other.model_copy(update={"pretrained": True, "checkpoint": None}) == embedded
+
+
 def test_a_row_of_a_study_says_what_was_trained(run, pair):
     trial = scm.Trial("steps", "p = 2", "scm", 0, pair, {"steps": 2, "first_steps": 2})
     rows = list(scm.measured(run, trial))

@@ -499,6 +499,28 @@ def test_pretraining_is_kept_exported_and_loaded_again(tmp_path, monkeypatch, na
         torch.testing.assert_close(loaded.vit.state_dict()[key], value, atol=1e-3, rtol=1e-3)
 
 
+def test_a_start_of_another_seed_is_made_by_the_same_recipe_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WSOLNB_ROOT", str(tmp_path))
+    few = {"scenes": TINY, "batch_size": 4, "training": TrainingConfig(epochs=1, lr=1e-3)}
+    config = RECIPES["vit_mini_dino_co"].model_copy(update=few)
+    monkeypatch.setitem(RECIPES, "vit_mini_dino_co", config)
+    run = runs.start("12_scm_results", {"run_folder": str(tmp_path / "run"), "seed": 0})
+    assert pretraining.start_of(run, "vit_mini_dino_co", 0) == {"pretrained": True, "checkpoint": ""}
+
+    starts = {seed: pretraining.start_of(run, "vit_mini_dino_co", seed) for seed in (1, 2)}
+    capsys.readouterr()
+    assert pretraining.start_of(run, "vit_mini_dino_co", 1) == starts[1]
+    assert "reusing" in capsys.readouterr().out
+    found = {seed: create_backbone("vit_mini_dino_co", **start).vit.state_dict() for seed, start in starts.items()}
+    assert not torch.equal(found[1]["cls_token"], found[2]["cls_token"])
+    seeded = {part: getattr(config, part).model_copy(update={"seed": 1}) for part in ("scenes", "training")}
+    by_hand, _ = pretraining.pretrain(run, "by-hand", config.model_copy(update=seeded), progress=False)
+    for key, value in by_hand.vit.state_dict().items():
+        torch.testing.assert_close(found[1][key], value, atol=1e-3, rtol=1e-3)  # the file holds half precision
+    with pytest.raises(ParameterError, match="no recipe to pretrain 'deit_small' again"):
+        pretraining.start_of(run, "deit_small", 1)
+
+
 @pytest.fixture(scope="module")
 def tiny_photographs(tmp_path_factory):
     """Tiny-ImageNet's layout with two classes of five images each: red ones and green ones."""

@@ -3,8 +3,8 @@
     backbone = create_backbone("vit_mini", pretrained=True)                   # a short name, `BACKBONES`
     backbone = create_backbone("vit_small_patch14_dinov2", image_size=224)    # any classifier of timm that fits
 
-A backbone tells what depends on it: `dim`, `mean`, `std`; a transformer `grid`, `patch_size` and `prefix_tokens`, a
-convolutional network `stride`.
+Every backbone has `dim`, `mean` and `std`. A transformer also has `grid`, `patch_size` and `prefix_tokens`, and a
+convolutional network has `stride`.
 """
 
 from wsolnb.backbones.base import Backbone

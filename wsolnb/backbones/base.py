@@ -15,9 +15,9 @@ Colour = tuple[float, float, float]
 class Backbone(nn.Module):
     """A feature extractor without a classifier.
 
-    name: as it was asked for. dim: channels of a token or of a cell of the final map.
-    mean, std: of the normalisation that the weights were trained with, per channel of RGB values in [0, 1]; what the
-        model's timm configuration says, else ImageNet's.
+    name: the name that was asked for. dim: channels of a token or of a cell of the final map.
+    mean, std: of the normalisation that the weights were trained with, per channel of RGB values in [0, 1]. They are
+        those of the model's timm configuration, or else ImageNet's.
     """
 
     def __init__(self, model: nn.Module, name: str, dim: int):
@@ -27,6 +27,6 @@ class Backbone(nn.Module):
 
 
 def colours(config: Mapping[str, Any] | None = None) -> tuple[Colour, Colour]:
-    """Return mean and std of a timm configuration; ImageNet's where it does not tell."""
+    """Return mean and std of a timm configuration; ImageNet's if it does not state them."""
     config = config or {}
     return tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(config.get("std", IMAGENET_DEFAULT_STD))

@@ -1,4 +1,4 @@
-"""Weights from files, also of other programs: wrapped, with prefixes, for another grid, or none at all."""
+"""Weights from files, also of other programs: wrapped, with prefixes, or for another grid of patches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from wsolnb.errors import WeightsError
 
 COPIES = {"student", "ema", "model_ema", "state_dict_ema"}
-"""Of several networks in a file, those under these names are not taken."""
+"""If a file holds several networks, the ones under these names are not taken."""
 
 HEADS = ("head", "fc.", "classifier", "mask_token")
-"""Tensors that begin so are not needed by a backbone; `mask_token` is DINOv2's, for its training alone."""
+"""A backbone does not need tensors whose names begin like this; `mask_token` serves DINOv2's training alone."""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load a local file of weights into `model`; returns the names of the file's tensors that were left out.
 
-    The file is read as `read_tensors` does. What stands before all of the model's names (`module.`, `backbone.vit.`) is
-    taken off, and with it everything beside; of a teacher and a student the teacher is taken. Classifier heads that the
-    model does not have are left out. A position embedding of another square grid is resampled to the model's.
+    The file is read by `read_tensors`. A prefix of all of the model's names (`module.`, `backbone.vit.`) is taken off,
+    and tensors without this prefix are left out. If the file holds a teacher and a student, the teacher is taken.
+    Classifier heads that the model does not have are left out. A position embedding of another square grid is resampled
+    to the model's grid.
 
     Raises WeightsError as `read_tensors` does, and when the file misses a tensor, changes the shape of one, or holds
     one that the model lacks.
@@ -80,7 +81,7 @@ def positioned_prefix(vit: nn.Module) -> int:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return all tensors of a file, of dictionaries in dictionaries with their names joined by dots; no code is run.
+    """Return all tensors of a file without running code; names in nested dictionaries are joined by dots.
 
     Raises WeightsError when the file is missing, damaged, holds something that would run code, or no tensors by name.
     """
@@ -140,7 +141,8 @@ def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:
 def _fit_positions(state: dict[str, Tensor], own: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
     """Resample the position embedding (1, prefix + n * n, D) of a file to the model's grid, if it is of a square grid.
 
-    Where the model's is of the patches alone and the file's begins with the class token's, that is added to the token.
+    If the model's embedding is of the patches alone and the file's begins with a row for the class token, this row is
+    added to the token.
     """
     given, wanted = state.get("pos_embed"), own.get("pos_embed")
     if given is None or wanted is None or given.shape == wanted.shape:

@@ -23,7 +23,8 @@ class ConvBackbone(Backbone):
     dim: channels of the final map. stride: pixels per cell of the final map. Both are measured, by one small image.
     cnn: timm's model.
 
-    Raises ParameterError for a network whose features are no map (B, C, h, w) of images of any size, as a Swin's.
+    Raises ParameterError for a network whose features are not a map (B, C, h, w) for images of any size, such as a
+    Swin.
     """
 
     def __init__(self, cnn: nn.Module, name: str):
@@ -66,9 +67,9 @@ class ConvBackbone(Backbone):
     def stages(self, images: Tensor) -> list[Tensor]:
         """Return five feature maps of (B, 3, H, W) normalised images: a stem of stride 4, and stages of 4 to `stride`.
 
-        Of a ResNet the stem is what its max pooling gives. Of other networks, such as EfficientNet, it is the first
-        stage, of stride 2, after a max pooling of the same kind.
-        Raises ParameterError for a network that has no such stages, as ConvNeXt.
+        The stem of a ResNet is the output of its max pooling. For other networks, such as EfficientNet, it is the first
+        stage, of stride 2, after a max pooling of the same kind. Raises ParameterError for a network that has no such
+        stages, such as ConvNeXt.
         """
         if isinstance(self.cnn, ResNet):
             cnn = self.cnn

@@ -1,7 +1,7 @@
 """Conformer (Peng et al., ICCV 2021): a convolutional and a transformer branch that exchange features in every block.
 
-Only what the transformer branch's tokens depend on is here: without both classifiers and without what the last block
-gives back to the convolutions. Names of modules are those of the published weights.
+This module has only what the tokens of the transformer branch depend on. It leaves out both classifiers, and what the
+last block gives back to the convolutions. Names of modules are those of the published weights.
 """
 
 from __future__ import annotations

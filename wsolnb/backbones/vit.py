@@ -1,10 +1,10 @@
 """Vision transformers of timm, and a tap that reads the class token's attention from fused attention.
 
 A transformer here returns its patch tokens and, for every layer and head, the row of the attention matrix that belongs
-to the class token: all that TS-CAM, SCM and LocLoc need of it. The N x N matrices are never built: the row is one query
-against all keys, next to the fused attention that the forward pass runs anyway.
+to the class token. TS-CAM, SCM and LocLoc need no more of the attention. The N x N matrices are never built: the row is
+one query against all keys, next to the fused attention that the forward pass runs anyway.
 
-The first tokens are no patches: the class token, and registers where the model has any (`prefix_tokens`).
+The first tokens are not patches: they are the class token and, if the model has any, registers (`prefix_tokens`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Tokens(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """Which tokens of `vit_mini` exchange what: it keeps patch tokens local, so that they tell what is *there*.
+    """Which tokens of `vit_mini` may attend to which. It keeps patch tokens local, so that they tell what is *there*.
 
-    local_layers: in that many first layers a patch attends only to patches at most `radius` rows and columns away.
+    local_layers: in this many first layers a patch attends only to patches at most `radius` rows and columns away.
     sees_class: whether patches attend to the class token, which would hand the whole image's content to each of them.
     bound: largest magnitude of an attention score; None = unbounded. A bound keeps a softmax from choosing one token.
     """
@@ -50,7 +50,7 @@ class Mixing(NamedTuple):
     bound: float | None = 3.0
 
     def masks(self, rows: int, columns: int, depth: int) -> list[Tensor | None]:
-        """Return per layer which token (row) may attend to which (column): (1 + N, 1 + N) booleans, None = all."""
+        """Return for each layer which token (row) may attend to which (column): (1 + N, 1 + N) booleans, None = all."""
         row, column = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
         far = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs()) > self.radius
         masks: list[Tensor | None] = []
@@ -105,7 +105,7 @@ class ConvStem(nn.Module):
 
 
 def check_size(name: str, image_size: int, patch_size: int) -> None:
-    """Raise ParameterError, with the nearest usable sizes, for a side in pixels that no whole patches fill."""
+    """Raise ParameterError, with the nearest usable sizes, if whole patches do not fill a side in pixels."""
     if image_size < patch_size or image_size % patch_size:
         below = max(1, image_size // patch_size) * patch_size
         raise ParameterError(
@@ -206,7 +206,7 @@ def run_block(block: Block, x: Tensor, mask: Tensor | None = None, attend: Atten
 
 
 def plain_block(block: Block, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-    """Run one block as timm does, and see nothing."""
+    """Run one block as timm does, and return nothing that was seen."""
     return block(x, attn_mask=mask), None
 
 
@@ -225,7 +225,7 @@ def run_blocks(
 
 
 def class_row(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fused self-attention of (B, T, D) tokens, and the class token's row (B, heads, T) in float32."""
+    """Return fused self-attention of (B, T, D) tokens, and the class token's row (B, heads, T) in float32."""
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)

@@ -1,9 +1,9 @@
 """The rendered benchmark: birds made of parts, with the truth of every pixel.
 
-A bird has a head, beak, body, wing, tail and legs. Its class is a pair (cap colour, cheek colour) painted on the head;
-nothing else is needed to tell it, and neither colour alone is enough. How much the rest of the bird and the background
-*also* tell is up to two dials, `body_cue` and `context_correlation`: they make a classifier look at the head alone
-(partial activation), at the whole bird, or at the background.
+A bird has a head, beak, body, wing, tail and legs. Its class is a pair (cap colour, cheek colour) painted on the head.
+Nothing else is needed to tell the class, and neither colour alone is enough. Two dials, `body_cue` and
+`context_correlation`, set how much the rest of the bird and the background *also* tell. They make a classifier look at
+the head alone (partial activation), at the whole bird, or at the background.
 
 Two variants are written to disk in the layouts of the data sets they stand for, and read back by the same readers:
 `single` (one bird an image) as CUB-200-2011 with `segmentations/` and `part_maps/`, and `scenes` (one to three birds of
@@ -36,7 +36,8 @@ from wsolnb.data.voc import VOC
 from wsolnb.errors import DataError, ParameterError, nearest
 
 FORMAT = 1
-"""Raised whenever the renderer's output changes on purpose: recorded truths name the format that they are of."""
+"""A number that goes up whenever the renderer's output changes on purpose. Recorded truths name the format that they
+belong to."""
 
 SPLITS = ("train", "val", "test")
 BACKGROUNDS = {
@@ -116,7 +117,7 @@ class AviaryConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: dict) -> dict:
-        """Write the variant's defaults out, so that equal benchmarks have equal configurations and hashes."""
+        """Fill in the variant's defaults, so that equal benchmarks have equal configurations and hashes."""
         defaults = DEFAULTS.get(values.get("variant", "single"), {})
         return values | {name: default for name, default in defaults.items() if values.get(name) in (0, None)}
 
@@ -214,7 +215,7 @@ def _towards(angle: float) -> np.ndarray:
 
 
 def _up(ahead: np.ndarray) -> np.ndarray:
-    """What is above, (2,), for who looks `ahead` to the right."""
+    """Return the direction (2,) that is up for somebody who looks along `ahead` to the right."""
     return np.array([ahead[1], -ahead[0]])
 
 
@@ -498,7 +499,7 @@ _PALETTE = bytes(3) + np.random.default_rng(0).integers(40, 256, (256, 3), dtype
 def load(config: AviaryConfig, split: str, cache: str | Path) -> LocalizationDataset:
     """Return a split of the benchmark, read by the reader of the layout it is written in (rendered when absent).
 
-    It goes by its own name, `aviary`: only the layout is that of CUB-200-2011 or VOC2012.
+    The data set is called `aviary`; only its layout is that of CUB-200-2011 or VOC2012.
     """
     root = ensure(config, cache)
     dataset = CUB(root, split) if config.variant == "single" else VOC(root, split)

@@ -68,8 +68,8 @@ class LocalizationDataset(ABC):
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`, 0 <= index < len(self).
 
-        truth: False reads the image only and leaves boxes, mask and parts empty: all that weakly supervised training
-            may look at, and what makes it fast.
+        truth: False reads the image only and leaves boxes, mask and parts empty. This is all that weakly supervised
+            training may look at, and it is faster.
         """
 
     def subset(self, indices: Sequence[int]) -> Subset:
@@ -81,7 +81,7 @@ class LocalizationDataset(ABC):
 
 
 class Derived(LocalizationDataset):
-    """A data set that is made of another one, and says the same of itself."""
+    """A data set that is made from another one and shares its attributes."""
 
     def __init__(self, dataset: LocalizationDataset):
         self.dataset = dataset
@@ -108,9 +108,9 @@ class Subset(Derived):
 
 
 class FolderDataset(LocalizationDataset):
-    """A data set of image files: readers say where an image lies and what is known of it.
+    """A data set of image files. Its reader says where an image lies and what is known about it.
 
-    remedy: where the data set is obtained and how its folder must look; part of every error about its files.
+    remedy: where to get the data set and how its folder must look; part of every error about its files.
     image_remedy: what to do about an image that cannot be read; empty: the remedy.
     upright: whether images are read as they are shown (`upright_rgb`). Published boxes and masks are of stored pixels.
     """
@@ -136,7 +136,8 @@ class FolderDataset(LocalizationDataset):
     def add_truth(self, index: int, sample: Sample) -> None:
         """Add what is known of image `index` to the sample that holds it, and check it against the image's size.
 
-        A box that leaves the image by more than a pixel is cut off at its border, and the first one is told.
+        A box that leaves the image by more than a pixel is cut off at its border; the first one of a data set gives a
+        warning.
         Raises DataError for an image of another size than the annotations state, and for a box wholly outside.
         """
         (height, width), stated, path = sample.size, self.stated(index), self.image_path(index)
@@ -171,7 +172,7 @@ class FolderDataset(LocalizationDataset):
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
         """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`).
 
-        Of private attributes only numbers and text count: all else is taken to be read from the files.
+        Among private attributes only numbers and text count. All others are assumed to be read from the files.
         """
         plain = (bool, int, float, str)
         named = {n: v for n, v in vars(self).items() if n != "root" and (n[0] != "_" or isinstance(v, plain))}
@@ -189,8 +190,8 @@ class FolderDataset(LocalizationDataset):
     def open(self, root: str | Path, split: str, marker: str, *nested: str) -> None:
         """Check the split, and find the folder that holds `marker` (a relative path).
 
-        That is `root` itself or one of its `nested` subfolders: archives unpack into a folder of their own, so both
-        that folder and its parent are accepted.
+        The folder is `root` itself or one of its `nested` subfolders. Archives unpack into a folder of their own, so
+        both this folder and its parent are accepted.
         """
         check_choice(f"{self.name} has no split", split, ("train", "val", "trainval", "test"))
         self.split, root = split, Path(root)
@@ -267,7 +268,8 @@ class FolderDataset(LocalizationDataset):
     def label_map(self, path: Path, size: tuple[int, int], allowed: Iterable[int] = PARTS) -> np.ndarray:
         """Return a mask file (by default of parts) as `read_mask` does.
 
-        Raises DataError for values that are not allowed, and for pictures in colour or of one bit, which name no class.
+        Raises DataError for values that are not allowed, and for pictures in colour or of one bit, because these name
+        no class.
         """
         values = read_mask(path, self.remedy, size, ("P", "L"))
         known = np.zeros(256, bool)
@@ -290,7 +292,7 @@ class FolderDataset(LocalizationDataset):
 
 
 def hold_out(labels: Sequence[tuple[int, ...]], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split image positions into (kept, held out), the same share of every class (by an image's first class).
+    """Split image positions into (kept, held out), with the same share of every class (by an image's first class).
 
     The validation split of data sets that come without one. Positions come back in ascending order; every class keeps
     at least one image and, when it has at least two, gives at least one.
@@ -402,9 +404,9 @@ def read_image(
     """Return an image file as (H, W, 3) uint8 RGB; DataError when it is missing, truncated or no image.
 
     The format is told by the content, not by the name (some `.jpg` of Oxford-IIIT Pet are GIF or PNG files). Pixels are
-    taken as they are stored, whatever orientation the file asks for (EXIF): published annotations are of these. Only
-    where annotations state a size (height, width) that the turned image has, and the stored one has not, the image is
-    turned.
+    taken as they are stored, whatever orientation the file asks for (EXIF), because published annotations refer to
+    stored pixels. The image is turned only if the annotations state a size (height, width) that the turned image has
+    and the stored one does not have.
     convert: brings what Pillow has opened to RGB; `upright_rgb` turns it always, as images of one's own are shown.
     """
 

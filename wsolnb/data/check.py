@@ -1,4 +1,4 @@
-"""What is missing, damaged or inconsistent in a copy of a data set, and what the copy is a part of."""
+"""What is missing, damaged or inconsistent in a copy of a data set, and which part of the data set the copy is."""
 
 from __future__ import annotations
 

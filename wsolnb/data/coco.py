@@ -34,9 +34,9 @@ class COCO(FolderDataset):
 
     Classes are the categories of the annotation file by ascending id (which has gaps). Boxes are the published
     `x, y, x + w, y + h`. Masks: 0 background, class index + 1; larger instances are painted first, so that what is
-    small, and mostly in front, stays visible; a pixel belongs to a polygon if its centre does. Of an object with a box
-    alone (`segmentation` empty) the box is 255. The id of an image is its file name without the ending, folders in
-    front of it kept.
+    small, and mostly in front, stays visible; a pixel belongs to a polygon if its centre does. If an object has a box
+    alone (`segmentation` empty), the pixels of the box are 255. The id of an image is its file name without the ending;
+    folders in front of it are kept.
 
     The annotations of 2014's train part take about 2 GB of memory while they are read.
     Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split or option.

@@ -1,7 +1,8 @@
 """Data sets from their official addresses: a folder is there whole, or not at all.
 
-Files are fetched into `<root>/.downloads`, where an interrupted one is resumed, and checked against their published
-hash. They are unpacked into a hidden folder beside the data set's own, which is renamed when all is done.
+Files are fetched into `<root>/.downloads` and checked against their published hash; an interrupted download is resumed
+there. Files are unpacked into a hidden folder beside the data set's own folder, and this hidden folder is renamed when
+all is done.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from wsolnb.errors import DataError, check_choice
 TIMEOUT = 30
 """Seconds that a server may be silent."""
 FAILURES = 5
-"""Attempts in a row that bring no further byte, after which a download is given up."""
+"""A download is given up after this many attempts in a row that bring no further byte."""
 WAIT = 1.0
 """Seconds before the second attempt; doubled before each further one, up to a minute."""
 UNPACKED = 1.25
-"""Size of an archive's contents over its own, where only its own is known: photographs hardly shrink in one."""
+"""Size of an archive's contents divided by its own, where only its own is known. Photographs hardly shrink in an
+archive."""
 
 
 # --------------------------------------------------------------------------------------------------------- catalogue
@@ -87,8 +89,8 @@ class Record(BaseModel):
 
     page: of its publisher. reader: its name in `readers.DATASETS`; options: for the reader, `{root}` is the folder.
     folder: below the root that all data sets share, as the profile (a folder of params/, if one uses it) has it.
-    terms: what its user accepts. classes, splits: how many of them, and of images, were published.
-    truths: images a split whose boxes and masks are looked at where not every one is decoded; None: all.
+    terms: what its user accepts. classes, splits: the published numbers of classes, and of images per split. truths:
+    how many images of a split have their boxes and masks checked, unless every image is decoded; None: all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,11 +150,11 @@ def in_words(size: float) -> str:
 
 
 def download(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
-    """Fetch and unpack a data set, and return its folder; one that is there is left as it is.
+    """Fetch and unpack a data set, and return its folder; a folder that is there already is left as it is.
 
     root: folder of all data sets. say: told what is done.
-    Raises ParameterError for an unknown name; DataError, which names the file, when a file cannot be had, is not what
-    was published or does not fit on the disk. The next call goes on with what is there.
+    Raises ParameterError for an unknown name; DataError, which names the file, when a file cannot be fetched, differs
+    from what was published or does not fit on the disk. The next call goes on from what is there.
     """
     record, store = get_record(name), root / ".downloads"
     target = root / record.folder
@@ -374,7 +376,7 @@ def _tar_members(archive: Path | IO[bytes], within: str = "") -> _Members:
 
 
 def add_train_aug(folder: Path) -> None:
-    """Make VOC's enlarged training list and its masks from SBD, which `sbd/` in the folder VOC2012 holds.
+    """Make VOC's enlarged training list and its masks from SBD, which lies in `sbd/` of the folder VOC2012.
 
     The list ImageSets/Segmentation/train_aug.txt has the images of VOC's train list with VOC's masks, then the others
     of SBD that are not in VOC's val list, with SBD's masks as SegmentationClassAug/<image>.png. `sbd/` is removed.

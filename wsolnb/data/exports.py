@@ -1,6 +1,6 @@
 """Boxes and masks as other programs read them: COCO's JSON, Pascal VOC's XML, and PNG with VOC's palette.
 
-Boxes come in the package's convention, half-open `x0, y0, x1, y1` in pixels; what each format does differently is here.
+Boxes come in the package's convention, half-open `x0, y0, x1, y1` in pixels. This module converts them to each format.
 """
 
 from __future__ import annotations

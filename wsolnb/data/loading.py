@@ -6,9 +6,9 @@
         for batch in loader:
             loss = criterion(model(batch["image"]), batch["label"])
 
-Order and augmentation of an epoch depend on the seed, the epoch and the image only: neither on the number of workers
-nor on what was drawn before. `accelerator.prepare(loader)` keeps this; set the epoch of what it returns, which
-otherwise counts epochs by itself, from 0.
+Order and augmentation of an epoch depend only on the seed, the epoch and the image. They depend neither on the number
+of workers nor on what was drawn before. `accelerator.prepare(loader)` keeps this. Set the epoch of the loader that it
+returns; otherwise this loader counts epochs by itself, from 0.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ def make_loader(
     index: (B,) int64 positions in the data set.
     samples: with `truth`, the B transformed samples (`image` is made of theirs; boxes, mask and parts fit it).
 
-    Without `truth`, boxes and masks are not read: training that cannot peek, and faster.
+    Without `truth`, boxes and masks are not read. Training then cannot peek at them, and it is faster.
 
     transform: applied to every sample; None takes images as they are. A batch needs images of one size.
     seed: of order and augmentation, 0 or more; `set_epoch` before an epoch gives each epoch its own.
     num_workers: processes that read ahead; results do not depend on it.
-    drop_last: of training: a last batch that is not full is left out.
+    drop_last: leave out a last batch that is not full, as in training.
 
     Raises ParameterError for a negative seed or where `drop_last` leaves no batch, DataError for an empty data set.
     An image that cannot be read raises its DataError while iterating, from a worker as well.

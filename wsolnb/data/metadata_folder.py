@@ -34,15 +34,15 @@ class MetadataFolder(FolderDataset):
     class_names: names of the classes; default their numbers, up to the largest label of any split.
     proxy: take image_ids_proxy.txt, the small stand-in for a training list.
     square: side in pixels that images with mask files are resized to, as the published evaluation does (224). A mask is
-        brought there straight from its file, by OpenCV's nearest neighbour: pixel floor(i old / new).
+        resized straight from its file by OpenCV's nearest neighbour: pixel floor(i old / new).
 
     Boxes are the published numbers as they stand: the published evaluation scales x1 and y1 as it scales x0 and y0,
     without adding the last pixel, although most annotations include it (a box to the right edge of a 500-pixel image
     ends at 499). Adding it here would make scores differ from the published ones.
     Masks: 1 where any of an image's mask files is not zero, else 255 where its ignore file is not zero, as in the
-    published evaluation: object overrides ignore. OpenImages has masks in another resolution than their images. Without
-    `square` those are sampled, nearest pixel centre, at the size of the image.
-    A split without localization.txt, or with an empty one, has labels only.
+    published evaluation: object overrides ignore. The masks of OpenImages have another resolution than the images.
+    Without `square` they are sampled at the size of the image, by the nearest pixel centre. A split without
+    localization.txt, or with an empty one, has labels only.
 
     Raises DataError for missing, damaged or inconsistent files, ParameterError for an unknown split.
     """

@@ -1,6 +1,6 @@
 """A user's own images: a folder for each class, or a CSV of labels; masks and boxes where there are any.
 
-Masks and boxes are truth for evaluation, and both are optional. Beside the images lie
+Masks and boxes are truth for evaluation. Both are optional. They lie beside the images:
 
     masks/             a PNG for an image, under the image's path: masks/cat/a.png belongs to cat/a.jpg
     boxes.csv          image,x0,y0,x1,y1[,label]: one line for each box, in pixels, half-open
@@ -33,7 +33,8 @@ SPLITS = ("train", "val", "test")
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"}
 """File name extensions of images, in lower case; files with others are no images and are passed over."""
 UNREADABLE = {".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".raw"}
-"""Extensions of pictures that cannot be read here: an error, because a picture that is passed over is missed."""
+"""Extensions of pictures that cannot be read here. Such a picture is an error, because it would be missed if it were
+passed over."""
 TURNED_ASIDE = {"thumbs.db", "desktop.ini", "__macosx"}
 """What operating systems leave in folders, besides hidden files."""
 
@@ -365,8 +366,8 @@ class ImageFolder(OwnImages):
     root: holds `CLASS/...`, or `train/CLASS/...` and, where there are such, `val/CLASS/...` and `test/CLASS/...`.
         Subfolders of a class are read too. May hold `masks/` and `boxes.csv`; both call an image by its path from here.
     split: `train`, `val`, `test` or `trainval`. A part that the root does not have is held out of train by `hold_out`
-        with `seed`: first `test_fraction` of every class for test, then `val_fraction` of the rest for val. Of a class
-        with two images test alone is held out, of a class with one image nothing.
+        with `seed`: first `test_fraction` of every class for test, then `val_fraction` of the rest for val. A class
+        with two images gives one to test only, and a class with one image gives none.
 
     Classes are the folders of train, sorted by name. Files that are hidden or no images are passed over. Image ids are
     paths from the root, with `/`.

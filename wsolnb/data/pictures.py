@@ -3,8 +3,8 @@
     pictures = Pictures(find_images(["cat.jpg", "holidays/"]).files)
     pictures[0].image  # (H, W, 3) uint8, upright
 
-What a camera, a scanner or another program leaves is brought to upright 8-bit RGB here, and nothing is guessed: what
-has no one reading is an error that names the image.
+Files of a camera, a scanner or another program become upright 8-bit RGB here. Nothing is guessed: an image that could
+be read in more than one way is an error that names the image.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _array(values: np.ndarray) -> np.ndarray:
 def read_picture(picture: Picture, name: str) -> np.ndarray:
     """Return a picture as (H, W, 3) uint8 RGB, upright; see `upright_rgb`.
 
-    name: how errors call one that is no file. Raises DataError, which names it, for what cannot be read.
+    name: what errors call an image that is not a file. Raises DataError, which names it, for an image that cannot be
+    read.
     """
     if not isinstance(picture, (str, os.PathLike, np.ndarray, Image.Image)):
         raise DataError(f"{name} is a {type(picture).__name__}, no image", TYPES)
@@ -115,9 +116,10 @@ def find_images(paths: Iterable[str | os.PathLike[str]], without: Path | None = 
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name per path, good for a file of its own: the stem, behind as many of its folders as tell it apart.
+    """Return a name for each path, good for a file of its own: the stem, behind as many folders as make it unique.
 
-    Names are told apart whatever their case; files of one folder that differ in their ending get it, then a number.
+    Names that differ only in case count as equal. Files of one folder that differ in their ending keep the ending in
+    the name, or get a number.
     """
     parts = [[*path.parent.parts, path.stem] for path in paths]
     parts = [[part.strip("/\\:").replace("..", "") for part in own] for own in parts]

@@ -60,7 +60,7 @@ class Sample:
 
 
 def tight_box(mask: np.ndarray) -> np.ndarray:
-    """Return the half-open box (4,) float64 of the non-zero pixels of `mask` (H, W); zeros if there are none."""
+    """Return the half-open box (4,) float64 around the non-zero pixels of `mask` (H, W); zeros if there are none."""
     rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
         return np.zeros(4)

@@ -23,7 +23,7 @@ class Splits(NamedTuple):
 
 
 class DataSettings(BaseModel):
-    """Which data set, as the notebooks' parameters say it; everything else that they declare is passed over.
+    """Which data set, by the names of the notebooks' parameters; their other parameters are passed over.
 
     dataset: `aviary` (rendered) or a reader's name. data_root: its folder, relative to the repository.
     classes, body_cue, context_correlation, train_images, val_images, test_images: of the rendered benchmark.

@@ -5,8 +5,8 @@
     mask, facts = store.read_mask("birds/0001")
     taught = WithMasks(dataset, store)          # the data set, with these masks in place of its own
 
-Memory does not grow with the number of images, an interrupted writer leaves whole files only, and any stage of a
-pipeline can be replaced by files of another program.
+Memory does not grow with the number of images. An interrupted writer leaves whole files only. Files of another program
+can replace any stage of a pipeline.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class ClassMaps(NamedTuple):
 class Store:
     """Masks (`<image id>.png`) and maps (`<image id>.npz`) below a folder.
 
-    A mask is (H, W) bool, stored with one bit a pixel, or uint8. Its file carries facts as text, and a digest of the
-    image id, the facts and the pixels, by which damage of any kind is found; a file of another program has none.
-    Maps are stored in half precision.
+    A mask is (H, W) bool, stored with one bit per pixel, or uint8. Its file carries facts as text, and a digest of the
+    image id, the facts and the pixels. The digest reveals any damage; a file of another program has no digest. Maps are
+    stored in half precision.
     """
 
     def __init__(self, folder: str | Path):
@@ -145,10 +145,10 @@ def _digest(image_id: str, mask: np.ndarray, facts: dict[str, str]) -> str:
 
 
 class WithMasks(Derived):
-    """A data set whose masks are those of a store in place of its own, and which has no other truth.
+    """A data set with the masks of a store in place of its own, and without any other truth.
 
-    What is trained on it cannot see a box or a true mask. Masks of another size than the image are brought to it by
-    nearest pixel centre. Values of a stored mask: 0 background, class index + 1 (or true: object), 255 unknown.
+    A network that is trained on it cannot see a box or a true mask. Masks of another size than the image are brought to
+    it by nearest pixel centre. Values of a stored mask: 0 background, class index + 1 (or true: object), 255 unknown.
     Raises DataError, while reading, for a mask that is missing, damaged or has other values.
     """
 

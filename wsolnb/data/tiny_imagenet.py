@@ -25,8 +25,8 @@ class TinyImageNet(FolderDataset):
 
     root: the folder that holds wnids.txt.
     split: `train` (all published train images), `val`, `test`, or `trainval` (train and val). The labels of the
-        published test images are not public, so the published val images serve as both: of each class those at even
-        places of `val_annotations.txt` are `val`, on which choices are made, and the others `test`.
+        published test images are not public, so the published val images serve as both. In each class the images at
+        even places of `val_annotations.txt` are `val`, on which choices are made, and the others are `test`.
 
     Classes are numbered in the order of wnids.txt, which may name some of the 200 only, and called by the first word
     that words.txt has for them (by their wnid where it has none). Published boxes contain both of their corner pixels;

@@ -1,8 +1,8 @@
 """Transforms that move an image and all of its truth together.
 
-A transform is called with a sample and a random generator and returns a new sample; boxes, mask and parts follow the
-image, so that truth of one protocol cannot be held against maps of another. Random transforms take all of their
-randomness from the generator; the others need none.
+A transform is called with a sample and a random generator, and returns a new sample. Boxes, mask and parts follow the
+image, so truth of one protocol cannot be compared with maps of another. Random transforms take all of their randomness
+from the generator; the others need no generator.
 
 The two test protocols of the papers are `Resize(224)` (SCM, TS-CAM) and `ResizeCenterCrop(256, 224)` (PPD, LocLoc).
 """
@@ -76,7 +76,7 @@ def _window(
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
-    """For each of `new` pixels along an axis the old one that its centre falls into: floor((i + 1/2) old / new)."""
+    """Return for each of `new` pixels along an axis the old pixel that holds its centre: floor((i + 1/2) old / new)."""
     return (2 * np.arange(new) + 1) * old // (2 * new)
 
 
@@ -89,8 +89,8 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Sample:
     """Return the whole sample at `size` (height, width) in pixels.
 
-    The image is interpolated with Pillow, which averages over all of the pixels that a smaller image merges; mask and
-    parts take the nearest pixel centre; boxes are scaled exactly and not clipped.
+    Pillow interpolates the image, and averages over all pixels that a smaller image merges. Mask and parts take the
+    nearest pixel centre. Boxes are scaled exactly and not clipped.
     Raises ParameterError for an unknown interpolation.
     """
     check_choice("no interpolation", interpolation, get_args(Interpolation))
@@ -106,8 +106,8 @@ def resize(sample: Sample, size: tuple[int, int], interpolation: Interpolation =
 def crop(sample: Sample, top: int, left: int, size: tuple[int, int], clip: Literal["drop", "keep"] = "drop") -> Sample:
     """Return the window of `size` (height, width) whose first pixel is (top, left).
 
-    Boxes are cut off at the window. One of which nothing is left goes, with its label (`drop`), or stays as a box
-    without an area, which no prediction can hit (`keep`).
+    Boxes are cut off at the window. If nothing is left of a box, it goes together with its label (`drop`), or it stays
+    as a box without an area, which no prediction can hit (`keep`).
     Raises ParameterError when the window does not lie in the image.
     """
     height, width = size
@@ -129,7 +129,7 @@ def flip(sample: Sample) -> Sample:
 def shift(sample: Sample, down: int, right: int) -> Sample:
     """Return the sample moved by whole pixels (negative: up, left), at the same size.
 
-    The image repeats its border pixels where it has moved away; nothing is known there, so the mask is `IGNORE`.
+    Where the image has moved away, it repeats its border pixels. Nothing is known there, so the mask is `IGNORE`.
     """
     return _window(sample, -down, -right, sample.size, cv2.BORDER_REPLICATE)
 
@@ -164,9 +164,10 @@ class Resize:
 
 @dataclass(frozen=True)
 class ResizeCenterCrop:
-    """Resize, then keep the crop x crop pixels in the middle; what lies outside of them is lost to image and truth.
+    """Resize, then keep the crop x crop pixels in the middle; image and truth lose what lies outside of them.
 
-    A box that lies outside stays, without an area: a miss, as in the published protocol. So every image counts.
+    A box that lies outside stays, without an area. It counts as a miss, as in the published protocol, so every image
+    counts.
 
     keep_aspect: False resizes to resize x resize, whatever the aspect ratio. True gives the shorter side `resize`
         pixels (the longer one rounded down, as torchvision does): the test protocol of LocLoc's released code. An odd

@@ -36,11 +36,11 @@ class VOC(FolderDataset):
         alone, masks come from SegmentationClassAug, and there are none where that folder is absent.
     difficult: False leaves objects that are marked difficult out of labels and boxes.
 
-    Labels and boxes come from Annotations (corner pixels counted from 1, both inside, there; half-open here). Of a root
-    without that folder the labels are those of ImageSets/Main/<class>_<split>.txt (1 present, -1 absent, 0 difficult),
-    and there are no boxes. Without the folder SegmentationClass there are no masks, without ImageSets/Segmentation the
-    lists are those of Main.
-    Classes are the 20 of VOC, or the lines of `class_names.txt` where the root has that file.
+    Labels and boxes come from Annotations (there corner pixels are counted from 1 and both are inside; here boxes are
+    half-open). If the root lacks that folder, the labels are those of ImageSets/Main/<class>_<split>.txt (1 present, -1
+    absent, 0 difficult), and there are no boxes. Without the folder SegmentationClass there are no masks. Without
+    ImageSets/Segmentation the lists are those of Main. Classes are the 20 of VOC, or the lines of `class_names.txt`
+    where the root has that file.
     Masks: 0 background, class index + 1, 255 not to be counted.
     Parts: read from `PartMaps/<id>.png` (values of `wsolnb.data.sample`) where that folder exists.
 
@@ -99,7 +99,7 @@ class VOC(FolderDataset):
                 raise self.problem(f"{listed} names the file {name!r}", "list image ids, without the ending")
 
     def _read_labels(self, listed: Path) -> tuple[tuple[int, ...], ...]:
-        """Return the classes of every image by the lists of ImageSets/Main, of whichever splits there are.
+        """Return the classes of every image by the lists of ImageSets/Main, of all splits that exist.
 
         listed: where the images are from, for messages.
         """

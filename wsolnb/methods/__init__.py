@@ -3,8 +3,8 @@
     @register("has")
     class HideAndSeek(CAMClassifier): ...
 
-A file in this folder is all that a method needs: `create_method("has", backbone, 12)` finds it, and so do the notebooks
-and parameter files that name it.
+A method needs no more than a file in this folder. `create_method("has", backbone, 12)` finds it, and so do the
+notebooks and parameter files that name it.
 """
 
 from __future__ import annotations

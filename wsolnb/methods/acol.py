@@ -34,14 +34,16 @@ def erase(output: ACoLOutput, labels: Tensor, delta: float) -> Tensor:
 
 @register("acol")
 class ACoL(LocalizationModel):
-    """Two branches: the second sees the features F without what the first found (https://arxiv.org/abs/1804.06962).
+    """Two branches: the second sees the features F without the region that the first found
+    (https://arxiv.org/abs/1804.06962).
 
     With the first branch's map A of the class, scaled to [0, 1] as ~A, and the second's map B of the erased features:
 
         F' = F [~A < delta],  loss = L(mean A) + L(mean B),  map = max(~A, ~B),  logits = mean A
 
     delta: 0.6 in the paper, which tried 0.5 to 0.9. hidden: channels of a branch's two 3x3 convolutions; 1024 in the
-    authors' code, whose evaluation reads the first branch's logits too. At test the class that is asked for is erased.
+    authors' code, whose evaluation also reads the first branch's logits. At test the region of the requested class is
+    erased.
 
         model = create_method("acol", create_backbone("resnet50"), 200, delta=0.6)
         maps = model.localize(model(images), labels)["acol"]

@@ -20,15 +20,16 @@ def drop_mask(attention: Tensor, gamma: float) -> Tensor:
 
 @register("adl")
 class ADL(CAMClassifier):
-    """CAM of a classifier whose feature maps F lose or stress what they attend to (https://arxiv.org/abs/1908.10028).
+    """CAM of a classifier whose feature maps F lose or stress the attended region (https://arxiv.org/abs/1908.10028).
 
     With the attention A = mean_k F_k, in training only, and one choice per layer and step for the whole batch:
 
         F' = F [A < gamma max A]  with probability drop_rate,  else  F' = F sigmoid(A)
 
     gamma: share of the maximum from which on positions are dropped; the authors' commands have 0.8 for VGG and 0.9 for
-    ResNet50-SE. drop_rate: 0.75 in both. layers: names of the backbone's submodules behind which it is done; "" is the
-    final map. For ResNet50-SE they have three: behind the first block of the third and of the fourth stage, and "".
+    ResNet50-SE. drop_rate: 0.75 in both. layers: names of the backbone's submodules behind which the layer stands; ""
+    is the final map. For ResNet50-SE the authors have three: behind the first block of the third and of the fourth
+    stage, and "".
 
         model = create_method("adl", create_backbone("resnet50"), 200, gamma=0.9, layers=["resnet.layer4.0", ""])
         model.loss(model, {"image": images, "label": labels}).backward()

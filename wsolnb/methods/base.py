@@ -1,4 +1,4 @@
-"""What every localization model gives: logits and, for chosen classes, maps."""
+"""What every localization model returns: logits and, for chosen classes, maps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from wsolnb.errors import ParameterError
 
 
 class Trainable(nn.Module, ABC):
-    """A network that the training loop knows how to train: which layers are new, and what the loss of a batch is.
+    """A network that the training loop can train. It says which layers are new, and what the loss of a batch is.
 
-    learns_from_masks: whether the loss reads the truth in `batch["samples"]`, and not image labels alone.
+    learns_from_masks: whether the loss also reads the truth in `batch["samples"]`, and not only image labels.
     """
 
     learns_from_masks: bool = False
@@ -58,21 +58,21 @@ class Trainable(nn.Module, ABC):
         return classification_loss(forward(batch["image"]).logits.float(), batch["label"], label_smoothing)
 
     def first_transforms(self) -> list[Callable]:
-        """Return transforms of training samples that come before those of the recipe; here none."""
+        """Return transforms of training samples that are applied before those of the recipe; by default none."""
         return []
 
     def scalars(self) -> dict[str, float]:
-        """Return learnable numbers by name that the history of a training keeps next to the scores; here none."""
+        """Return learnable numbers by name that the history of a training keeps beside the scores; by default none."""
         return {}
 
 
 class LocalizationModel(Trainable):
-    """An image classifier whose forward pass also holds what its maps are made of.
+    """An image classifier whose forward output also holds what its maps are made of.
 
     maps: names of the maps that `localize` returns; the first is the method's own, the others are its ingredients.
     class_names: of its classes, in their order, where they are known; else empty.
-    multi_label: whether an image can have several classes: the logits are then read one by one, each through a sigmoid.
-    classifies: whether the logits say anything. A decoder that draws a map alone leaves zeros.
+    multi_label: whether an image can have several classes; each logit is then read alone, through a sigmoid.
+    classifies: whether the logits mean anything. A decoder that only draws a map returns zeros.
     """
 
     maps: ClassVar[tuple[str, ...]]
@@ -118,7 +118,7 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float =
 
 
 def pick(class_maps: Tensor, classes: Tensor) -> Tensor:
-    """Return (B, h, w): of each image's (C, h, w) maps the one of its class in `classes` (B,).
+    """Return (B, h, w): for each image the map of its class in `classes` (B,), out of its (C, h, w) maps.
 
     Raises ParameterError for a class index that the model does not have.
     """

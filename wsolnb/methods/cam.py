@@ -63,8 +63,8 @@ def layer_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the activations A of a layer and the gradients d y_c / d A of the class scores; each (B, K, h, w).
 
-    images: (B, 3, H, W), normalised. classes: (B,), the class c of each image. Works under `torch.inference_mode`,
-    which it leaves for itself, and with frozen weights. The model should be in evaluation mode, since it is run again.
+    images: (B, 3, H, W), normalised. classes: (B,), the class c of each image. Also works under `torch.inference_mode`
+    and with frozen weights. The model should be in evaluation mode, because it is run again.
 
         activations, gradients = layer_gradients(model, images, classes, model.backbone.get_submodule("resnet.layer2"))
 
@@ -106,7 +106,7 @@ class CAMOutput(NamedTuple):
 class CAMClassifier(LocalizationModel):
     """A convolutional backbone, global average pooling and a linear classifier.
 
-    bias: of the classifier. It moves the scores of whole images, and no map.
+    bias: of the classifier. It moves the scores of whole images, and changes no map.
     """
 
     maps = ("cam", "layercam")
@@ -118,7 +118,7 @@ class CAMClassifier(LocalizationModel):
 
     @classmethod
     def published(cls, name: str, **options: Any) -> CAMClassifier:
-        """Return a network with its published weights and classifier, in evaluation mode: nothing is left to train.
+        """Return a network with its published weights and classifier, in evaluation mode; nothing needs training.
 
             model = CAMClassifier.published("efficientnet_lite0")  # of ImageNet's 1,000 classes
 
@@ -131,7 +131,7 @@ class CAMClassifier(LocalizationModel):
 
     @classmethod
     def of(cls, network: nn.Module, class_names: Sequence[str] = ()) -> CAMClassifier:
-        """Return a classifier of your own, as it was trained, in evaluation mode; the network itself stays as it is.
+        """Return a classifier of your own, as it was trained, in evaluation mode; your network itself is not changed.
 
             network = timm.create_model("resnet18", num_classes=2)
             network.load_state_dict(torch.load("mine.pth", weights_only=True))

@@ -1,6 +1,6 @@
 """Refining masks by colour: a fully connected CRF over the pixels of an image (Kraehenbuehl and Koltun, 2011).
 
-Neighbours, and pixels of like colour anywhere near, are drawn to one label, by mean-field inference. Two ways:
+Mean-field inference draws neighbours, and pixels of like colour anywhere near, to one label. There are two ways:
 
 - `mean_field`, always there: exact, on the image reduced to a side of `max_side`, since it builds all pairs of pixels.
 - `pydensecrf`, the lattice filter that weakly supervised segmentation uses, at full size: the optional package
@@ -62,7 +62,7 @@ def refine(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig | Non
 def refine_labels(image: np.ndarray, labels: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
     """Return a mask (H, W) of the same values as `labels`, each pixel's most probable one.
 
-    A label is taken to be right with `config.certainty`; the rest is shared by the mask's other values.
+    A label is taken to be right with the probability `config.certainty`; the mask's other values share the rest.
     """
     config = config or CRFConfig()
     values, index = np.unique(labels, return_inverse=True)

@@ -36,7 +36,7 @@ class DeepLabV2(SegmentationModel):
 
     @property
     def head(self) -> nn.Module:
-        """The ASPP, which the published training gives ten times the rate."""
+        """The ASPP, whose learning rate is ten times the backbone's in the published training."""
         return self.aspp
 
     def forward(self, images: Tensor) -> Tensor:

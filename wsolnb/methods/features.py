@@ -4,8 +4,8 @@
     for found in source.images(scales=(1.0, 0.5), flip=True):
         found.scales[0]                                            # (2, D, h, w): the image, and its mirror image
 
-A source hands out one image at a time. That is all that CAM and LPCAM need, so a host (IRN, AMN, EDAM, MCTformer, ...)
-is plugged in with an extractor of a few lines, or with its features dumped to disk.
+A source yields one image at a time. CAM and LPCAM need no more, so a host (IRN, AMN, EDAM, MCTformer, ...) is plugged
+in with an extractor of a few lines, or with its features dumped to disk.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from wsolnb.maps import seen_area
 from wsolnb.methods.cam import CAMClassifier
 
 Unreadable = Literal["stop", "skip"]
-"""What an image that cannot be read does: end the run with its error, or be left out with a warning of its name."""
+"""What to do with an image that cannot be read: end the run with its error, or leave it out with a warning that names
+it."""
 
 
 class Extractor(Protocol):
     """What makes a network a host: a function of images, and the classifier's weights.
 
-    weight: (C, D), the linear classifier behind the pooling. An extractor may also have `mean` and `std`, of the images
-    that it takes, and `stride`, pixels per cell, where it takes images that the stride does not divide.
+    weight: (C, D), the linear classifier behind the pooling. An extractor may also have `mean` and `std` of the images
+    that it takes. It has `stride`, pixels per cell, if it takes images that the stride does not divide.
     """
 
     weight: Tensor
@@ -66,8 +67,8 @@ class TokenExtractor:
     """The patch tokens of a transformer whose patches are classified: TS-CAM's and MCTformer's heads.
 
     backbone: returns `patches` (B, N, D) of square grids, as those of `wsolnb.backbones`.
-    weight: (C, D), or (C, D, k, k) of a convolution. A prototype is one vector, which a convolution can only be asked
-        about as a field of equal vectors: its kernel summed over the positions.
+    weight: (C, D), or (C, D, k, k) of a convolution. A prototype is one vector. The convolution sees it as a field of
+        equal vectors, so the classifier is the kernel summed over its positions.
     """
 
     def __init__(self, backbone: torch.nn.Module, weight: Tensor):
@@ -202,7 +203,7 @@ class LiveFeatures(FeatureSource):
 
 
 class FeatureDump(FeatureSource):
-    """Features of any host, dumped to a folder: what `write_dump` writes, or another program.
+    """Features of any host, dumped to a folder by `write_dump` or by another program.
 
     `index.json`: {"class_names": [...], "scales": [1.0, ...], "flip": bool, "images": [{"id", "labels", "size"}, ...]},
     each image with its "area" where the cells see more than the image; `weight.npy` (C, D), and of each image

@@ -43,7 +43,7 @@ class FrozenBackbone(nn.Module):
         self.dim, self.grid = backbone.dim, backbone.grid
 
     def train(self, mode: bool = True) -> FrozenBackbone:
-        """Stay in evaluation mode, whatever the model around it does: batch statistics would move with the data."""
+        """Stay in evaluation mode, whatever the model around it does: else batch statistics would follow the data."""
         return super().train(False)
 
     @torch.no_grad()
@@ -76,8 +76,8 @@ class OnFrozen(LocalizationModel):
     def make_backbone(cls, name: str, **options: Any) -> Any:
         """Return the backbone that is to be frozen; the options are those of `create_backbone`.
 
-        The random numbers go on as if it had drawn none: of one seed, a part starts with the same weights on every
-        backbone of that width, and in every other order of building.
+        It leaves the random numbers as if it had drawn none. So with one seed a part starts from the same weights on
+        every backbone of that width, whatever was built before.
         """
         with torch.random.fork_rng(devices=[]):
             return super().make_backbone(name, **options)
@@ -100,9 +100,10 @@ def deconvolutions(in_channels: int, channels: int, count: int, momentum: float 
 
 
 def map_targets(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return what a decoder is to draw: per cell (B, h, w) the share of object, and that of known pixels, in [0, 1].
+    """Return what a decoder should draw: for each cell (B, h, w) the share of object and the share of known pixels.
 
-    A cell's share of object is among its known pixels; where none is known (a shifted image's border) it is 0.
+    A cell's share of object is taken among its known pixels. If no pixel is known (at the border of a shifted image),
+    it is 0.
     Raises ParameterError when a sample has no mask.
     """
     for sample in samples:
@@ -116,6 +117,6 @@ def map_targets(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[Tenso
 
 
 def half_squared_error(maps: Tensor, targets: Tensor, known: Tensor | None = None) -> Tensor:
-    """Half the mean squared error between maps and targets (B, h, w); cells weigh as much as is `known` of them."""
+    """Half the mean squared error between maps and targets (B, h, w); each cell weighs as much as its share `known`."""
     error = (maps.float() - targets).square()
     return 0.5 * (error.mean() if known is None else (error * known).sum() / known.sum().clamp(min=1e-6))

@@ -67,7 +67,7 @@ class Mixture(NamedTuple):
 
 
 def colour_cost(image: np.ndarray, mixture: Mixture) -> np.ndarray:
-    """Return what a pixel costs on a side, (H, W): -log sum_k pi_k N(z; mu_k, Sigma_k) of its colour z, but for a
+    """Return the cost of each pixel on a side, (H, W): -log sum_k pi_k N(z; mu_k, Sigma_k) of its colour z, up to a
     constant."""
     density = np.zeros(image.shape[:2])
     for weight, mean, covariance in zip(*mixture, strict=True):
@@ -84,7 +84,7 @@ Pixel = tuple[int, int]
 def plain_energy(
     image: np.ndarray, start: np.ndarray, background: Mixture, foreground: Mixture, gamma: float = 50.0
 ) -> tuple[np.ndarray, dict[tuple[Pixel, Pixel], float]]:
-    """Return U and V of E(mask) = sum_p U(mask_p, p) + sum of V(p, q) over neighbours p, q that the mask parts.
+    """Return U and V of E(mask) = sum_p U(mask_p, p) + sum of V(p, q) over neighbours p, q that the mask separates.
 
     U: (2, H, W), the `colour_cost` of an uncertain pixel in the background, and in the object; a sure pixel of `start`
     costs nothing where it belongs, and 9 gamma elsewhere. V: by pairs of pixels, each of which has up to eight
@@ -107,9 +107,10 @@ def plain_energy(
 # GrabCut
 
 Outcome = Literal["enhanced", "unchanged", "empty", "full"]
-"""What became of a mask. `enhanced`: GrabCut decided. `unchanged`: it put all uncertain pixels on one side, or there
-were none, so its mask is a thresholded attention. `empty`, `full`: no pixel was sure foreground, or none sure
-background, so there was nothing to model. All but `enhanced` fall back to the attention >= the fallback threshold."""
+"""What became of a mask. `enhanced`: GrabCut decided. `unchanged`: GrabCut put all uncertain pixels on one side, or
+there were no uncertain pixels, so the mask is a thresholded attention. `empty`, `full`: no pixel was sure foreground,
+or none was sure background, so there was nothing to model. All outcomes but `enhanced` fall back to the attention >=
+the fallback threshold."""
 
 
 class GrabCutConfig(BaseModel):
@@ -145,13 +146,13 @@ class GrabCutConfig(BaseModel):
 
     @classmethod
     def paper(cls, **changes) -> GrabCutConfig:
-        """As the supplement tells it: colour models of the sure pixels, attention of all heads. It names no thresholds;
-        those of the released code stand in."""
+        """The supplement's settings: colour models of the sure pixels, attention of all heads. The supplement names no
+        thresholds, so those of the released code are used."""
         return cls(**{"uncertain": "none", "heads": 0, **changes})
 
     @classmethod
     def released(cls, **changes) -> GrabCutConfig:
-        """As the released code has it: uncertain pixels start as background, mean of the first three heads."""
+        """The released code's settings: uncertain pixels start as background; mean of the first three heads."""
         return cls(**{"uncertain": "background", "heads": 3, **changes})
 
 
@@ -274,15 +275,16 @@ def maker(
     dataset: LocalizationDataset, attend: Callable[[Sequence[Sample]], np.ndarray], config: GrabCutConfig,
     jobs: int = -1, progress: bool = True, chunk: int = 64,
 ) -> Callable[[Path], Store]:  # fmt: skip
-    """Return what fills a folder with the masks of a data set that it lacks, or holds damaged; it returns the `Store`.
+    """Return a function that fills a folder with the masks that are missing or damaged, and returns the `Store`.
 
-    Masks are bool, of `config.size`; their fact `outcome` is an `Outcome`. What is whole in the folder is kept,
-    whatever it was made with: a folder is for one configuration.
+    Masks are bool, of `config.size`; their fact `outcome` is an `Outcome`. Whole masks in the folder are kept, whatever
+    they were made with, so a folder is for one configuration.
 
     attend: gives the attention maps (B, h, w) in [0, 1] of samples; called with `chunk` of them, never when all masks
     are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
-    Interrupted, it has kept what was done; called again it goes on. Masks do not depend on `jobs`, `chunk` or order.
-    For a cache it stands here: masks depend on the code of this module, not on that of the networks that learn them.
+    After an interruption the function can be called again, and goes on. Masks do not depend on `jobs`, `chunk` or
+    order. The function stands in this module because of the cache: masks depend on this module's code, not on that of
+    the networks that learn from them.
     """
 
     def make(folder: Path) -> Store:

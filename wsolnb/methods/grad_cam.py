@@ -52,7 +52,7 @@ class GradCAM(CAMClassifier):
 
     @classmethod
     def over(cls, model: CAMClassifier, layer: str = "") -> GradCAM:
-        """Return Grad-CAM of a layer of a classifier that is trained already, in evaluation mode, with its weights.
+        """Return a model that draws Grad-CAM of a layer of a trained classifier, in evaluation mode, with its weights.
 
         Raises ParameterError for an unknown layer.
         """

@@ -15,9 +15,10 @@ from wsolnb.methods.cam import CAMClassifier
 
 
 def hide(images: Tensor, grid: int, probability: float) -> Tensor:
-    """Return (B, C, H, W) images of which each of the grid * grid cells is zero with a probability, for each alone.
+    """Return (B, C, H, W) images in which each of the grid * grid cells is hidden (zero) independently.
 
-    Cell (i, j) holds the pixels with floor(y grid / H) = i and floor(x grid / W) = j.
+    probability: that a cell is hidden. Cell (i, j) holds the pixels with floor(y grid / H) = i and floor(x grid / W) =
+    j.
     """
     batch, _, height, width = images.shape
     if grid > min(height, width):
@@ -52,7 +53,7 @@ class HideAndSeek(CAMClassifier):
         self.grid, self.probability = grid, probability
 
     def loss(self, forward: Callable[[Tensor], Any], batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-        """Return the loss of classification of images with hidden cells; of whole images in evaluation mode."""
+        """Return the classification loss of images with hidden cells, or of whole images in evaluation mode."""
         if self.training:
             batch = batch | {"image": hide(batch["image"], self.grid, self.probability)}
         return super().loss(forward, batch, label_smoothing)

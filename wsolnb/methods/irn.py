@@ -13,10 +13,10 @@ between them. A random walk whose transition is that affinity spreads each class
     boundary = boundaries(model, images)                              # (B, h, w), stride 4
     scores = unit_scores(propagate(maps, boundary[0]), (H, W))        # (K, H, W); the mask is their argmax with 0.35
 
-Of sides that 4 does not divide, `unit_scores` is told the area that the cells see, `seen(boundary[0], (H, W))`.
+If 4 does not divide the sides, give `unit_scores` the area that the cells see, `seen(boundary[0], (H, W))`.
 
-The equations stand first, as https://arxiv.org/abs/1904.05044 writes them: matrices over all pairs of pixels. What runs
-is behind them, and gives the same without a matrix of N x N numbers.
+The equations stand first, as https://arxiv.org/abs/1904.05044 writes them: matrices over all pairs of pixels. The code
+that runs follows them, and gives the same results without a matrix of N x N numbers.
 
 Used for semantic masks: the instance part (from D to centroids and their clusters, and the mean shift of D over the
 training images, which no semantic mask depends on) is left out. The displacement branch is trained: its loss is part of
@@ -106,7 +106,7 @@ def plain_walk(maps: np.ndarray, boundary: np.ndarray, radius: int, beta: float,
 
 
 class IRNConfig(BaseModel):
-    """Hyperparameters; the defaults are those with which LPCAM uses IRN on VOC.
+    """Hyperparameters; the defaults are LPCAM's for IRN on VOC.
 
     IRN's own released code sets foreground, background and mask_background to 0.30, 0.05 and 0.25 (recalled).
 
@@ -114,8 +114,8 @@ class IRNConfig(BaseModel):
         background where no map exceeds the second. mask_background: the background's score in pseudo masks.
     label_radius: largest distance of the pairs that are trained on, radius: of the walk's steps; both exclusive, in
         cells of stride 4. beta: exponent of the affinity. exp_times: the walk has 2 ** exp_times steps.
-    damping: the walk starts from maps times 1 - damping * boundary; released 1. Where outlines of one or two cells are
-        a large part of an object, as on small images, that removes the object.
+    damping: the walk starts from maps times 1 - damping * boundary; released 1. On small images, where outlines of one
+        or two cells are a large part of an object, a damping of 1 removes the object.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -249,8 +249,8 @@ def walks(
 def unit_scores(scores: Tensor, size: tuple[int, int], area: tuple[int, int] | None = None) -> Tensor:
     """Return scores (K, h, w) >= 0 of an image's classes, enlarged to `size` in pixels, in [0, 1]; zeros stay zero.
 
-    area: that the cells see (`seen`); None is `size`. Divided by the maximum of *all* of them, as released: a weak
-    second class stays weak.
+    area: that the cells see (`seen`); None is `size`. All scores are divided by the maximum over *all* classes, as
+    released, so a weak second class stays weak.
     """
     if not len(scores):
         return scores.new_zeros((0, *size), dtype=torch.float32)
@@ -262,7 +262,8 @@ def unit_scores(scores: Tensor, size: tuple[int, int], area: tuple[int, int] | N
 
 
 class PairLabels(NamedTuple):
-    """What is known of pairs of pixels, each (B, P, h, w) booleans; a pair with a pixel of unknown seed is in none.
+    """What is known of pairs of pixels, each (B, P, h, w) booleans. A pair with a pixel of unknown seed is in none of
+    them.
 
     foreground: both of one class. background: both background. different: of two classes, or of one and background.
     """
@@ -429,8 +430,8 @@ def boundaries(model: IRN, images: Tensor) -> Tensor:
 def irn_labels(found: ClassMaps, image: np.ndarray, config: IRNConfig, refinement: CRFConfig) -> np.ndarray:
     """Return the mask (H, W) that IRN learns from: confident classes and background, 255 elsewhere.
 
-    The seed mask is made at a high and at a low background score, and each is refined by the CRF. What is foreground in
-    the first is confident, and so is what is background in *both*.
+    The seed mask is made at a high and at a low background score, and the CRF refines both. Pixels that are foreground
+    in the first mask are confident foreground. Pixels that are background in *both* masks are confident background.
     """
     high, low = (
         crf.refine_labels(image, seed_mask(found.maps, found.classes, threshold), refinement)
@@ -465,7 +466,8 @@ def seen(boundary: Tensor, size: tuple[int, int], image_size: int | None = None)
 def on_grid(maps: np.ndarray, boundary: Tensor, area: tuple[int, int] | None = None) -> Tensor:
     """Return seed maps (K, H, W) on the grid of a boundary map, each by its own maximum, as released.
 
-    area: that the cells see (`seen`); None is that of the maps. Beyond them the last row and column go on.
+    area: what the cells see (`seen`); None is the area of the maps. Beyond the maps their last row and column are
+    repeated.
     """
     if not len(maps):
         return boundary.new_zeros((0, *boundary.shape))

@@ -1,8 +1,8 @@
 """LocLoc (ACM MM 2023): a generator learns GrabCut's masks from frozen tokens, a second transformer classifies.
 
-One pass of the frozen transformer serves both (supplement, listing B.3): its patch tokens behind the last block go to
-the generator (GEG), its tokens before the first block to the classifier (LFDM), whose blocks start as copies and are
-trained.
+One pass of the frozen transformer serves both (supplement, listing B.3). Its patch tokens behind the last block go to
+the generator (GEG). Its tokens before the first block go to the classifier (LFDM), whose blocks start as copies of the
+frozen ones and are trained.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from wsolnb.methods.frozen import FrozenBackbone, OnFrozen, deconvolutions, half
 class LocLocConfig(BaseModel):
     """Switches in which the supplement and the released code differ, and the sizes of the generator.
 
-    third_level: whether the second up block reads the first one's output. The released one reads the third map instead,
-        so that the deepest level is computed and never used.
+    third_level: whether the second up block reads the first one's output. In the released code it reads the third map
+        instead, so the deepest level is computed and never used.
     enhance_training: the classifier is trained on images that are black outside of their mask.
     rectangle: a random rectangle is left as it was.
-    enhance_test: it is shown such images at test too, masked by the generator's map above `mask_threshold` (min-max).
+    enhance_test: the classifier is shown such images at test, too, masked by the generator's map above `mask_threshold`
+        (min-max).
     base: channels of the U-Net's levels are 2, 4, 8 times this. channels: of the transposed convolutions.
     momentum: of the U-Net's batch normalisations.
     """
@@ -54,12 +55,12 @@ class LocLocConfig(BaseModel):
 
     @classmethod
     def paper(cls, **changes) -> LocLocConfig:
-        """As the supplement tells it: three levels down and up, enhanced images in training and at test."""
+        """The supplement's settings: three levels down and up, enhanced images in training and at test."""
         return cls(**{"third_level": True, "rectangle": False, "enhance_test": True, **changes})
 
     @classmethod
     def released(cls, **changes) -> LocLocConfig:
-        """As the released code has it."""
+        """The released code's settings."""
         return cls(**changes)
 
 
@@ -159,7 +160,7 @@ class LocalFeatureDigging(nn.Module):
 
 
 class LocLocOutput(NamedTuple):
-    """What the joint model leaves; a part that the model has not is None, logits are then zeros.
+    """What the joint model returns. The output of a missing part is None, and logits are zeros without a classifier.
 
     logits: (B, C). generated: (B, h', w') in [0, 1], the generator's map. class_maps: (B, C, h, w), the classifier's.
     """
@@ -171,10 +172,10 @@ class LocLocOutput(NamedTuple):
 
 @register("locloc")
 class LocLoc(OnFrozen):
-    """Frozen transformer, generator and classifier; either of the two may be missing, so that each is trained alone.
+    """Frozen transformer, generator and classifier. Generator or classifier may be missing: each is trained alone.
 
-    config: what does not concern the generator alone is read here. With `enhance_test` the masked image is embedded
-    anew, which takes no block of the frozen transformer: still one pass.
+    config: the fields that concern more than the generator are read here. With `enhance_test` the masked image is
+    embedded anew. This takes no block of the frozen transformer, so it is still one pass.
     Raises ParameterError without both parts, and for `enhance_test` without a generator when it is run.
     """
 
@@ -258,7 +259,7 @@ class LocLoc(OnFrozen):
         return super().loss(forward, batch, label_smoothing)
 
     def first_transforms(self) -> list[Callable]:
-        """Return what blackens the training images of a classifier, if the configuration asks for it."""
+        """Return the transform that blackens a classifier's training images, if the configuration asks for it."""
         return [Enhance(self.config.rectangle)] if self.classifier is not None and self.config.enhance_training else []
 
 
@@ -282,7 +283,7 @@ class Enhance:
 
     rectangle: leave a random rectangle as it was, as the released code does: its centre uniform in the image, its sides
         a share sqrt(1 - l) of the image's, l uniform in [0, 1], cut off at the image's border.
-    Pixels that the mask does not know stay. A sample without a mask raises ParameterError.
+    Pixels that are unknown in the mask stay as they are. A sample without a mask raises ParameterError.
     """
 
     rectangle: bool = False

@@ -1,16 +1,17 @@
 """LPCAM (Chen and Sun, CVPR 2023): class activation maps from clustered local features instead of classifier weights.
 
-Nothing is trained: local features of a class's images are split by CAM into foreground and context (eq. 2), clustered,
-the clusters judged by the classifier (eq. 3 and 4), and a new image's features compared with those that are kept (eq. 5
-and 6). Only features and classifier weights are asked for, so any network that has them can be its host.
+Nothing is trained. CAM splits the local features of a class's images into foreground and context (eq. 2). Both are
+clustered. The classifier judges the clusters (eq. 3 and 4), and the features of a new image are compared with the
+clusters that are kept (eq. 5 and 6). LPCAM needs only features and classifier weights, so any network that has them can
+be its host.
 
     foreground, context = split_local_features(features, cam, config.tau)           # for each image of the class
     centres = cluster_local_features(torch.cat(all_foregrounds), config)
     prototypes = select_prototypes(centres, weight, class_index, config)
     found = lpcam(features, prototypes, context_prototypes)
 
-The equations stand first, in the order of https://arxiv.org/abs/2303.10334. Eq. 5 and 6 are there prototype by
-prototype; behind them is what runs, one product for any number of prototypes.
+The equations stand first, in the order of https://arxiv.org/abs/2303.10334. They write eq. 5 and 6 prototype by
+prototype. The code that runs follows them, with one product for any number of prototypes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def split_local_features(
     """Return F = {f(x, y): CAM(x, y) > tau} (n, D) and B, the other local features (m, D), of one image (eq. 2).
 
     features: f (D, h, w). cam: (h, w), >= 0, of the image's class; divided by its maximum here if `divide`, else taken
-    as it is. All is context where it is zero everywhere. What equals tau is context or dropped, as `ties` says.
+    as it is. If the CAM is zero everywhere, all features are context. Where the CAM equals tau, `ties` decides between
+    context and dropping.
     Raises MapError for NaN or shapes that do not fit.
     """
     if features.ndim != 3 or features.shape[1:] != cam.shape:
@@ -53,11 +55,12 @@ def split_local_features(
 
 
 def cluster_local_features(features: Tensor, config: LPCAMConfig, iterations: int = 300) -> Tensor:
-    """Return at most K centres (K', D) of local features (n, D): F_1 ... F_K of F, B_1 ... B_K of B; none of none.
+    """Return at most K centres (K', D) of local features (n, D): F_1 ... F_K of F, B_1 ... B_K of B.
 
-    k-means: started by k-means++ (scikit-learn) or from random features, assignment by `config.metric`, a centre is the
+    k-means starts by k-means++ (scikit-learn) or from random features, and assigns by `config.metric`. A centre is the
     mean of its *raw* features. A cluster that runs empty restarts at the feature that is farthest from its centre.
-    hierarchical: average linkage; zero features have no direction and are left out of it where the metric is cosine.
+    Hierarchical clustering has average linkage. With the cosine metric it leaves out zero features, which have no
+    direction.
 
     Raises ParameterError for a hierarchical clustering of more than 20,000 features, whose distances take 3 GB.
     """
@@ -124,10 +127,10 @@ def centre_scores(centres: Tensor, weight: Tensor, class_index: int, score: str 
 def select_prototypes(
     centres: Tensor, weight: Tensor, class_index: int, config: LPCAMConfig, context: bool = False
 ) -> Tensor:
-    """Return the centres (n, D) that are kept as prototypes: of the class (p_i > mu_f), or of its context (< mu_b).
+    """Return the centres (n, D) that are kept as prototypes of the class (p_i > mu_f), or of its context (p_i < mu_b).
 
-    Raises ParameterError when no class prototype is left and `config.none_left` is `error`. Of context prototypes there
-    may be none: nothing is subtracted then.
+    Raises ParameterError when no class prototype is left and `config.none_left` is `error`. There may be no context
+    prototype; then nothing is subtracted.
     """
     if not len(centres):
         if context:
@@ -152,7 +155,7 @@ def similarity_maps(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def plain_lpcam(features: Tensor, class_prototypes: Tensor, context_prototypes: Tensor) -> Tensor:
-    """Return LPCAM (B, h, w) = ReLU(FG - BG), divided by its maximum (eq. 6); arguments as of `lpcam`, none is empty.
+    """Return LPCAM (B, h, w) = ReLU(FG - BG), divided by its maximum (eq. 6). Arguments as of `lpcam`, but not empty.
 
     FG, BG: the means over the prototypes of the class, and of its context, of `similarity_maps` (eq. 5).
     """
@@ -172,25 +175,26 @@ class LPCAMConfig(BaseModel):
     """Everything that paper and released code do differently, and the hyperparameters.
 
     clusters: K, of foreground and of context each. tau: of eq. 2, on CAM divided by a maximum, see `split_maximum`.
-    ties: where a pixel goes whose CAM equals tau: to the `context`, or nowhere (`dropped`).
+    ties: a pixel whose CAM equals tau goes to the `context`, or is `dropped`.
     split_cam: the CAM of eq. 2 is that of the feature `grid` at scale 1, or the `final` one (all scales and flips, at
-        the image's size), of which each cell of the grid takes the nearest pixel.
-    split_maximum: of that CAM, over the cells of the `grid`, or over the pixels of the `image`. The final CAM has been
-        divided by the latter: `image` takes its values as they are, as released. The CAM of the grid has `grid` only.
+        the image's size); each cell of the grid then takes its nearest pixel.
+    split_maximum: the maximum that divides this CAM: over the cells of the `grid`, or over the pixels of the `image`.
+        The final CAM is already divided by the latter, so `image` takes its values as they are, as released. For the
+        CAM of the grid only `grid` is allowed.
     mu_f: least score of a class prototype (eq. 3). mu_b, mu_b_least: a context prototype scores between them (eq. 4).
     score: of a centre, the classifier's `softmax` over classes, or the `sigmoid` that its loss was made for.
     metric: of the assignment to centres. algorithm: `kmeans`, `minibatch` (k-means for large sets) or `hierarchical`.
     start: of k-means, `k-means++` or `random` features. tolerance: k-means stops when the square of the summed shifts
         of all centres is below it; 0 = when no feature changes its cluster.
-    images_per_class: that are clustered, drawn at random, with `replacement` or without; 0 = all.
-    features_per_class: most local features, of foreground and of context each, that are clustered; 0 = all. The limit
-        bounds the memory: of more, a uniform sample is kept.
+    images_per_class: number of images that are clustered, drawn at random, with `replacement` or without; 0 = all.
+    features_per_class: the largest number of local features that are clustered, for foreground and context each; 0 =
+        all. The limit bounds the memory: if there are more, a uniform sample is kept.
     none_left: what happens when no centre scores mu_f: take the `best`, or raise an `error` (as VOC's released code).
-    flip: how the mirror image enters a map: its `features` are added to the image's before the cosine, its `maps` are,
-        or not at all (`none`).
+    flip: how the mirror image enters a map: its `features` are added to the image's before the cosine, its `maps` are
+        added, or it does not enter (`none`).
     scales: of the input image. over_scales: the maps' `mean` or `sum`; they are divided by their maximum afterwards.
-    relu: of eq. 6, `always` or only `with_context` prototypes. It is all the same to features behind a ReLU: their
-        cosines to means of such features are not negative.
+    relu: of eq. 6, `always` or only `with_context` prototypes. For features behind a ReLU both are the same, because
+        their cosines to means of such features are not negative.
     seed: of everything drawn: images, features, the clustering's start.
     """
 
@@ -234,13 +238,13 @@ class LPCAMConfig(BaseModel):
 
     @classmethod
     def paper(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
-        """As the paper writes it."""
+        """The paper's settings."""
         coco = {"clusters": 20, "tau": 0.25, "mu_b": 0.5, "images_per_class": 100} if dataset == "coco" else {}
         return cls(**coco | changes)
 
     @classmethod
     def released(cls, dataset: Literal["voc", "coco"] = "voc", **changes: Any) -> LPCAMConfig:
-        """As the released code computes it."""
+        """The released code's settings."""
         both = {"ties": "dropped", "split_cam": "final", "split_maximum": "image", "start": "random", "tolerance": 5.0}
         both |= {"flip": "features", "relu": "with_context"}
         voc = {"mu_b_least": 0.05, "none_left": "error"}
@@ -301,11 +305,12 @@ def cam_of(
 
     scales: per scale features (F, D, h, w) of the image and, F = 2, of its mirror image, mirrored back.
     weight: (C, D) of the classes of interest. size: (H, W). area: that the cells see (`maps.enlarge`); None is `size`.
-    At each scale the rectified maps of both are added, then enlarged, summed over scales and divided by their maximum.
+    At each scale the rectified maps of both are added. They are then enlarged, summed over scales and divided by their
+    maximum.
 
-    As released, the maps of *every* scale are enlarged to the area of the first one. That is exact where a scale s has
-    s times the cells. Else its map is off at the lower and right edge: of 500 pixels at stride 16 and scale 1.5, 47
-    cells see 501 and are enlarged to 512.
+    As released, the maps of *every* scale are enlarged to the area of the first scale. This is exact where a scale s
+    has s times the cells. Otherwise its map is off at the lower and right edge: of 500 pixels at stride 16 and scale
+    1.5, 47 cells see 501 and are enlarged to 512.
     """
     both = (torch.einsum("fdhw,cd->cfhw", features.to(weight), weight).relu() for features in scales)
     return by_maximum(_summed((maps.sum(dim=1) for maps in both), size, area))

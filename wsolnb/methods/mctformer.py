@@ -1,8 +1,8 @@
 """MCTformer (Xu et al., CVPR 2022): a vision transformer with one class token per category.
 
-Every category has a token of its own, whose attention to the patches is a map of that category; a convolution over the
-patch tokens gives a second map (the patch CAM), and their product is the localization. Patch-to-patch attention refines
-it. For LPCAM the patch tokens are the local features and the convolution is the classifier.
+Every category has a token of its own, whose attention to the patches is a map of the category. A convolution over the
+patch tokens gives a second map (the patch CAM). The product of the two maps localizes, and patch-to-patch attention
+refines this product. For LPCAM the patch tokens are the local features and the convolution is the classifier.
 
     model = MCTformer(create_backbone("vit_mini", pretrained=True), num_classes=6)
 """
@@ -55,9 +55,8 @@ class MCTformerOutput(NamedTuple):
 class MCTformer(LocalizationModel):
     """A vision transformer of `wsolnb.backbones` whose class token is replaced by one per category.
 
-    The tokens and their position start from the pretrained class token. Registers stay, between them and the patches;
-    no map counts them. Images of any size are taken: the position
-    embedding is resampled to their grid.
+    The tokens and their position start from the pretrained class token. Registers stay between the class tokens and the
+    patches; no map counts them. Images may have any size: the position embedding is resampled to their grid.
     layers: number of last layers whose class attention is averaged.
     padding: of the 3 x 3 convolution over the patches, `zeros` as published, or `replicate`.
     final_norm: whether the last block's tokens are normalised; the released program does not.
@@ -162,7 +161,7 @@ class MCTformer(LocalizationModel):
 
 
 def refine(maps: Tensor, affinity: Tensor) -> Tensor:
-    """Return maps (B, K, h, w) with each patch the affinity-weighted sum over all patches (patch-level affinity).
+    """Return maps (B, K, h, w) in which each patch is the affinity-weighted sum over all patches.
 
     affinity: (B, N, N), rows = the patch that attends.
     """

@@ -1,7 +1,7 @@
 """Proxy probing decoder (Xu et al., ACM MM 2022): frozen tokens, decoded to their attention, probed for the class.
 
-The baseline of LocLoc. As the listing of LocLoc's supplement (B.3) has it, class and map come from separate passes of
-the frozen transformer over images that are loaded separately.
+PPD is the baseline of LocLoc. As in the listing of LocLoc's supplement (B.3), class and map come from separate passes
+of the frozen transformer, over images that are loaded separately.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class PPDOutput(NamedTuple):
 
 @register("ppd")
 class PPD(OnFrozen):
-    """Frozen transformer, decoder and probe; either of the two may be missing, so that each is trained alone.
+    """Frozen transformer, decoder and probe. Decoder or probe may be missing, so that the other is trained alone.
 
-    threshold: makes the attention that the decoder learns 0 and 1 (>= threshold); None: it is soft.
+    threshold: turns the attention that the decoder learns into 0 and 1 (>= threshold); None leaves it soft.
     """
 
     maps = ("proxy",)
@@ -153,7 +153,7 @@ class PPD(OnFrozen):
         return PPDOutput(self.classify(images if class_images is None else class_images), self.draw(images))
 
     def localize(self, output: PPDOutput, classes: Tensor) -> dict[str, Tensor]:
-        """The decoder's map, the same for every class; uniform (so no box) without a decoder."""
+        """The decoder's map, the same for every class. Without a decoder it is uniform and has no box."""
         empty = output.logits.new_zeros(len(classes), *self.frozen.grid)
         return {"proxy": empty if output.proxy is None else output.proxy.float()}
 
@@ -217,7 +217,7 @@ def described(model: Any, dataset: LocalizationDataset, transform: Transform) ->
 def fit_probe(
     model: Any, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
-    """Return the state of a linear layer, `logistic` of what `model.describe` reads of images, and top-1 by `C`.
+    """Return the state of a linear layer fitted by `logistic` to what `model.describe` reads, and top-1 by `C`.
 
     Each image is seen once, not augmented. `C` is the smallest of `C_GRID` with the best top-1 on `val`.
     Raises ParameterError for a class without a training image.
@@ -239,7 +239,7 @@ def fit_probe(
 def probe_maker(
     backbone: TransformerBackbone, train: LocalizationDataset, val: LocalizationDataset, transform: Transform
 ) -> Callable[[Path], None]:
-    """Return what fills a folder with a probe of the frozen transformer, `fit_probe`; see `read_probe`."""
+    """Return a function that fills a folder with a probe of the frozen transformer (`fit_probe`); see `read_probe`."""
 
     def make(folder: Path) -> None:
         model = PPD.create(backbone, len(train.class_names), "probe")

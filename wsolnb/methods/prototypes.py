@@ -123,8 +123,8 @@ def fit_prototypes(
     """Cluster the local features of every class; one `ClassPrototypes` per class.
 
     folder: each class is written there as soon as it is done, and read back by a second call, so that an interrupted
-        clustering goes on with the next class. What was made with other settings of `CLUSTERING`, another classifier
-        (told by its weights) or list of images is made again.
+        clustering goes on with the next class. A class is clustered again if the settings of `CLUSTERING`, the
+        classifier's weights or the list of images have changed.
 
     A class without images has no centres; `directions` says what becomes of it.
     """
@@ -143,7 +143,7 @@ def fit_prototypes(
 
 
 def clustering(config: LPCAMConfig) -> LPCAMConfig:
-    """Return a configuration in which only what decides the centres is taken over: configurations can share them."""
+    """Return a configuration that keeps only the fields that decide the centres: others may share these."""
     return LPCAMConfig(**config.model_dump(include=_asked(config)))
 
 
@@ -218,7 +218,7 @@ def variant_maps(
 ) -> Iterator[dict[str, ClassMaps]]:  # fmt: skip
     """Yield, for every image, the maps of its own classes by name, all from one pass over the features.
 
-    by_name: the `directions` of each variant; None stands for CAM. `config` says scales and flips, also of CAM.
+    by_name: the `directions` of each variant; None stands for CAM. `config` sets scales and flips, also of CAM.
     Raises DataError as the source does.
     """
     for found in source.images(indices, config.scales, config.flip != "none", unreadable):

@@ -3,13 +3,14 @@
     model = create_method("tscam", create_backbone("deit_small"), 200)
     report = load_published(model, "model_best.pth", source="tscam")
 
-Names and shapes are those of the released programs. Their own modules, filled with random numbers, give what the models
-here give after loading their states, to 1e-5 of the largest value. Of the files only PPD's probe of CUB could be had,
-and was loaded. All of these programs normalise images by ImageNet's mean and standard deviation.
+Names and shapes are those of the released programs. Their own modules were filled with random numbers. The models here
+give the same outputs after loading these states, to 1e-5 of the largest value. Of the published files only PPD's probe
+of CUB could be had, and it was loaded. All of these programs normalise images by ImageNet's mean and standard
+deviation.
 
 - tscam (github.com/vasgaowei/TS-CAM): DeiT-T, DeiT-S, DeiT-B of 384 pixels, Conformer-S. The logits of the last one add
   there those of the convolutional branch, which is not built here: its maps are the published ones, its logits not.
-- scm (github.com/164140757/SCM): DeiT-S. Its program has a Conformer, too, of which it offers no weights: not read.
+- scm (github.com/164140757/SCM): DeiT-S. Its program also has a Conformer, but offers no weights for it: not read.
 - lpcam (github.com/zhaozhengChen/LPCAM): the classifier, `res50_cam.pth`, which the program writes and nobody offers;
   20 classes of VOC, 80 of COCO. Its ResNet-50 has stride 16 without dilation.
 - irn (github.com/jiwoon-ahn/irn, and LPCAM's copy): `res50_irn.pth`, likewise.
@@ -17,7 +18,7 @@ and was loaded. All of these programs normalise images by ImageNet's mean and st
   enlarges the positions by another bicubic rule (maps differ by half a percent). MCTformer+, which came later, ranks
   its patches: not read.
 - locloc (github.com/Cliffia123/LocLoc): the generator in one file (the U-Net of its evaluation script), the classifier
-  in another. That one has 1,000 outputs on CUB, too, of which the first 200 are the classes. The backbone is DeiT-S.
+  in another. The classifier has 1,000 outputs also on CUB, where the first 200 are the classes. The backbone is DeiT-S.
 - ppd (github.com/ustcjinggg/ProxyProbingDecoder): the decoder in one file, in another the probe, of class tokens alone.
   The backbone is DINO's ViT-S/16, for images of 256 pixels. LocLoc's training script writes a decoder of the same names
   and shapes, for tokens without a final normalisation: it cannot be told apart.
@@ -292,10 +293,10 @@ BESIDE = {
 def load_published(model: nn.Module, path: str | Path, source: str) -> Report:
     """Load a published checkpoint into a model, and return what was filled by what; no code of the file is run.
 
-    Strict: every tensor of the file is used or ignored for a reason, and every tensor of the model is filled or kept
-    for one. Wrappers (`state_dict`, `model`, `net`) and prefixes (`module.`, `model.`, `_orig_mod.`) are opened. Of a
-    LocLoc or PPD the part that the file holds is filled; the weights of its backbone are a file of their own, for
-    `create_backbone`. The model is left as it was where anything is wrong.
+    Loading is strict: every tensor of the file is used, or ignored for a reason, and every tensor of the model is
+    filled, or kept for a reason. Wrappers (`state_dict`, `model`, `net`) and prefixes (`module.`, `model.`,
+    `_orig_mod.`) are opened. For LocLoc and PPD the part that the file holds is filled; the weights of the backbone are
+    a file of their own, for `create_backbone`. If anything is wrong, the model is left as it was.
 
     source: whose program wrote the file, one of `SOURCES`. path: a `.pth`, `.pt`, `.tar` or `.safetensors` file.
     Raises ParameterError for an unknown source, or a model whose results would not be the published ones; WeightsError

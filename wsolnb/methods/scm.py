@@ -1,12 +1,12 @@
 """SCM (Bai et al., ECCV 2022): a module that diffuses a transformer's attention over the graph of its patches.
 
-It is there in training only: the classification loss is taken behind it, and so calibrates the attention map and the
-semantic map in front of it, whose product localizes (sec. 3.3).
+The module is there in training only. The classification loss is taken behind the module, and so calibrates the
+attention map and the semantic map in front of it. The product of these two maps localizes (sec. 3.3).
 
     model = SCM(create_backbone("vit_mini", pretrained=True), num_classes=12, config=SCMConfig.released())
 
-The equations stand first, as https://arxiv.org/abs/2207.10447 writes them: matrices over all pairs of patches. What the
-module runs is `diffuse` of `wsolnb.methods.stencil`, which gives the same without a matrix.
+The equations stand first, as https://arxiv.org/abs/2207.10447 writes them: matrices over all pairs of patches. The
+module runs `diffuse` of `wsolnb.methods.stencil`, which gives the same without a matrix.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 TINY = 1e-30
-"""What counts as zero. Ranges behind tanhShrink are 1e-9 and less: a floor near them would switch the filter off."""
+"""Values up to this count as zero. Ranges behind tanhShrink are 1e-9 and less; a floor near them would switch the
+filter off."""
 
 # Equations 3 to 7, as the paper writes them
 
@@ -83,7 +84,7 @@ SERIES += (-6404582 / 10854718875,)
 
 
 def tanh_shrink(x: Tensor) -> Tensor:
-    """Return x - tanh(x): about x^3 / 3 near 0, so that what is small vanishes.
+    """Return x - tanh(x). It is about x^3 / 3 near 0, so small values vanish.
 
     The difference cancels near 0, so below 0.15 its series is used.
     """
@@ -111,14 +112,14 @@ def _or_one(x: Tensor) -> Tensor:
 class SCMConfig(BaseModel):
     """Everything that paper and released code do differently, and the hyperparameters.
 
-    blocks: number of activation diffusion blocks. steps, first_steps: Newton-Schulz steps p, of the first block p of
-    its own. alpha: of X_0. lam, beta: starts of the learnable parameters of each block.
+    blocks: number of activation diffusion blocks. steps: Newton-Schulz steps p of each block but the first, which has
+    `first_steps`. alpha: of X_0. lam, beta: starting values of the learnable parameters of each block.
     attention: F^0 is the mean over layers and heads (eq. 1), or that mean scaled by min and max to [0, 1]. The map at
     test time couples the same F^0 with the semantic map.
     filter: `absolute` is eq. 7; `relative` = tanhShrink(F / t), t = beta times the maximum of the block's incoming F,
     then min-max.
-    residual: S + S * T and F + T go on (fig. 2's caption: its drawing omits these connections "for simplicity"), or
-    S * T and T alone, as the text of sec. 3.2 reads without the caption.
+    residual: a block passes on S + S * T and F + T (fig. 2's caption says that the drawing omits these connections "for
+    simplicity"). Without it a block passes on S * T and T, as the text of sec. 3.2 reads without the caption.
     constant_start: hold X_0 constant when differentiating.
     """
 
@@ -137,12 +138,12 @@ class SCMConfig(BaseModel):
 
     @classmethod
     def paper(cls, **changes: Any) -> SCMConfig:
-        """As the paper writes it."""
+        """The paper's settings."""
         return cls(**changes)
 
     @classmethod
     def released(cls, **changes: Any) -> SCMConfig:
-        """As the released code computes it."""
+        """The released code's settings."""
         preset = {"first_steps": 16, "attention": "min_max", "filter": "relative"}
         return cls(**preset | {"constant_start": True} | changes)
 
@@ -216,8 +217,8 @@ class SpatialCalibration(nn.Module):
 class SCM(TSCAM):
     """TS-CAM that is trained behind the spatial calibration module.
 
-    In training the logits are the mean of S^L; in evaluation those of TS-CAM: the module costs nothing there. The map
-    is S^0 * F^0 (sec. 3.3), which differs from that of TS-CAM where `config.attention` scales F^0. config: default
+    In training the logits are the mean of S^L. In evaluation they are those of TS-CAM, so the module costs nothing. The
+    map is S^0 * F^0 (sec. 3.3). It differs from that of TS-CAM if `config.attention` scales F^0. config: default
     `SCMConfig.paper()`. options: of TS-CAM.
     """
 

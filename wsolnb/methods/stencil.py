@@ -1,6 +1,6 @@
 """SCM's diffusion without matrices: the Laplacian as a stencil of five numbers a patch, and products with it.
 
-`wsolnb.methods.scm` has the equations as the paper writes them, which these functions equal to rounding.
+`wsolnb.methods.scm` has the equations as the paper writes them. These functions give the same up to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from wsolnb.errors import ParameterError
 
 DENSE_ABOVE = 8
-"""Most Newton-Schulz steps that are done as stencil products; 2**p of them take longer than p squares of matrices."""
+"""Most Newton-Schulz steps p for stencil products; above it, 2**p products take longer than p squares of matrices."""
 
 
 class Laplacian(NamedTuple):
@@ -174,8 +174,9 @@ def diffuse(
     """Return the diffused attention X_p F (B, h, w), eq. 3 to 6, without the matrix X_p.
 
     attention: F (B, h, w). tokens: what the similarity is taken of, the semantic map S (B, C, h, w). lam: intensity of
-    the semantics; less diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1 pairs of
-    stencil products, above by the eigenvalues of L (on a CPU) or by squares of matrices (on CUDA), both in float64.
+    the semantics; a smaller one diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1
+    pairs of stencil products, above by the eigenvalues of L (on a CPU) or by squares of matrices (on CUDA), both in
+    float64.
     alpha: of X_0 = alpha L^T. constant_start: hold X_0 constant when differentiating, as the released code does.
 
     Returned in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do

@@ -31,8 +31,8 @@ class TSCAM(LocalizationModel):
 
     padding: how the convolution sees beyond the patch grid. `zeros` is the published head; it shows the classifier
         where the border is, which from scratch becomes a frame in the semantic map. `replicate` does not.
-    head_init: the convolution's first weights, random (`kaiming`, as published) or `zeros`: the loss sees the semantic
-        map's mean only, so what random weights draw into the map besides stays there.
+    head_init: the convolution's first weights, random (`kaiming`, as published) or `zeros`. The loss sees only the
+        semantic map's mean, so a pattern that random weights draw into the map can stay there.
     """
 
     maps = ("tscam", "semantic", "attention")

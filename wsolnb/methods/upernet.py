@@ -23,7 +23,7 @@ STEP = 32
 
 
 class Encoder(NamedTuple):
-    """What UPerNet makes its encoder of: timm's name of a Swin, and whether it starts from published weights."""
+    """The encoder of UPerNet: timm's name of a Swin, and whether it starts from published weights."""
 
     name: str
     pretrained: bool = False

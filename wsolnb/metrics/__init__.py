@@ -1,7 +1,7 @@
 """Metrics with the published protocols, in NumPy, OpenCV and numba: no model code, and the whole threshold curve.
 
-Accumulators take one image per `update` and return from `compute` a result that has its `curve` over thresholds, the
-best threshold (an oracle, unless the images are a validation split) and `at(threshold)` for one chosen elsewhere.
+An accumulator takes one image per `update`. Its `compute` returns a result with a `curve` over thresholds, the best
+threshold (an oracle, unless the images are a validation split), and `at(threshold)` for a threshold chosen elsewhere.
 """
 
 from wsolnb.metrics.boxes import PROTOCOLS, TSCAM, WSOLEVALUATION, BoxProtocol, box_iou, boxes_from_score_map

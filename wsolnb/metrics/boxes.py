@@ -1,8 +1,8 @@
 """Boxes from score maps, and how boxes are compared: the published protocols, to the pixel.
 
 The package's boxes are half-open, `x0, y0, x1, y1` with width `x1 - x0` (see `wsolnb.data.sample`). Published
-evaluation code mixes that with inclusive coordinates. All such behaviour is in `published_boxes` and, for the IoU of
-inclusive boxes, in `box_overlap`; everything else calls these.
+evaluation code mixes them with inclusive coordinates. All such behaviour is in `published_boxes` and, for the IoU of
+inclusive boxes, in `box_overlap`. Everything else calls these two functions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WSOLEVALUATION = BoxProtocol("wsolevaluation", clip_prediction=True, clip_truth=
 """MaxBoxAcc of Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020."""
 
 TSCAM = BoxProtocol("tscam", clip_prediction=False, clip_truth=True, empty=(0, 0, 1, 1))
-"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which others inherited."""
+"""The evaluation of TS-CAM (Gao et al., ICCV 2021), which other programs inherited."""
 
 SCM = BoxProtocol("scm", clip_prediction=True, clip_truth=False, empty=(0, 0, 0, 0), truncate_truth=False)
 """The evaluation of SCM's released code (Bai et al., ECCV 2022): predictions as in wsolevaluation, truth untouched."""
@@ -106,7 +106,7 @@ def foreground_levels(score_map: np.ndarray, thresholds: np.ndarray) -> tuple[np
     """Return grey = trunc(255 * map), uint8 (H, W), and the levels int(t * max(grey)), int64 (T,), of the thresholds.
 
     The foreground at a threshold are the pixels with grey > level. The product is taken in the map's own precision, as
-    the published codes do. Raises MapError for a map that is none.
+    in the published codes. Raises MapError for an invalid map.
     """
     grey = (check_score_map(score_map) * 255).astype(np.uint8)
     return grey, np.trunc(thresholds * int(grey.max())).astype(np.int64)
@@ -117,7 +117,7 @@ def level_boxes(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the boxes of the distinct foregrounds among the thresholds, and which of them each threshold (T,) has.
 
-    `boxes_from_score_map` without the repetition: 1,000 thresholds know at most 256 foregrounds.
+    This is `boxes_from_score_map` without repeated boxes: 1,000 thresholds have at most 256 different foregrounds.
     """
     grey, wanted = foreground_levels(score_map, thresholds)
     # Levels between which no grey value lies have the same foreground: keep the lowest of them.
@@ -148,15 +148,15 @@ def boxes_from_score_map(
 
     With grey = trunc(255 * map), the foreground at threshold t is grey > int(t * max(grey)). Its contours are those of
     `cv2.findContours(RETR_TREE, CHAIN_APPROX_SIMPLE)`, borders of holes included; the box of a contour is its bounding
-    rectangle. One box per threshold is that of the first contour with the largest `cv2.contourArea`;
-    `multi_contour=True` gives those of all contours, in OpenCV's order. The time hardly depends on the number of
+    rectangle. By default each threshold has one box, that of the first contour with the largest `cv2.contourArea`.
+    `multi_contour=True` gives the boxes of all contours, in OpenCV's order. The time hardly depends on the number of
     thresholds.
 
     score_map: (H, W) float32 in [0, 1]. thresholds: (T,) in [0, 1], in any order.
     protocol: `wsolevaluation`, `tscam` or `scm`, or a `BoxProtocol`; the first two differ in clipping and in the empty
         box, `scm` is `wsolevaluation` here.
     Returns T integer arrays (n, 4), n >= 1. Thresholds of the same foreground share one array; it is read-only.
-    Raises MapError for a map that is none, ParameterError for thresholds out of range or an unknown protocol.
+    Raises MapError for an invalid map, ParameterError for thresholds out of range or an unknown protocol.
     """
     thresholds = check_thresholds(thresholds, ascending=False)
     boxes, which = level_boxes(score_map, thresholds, multi_contour, find_protocol(protocol))

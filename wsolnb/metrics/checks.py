@@ -1,4 +1,4 @@
-"""What every metric accepts: one check per kind of input, each naming what is wrong and what to do."""
+"""What every metric accepts. Each kind of input has one check, whose error names what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def object_and_background(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where a mask (H, W) has object and where background: 0 background, 255 not counted, else object.
 
-    Raises MapError for what is no mask of this shape; with `both`, also when the mask lacks one of them.
+    Raises MapError for an invalid mask or another shape; with `both`, also when the mask lacks object or background.
     """
     background = check_mask(mask, shape) == 0
     objects = ~background & (mask != IGNORE)
@@ -73,7 +73,7 @@ def check_gt_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return ground-truth boxes as (n, 4) float64, n >= 1: half-open `x0, y0, x1, y1` in an image of size (H, W).
 
     A box may leave the image by up to one pixel, as rounded annotations do.
-    Raises MapError for none, for another shape, NaN, x1 < x0 or y1 < y0, and for boxes out of the image.
+    Raises MapError if there is no box, for another shape, NaN, x1 < x0 or y1 < y0, and for boxes outside of the image.
     """
     boxes = np.asarray(boxes, dtype=np.float64)
     if boxes.size == 0:

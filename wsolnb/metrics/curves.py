@@ -1,4 +1,4 @@
-"""Scores as functions of the threshold: what all accumulators hand back."""
+"""Scores as functions of the threshold, which all accumulators return."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ThresholdCurve:
     def best(self, name: str) -> tuple[float, float]:
         """Return (threshold, score) at the maximum of score `name`; the lowest threshold of equally good ones.
 
-        Both are NaN where the score is NaN throughout: nothing was measured that could choose.
+        Both are NaN if the score is NaN at every threshold, because then nothing was measured that could choose.
         """
         values = self[name]
         if np.isnan(values).all():
@@ -42,7 +42,8 @@ class ThresholdCurve:
     def at(self, threshold: float) -> dict[str, float]:
         """Return all scores at a threshold chosen elsewhere, which must be one of `thresholds`.
 
-        Raises ParameterError for another one: there is no interpolation. At NaN, which nothing chose, all are NaN.
+        Raises ParameterError for any other threshold, because nothing is interpolated. At a threshold of NaN all scores
+        are NaN.
         """
         if np.isnan(threshold):
             return dict.fromkeys(self.scores, np.nan)

@@ -1,7 +1,7 @@
 """Localization metrics: MaxBoxAcc, GT-known and top-k localization with an error taxonomy, PxAP, pixel AUC.
 
-All but the AUC are functions of the threshold at which a score map becomes a box or a mask, and hand back the whole
-curve (`wsolnb.metrics.curves`). Accuracies are in [0, 1].
+All but the AUC are functions of the threshold at which a score map becomes a box or a mask, and return the whole curve
+(`wsolnb.metrics.curves`). Accuracies are in [0, 1].
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class BoxAccuracy:
 
     @property
     def v2(self) -> float:
-        """MaxBoxAccV2: the mean over the IoU thresholds of the maxima, any box of an image may be the correct one.
+        """MaxBoxAccV2: the mean over the IoU thresholds of the maxima; any box of an image may be the correct one.
 
         Raises ParameterError when only one box per image was allowed.
         """
@@ -76,7 +76,7 @@ class BoxAccuracy:
         """Return the accuracies at a threshold chosen elsewhere, and their `mean`.
 
         threshold: one for all, or one per IoU threshold, as V2 chooses them:
-        `test.at([t for t, _ in validation.best.values()])`. Raises ParameterError when it is none of the curve's.
+        `test.at([t for t, _ in validation.best.values()])`. Raises ParameterError when the curve lacks the threshold.
         """
         each = np.broadcast_to(np.asarray(threshold, np.float64), len(self.iou_thresholds))
         scores = {name: self.curve.at(t)[name] for name, t in zip(self.curve.scores, each, strict=True)}
@@ -90,7 +90,7 @@ class MaxBoxAcc:
     V1 is `MaxBoxAcc().compute().v1`, V2 is `MaxBoxAcc(multi_contour=True).compute().v2`.
 
     thresholds: (T,) ascending, in [0, 1]. iou_thresholds: in (0, 1].
-    multi_contour: take the boxes of all contours instead of that of the largest.
+    multi_contour: take the boxes of all contours instead of the box of the largest contour.
     protocol: see `boxes_from_score_map`.
     """
 
@@ -116,7 +116,7 @@ class MaxBoxAcc:
 
         score_map: (H, W) float32 in [0, 1]. gt_boxes: (n, 4), n >= 1, half-open `x0, y0, x1, y1` in pixels of the map,
         or of an image of `image_size` (H, W) if that is given; truncated as the protocol does.
-        Raises MapError for a map or boxes that are none.
+        Raises MapError for an invalid map or invalid boxes.
         """
         boxes, which = level_boxes(score_map, self.thresholds, self.multi_contour, self.protocol)
         best = _best_iou(boxes, ground_truth(gt_boxes, score_map.shape, self.protocol, image_size))
@@ -148,7 +148,7 @@ class Localization(Scored):
     curve: per threshold `gt_known`, `top1_loc`, `top5_loc` and the shares of the errors (`ERRORS`); with maps of the
     predicted classes also `gt_known_predicted`, `gt_known_any5` and `top5_loc_any5`.
     top1_cls, top5_cls: classification accuracy. images: number of images.
-    Where no image had a box all curves are NaN, and the classification is that of the images that were `classify`d.
+    If no image had a box, all curves are NaN, and the classification is that of the images given to `classify`.
     """
 
     MAIN = "gt_known"
@@ -168,15 +168,15 @@ class LocalizationAccuracy:
     From the box of the map of the true class and its best IoU with a ground-truth box:
     `gt_known`: IoU >= 0.5. `top1_loc`, `top5_loc`: the class is the first / among the first five, and IoU > 0.5.
 
-    Errors, the first that applies to an image that is not `top1_loc`:
-    `wrong_class`: the first class is wrong. `several_instances`: of several ground-truth boxes more than one is covered
-    by more than 0.3 of its area. Then for the ground-truth box of best IoU: `part`: more than 0.5 of the predicted box
-    is inside. `more`: at least 0.7 of the ground-truth box is covered (>= as in the released code). `other`: the rest.
+    An image that is not `top1_loc` has the first of these errors that applies: `wrong_class`: the first class is wrong.
+    `several_instances`: of several ground-truth boxes more than one is covered by more than 0.3 of its area. The next
+    two compare with the ground-truth box of best IoU. `part`: more than 0.5 of the predicted box is inside of it.
+    `more`: at least 0.7 of it is covered (>= as in the released code). `other`: the rest.
 
-    When the maps of the predicted classes are given too, the variants that some released code reports (the SCM row of
-    such a table): `gt_known_predicted`: IoU >= 0.5 for the map of the first class, whichever it is. `gt_known_any5`:
-    the same for any of the given maps. `top5_loc_any5`: the class is among the first five and any of the given maps
-    has IoU > 0.5.
+    When the maps of the predicted classes are given too, there are also variants that some released code reports.
+    `gt_known_predicted`: IoU >= 0.5 for the map of the first predicted class, right or wrong. `gt_known_any5`: IoU >=
+    0.5 for any of the given maps. `top5_loc_any5`: the class is among the first five and any of the given maps has IoU
+    > 0.5.
 
     thresholds: (T,) ascending, in [0, 1]. protocol: see `boxes_from_score_map`.
     """
@@ -191,7 +191,7 @@ class LocalizationAccuracy:
         self._unboxed: list[tuple[bool, bool]] = []
 
     def classify(self, label: int, logits: np.ndarray) -> None:
-        """Add an image without a box. It counts where no image has one: class accuracies are then all there is.
+        """Add an image without a box. It counts only if no image has a box: then only class accuracies are reported.
 
         label, logits: as for `update`.
         """
@@ -215,8 +215,9 @@ class LocalizationAccuracy:
         gt_boxes, image_size: as for `MaxBoxAcc.update`.
         label: the true class index.
         logits: (C,) scores of the classes; or ranked: class indices, best first, five if there are as many.
-        predicted_maps: 1 to 5 maps (H, W), of the classes ranked first, best first; all images have them or none.
-        Raises MapError for maps, boxes or logits that are none, ParameterError for contradicting arguments.
+        predicted_maps: 1 to 5 maps (H, W), of the classes ranked first, best first. Either all images have them or none
+        has.
+        Raises MapError for invalid maps, boxes or logits, ParameterError for contradicting arguments.
         """
         ranking = _ranking(label, logits, ranked)
         if predicted_maps is not None and not 1 <= len(predicted_maps) <= len(ranking):
@@ -286,7 +287,7 @@ def _ranking(label: int, logits: np.ndarray | None, ranked: Sequence[int] | None
 
 
 def _diagnose(boxes: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best IoU (n,) of boxes (n, 4) with those of `truth` (m, 4), and the error (n,), "" if IoU > 0.5."""
+    """Return the best IoU (n,) of boxes (n, 4) with boxes of `truth` (m, 4), and the error (n,), "" if IoU > 0.5."""
     intersection, area, gt_area = box_overlap(boxes, truth)
     iou = intersection / (area + gt_area - intersection)
     covered = intersection / gt_area
@@ -308,8 +309,8 @@ class PixelPrecision(Scored):
     """What `PxAP.compute` returns.
 
     average_precision: area under the precision-recall curve, in [0, 1].
-    curve: `precision`, `recall`, `iou` and `f1` of the pixels with score >= threshold; a precision where no pixel is
-    is 1. images: number of images.
+    curve: `precision`, `recall`, `iou` and `f1` of the pixels with score >= threshold. The precision of no pixel is 1.
+    images: number of images.
     """
 
     MAIN = "iou"
@@ -321,9 +322,10 @@ class PixelPrecision(Scored):
 class PxAP:
     """Pixel average precision (Choe et al., CVPR 2020): one histogram over the pixels of all images.
 
-    With the thresholds t_0 < ... < t_T-1, then 1, 2 and 3 as edges of the bins, precision and recall are those of the
-    pixels with score >= t, and the average precision is the sum of precision times the increase of recall from the
-    next higher threshold. Pixels below t_0 are not counted at all, as in the published code: start at 0.
+    The edges of the bins are the thresholds t_0 < ... < t_T-1, then 1, 2 and 3. Precision and recall are those of the
+    pixels with score >= t. The average precision is the sum of precision times the increase of recall from the next
+    higher threshold. Pixels below t_0 are not counted at all, as in the published code, so thresholds should start at
+    0.
 
     thresholds: (T,) ascending, in [0, 1].
     """
@@ -338,7 +340,7 @@ class PxAP:
         """Add one image.
 
         score_map: (H, W) float32 in [0, 1]. mask: (H, W) integers: 0 background, 255 not counted, else object.
-        Raises MapError for a map or mask that is none.
+        Raises MapError for an invalid map or mask.
         """
         check_score_map(score_map)
         objects, background = object_and_background(mask, score_map.shape)
@@ -374,7 +376,7 @@ def pixel_auc(score_map: np.ndarray, mask: np.ndarray) -> float:
     Exact (rank statistic), equal scores count half.
 
     score_map: (H, W) float32 in [0, 1]. mask: (H, W) integers: 0 background, 255 not counted, else object.
-    Raises MapError for a map or mask that is none, or when the mask lacks object or background.
+    Raises MapError for an invalid map or mask, or when the mask lacks object or background.
     """
     check_score_map(score_map)
     objects, background = (np.sort(score_map[p]) for p in object_and_background(mask, score_map.shape, both=True))

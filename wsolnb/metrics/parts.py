@@ -1,7 +1,7 @@
-"""Part coverage: how much of the part that tells the class, of the rest of the object and of the context a map covers.
+"""Part coverage: how much of the discriminative part, of the rest of the object and of the context a map covers.
 
-It puts a number on partial activation, the complaint about class activation maps: they cover the discriminative part
-and leave the rest of the object out.
+It puts a number on partial activation, the usual complaint about class activation maps: they cover the discriminative
+part and leave out the rest of the object.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Coverage(Scored):
 class PartCoverage:
     """Covered shares of parts at every threshold, per image and then averaged.
 
-    A pixel is covered at threshold t by the rule that makes boxes (`boxes_from_score_map`): with
-    grey = trunc(255 * map), where grey > int(t * max(grey)). Images that lack a region are left out of its mean, and
-    images that lack object or context out of that of the contrast.
+    The rule is that of boxes (`boxes_from_score_map`): with grey = trunc(255 * map), a pixel is covered at threshold t
+    if grey > int(t * max(grey)). An image that lacks a region is left out of the region's mean. An image that lacks
+    object or context is left out of the mean contrast.
 
     thresholds: (T,) ascending, in [0, 1].
     """
@@ -62,7 +62,7 @@ class PartCoverage:
 
         score_map: (H, W) float32 in [0, 1]. parts: (H, W) integers, `CONTEXT`, `DISCRIMINATIVE` or `REST` of
         `wsolnb.data.sample`, or 255 (not counted).
-        Raises MapError for a map or part map that is none.
+        Raises MapError for an invalid map or part map.
         """
         grey, levels = foreground_levels(score_map, self.thresholds)
         parts = check_mask(parts, score_map.shape, "part map")

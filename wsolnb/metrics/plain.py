@@ -1,4 +1,4 @@
-"""The protocols in their obvious form, threshold by threshold and image by image: what the tests compare with."""
+"""The protocols in their obvious form, threshold by threshold and image by image; the tests compare with it."""
 
 import cv2
 import numpy as np

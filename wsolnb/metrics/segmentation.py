@@ -6,10 +6,10 @@ U = T + P - H: IoU = H / U, false positives FP = (P - H) / U, false negatives FN
 recall = H / T. For one class IoU + FP + FN = 1.
 
 Means are over the classes that occur, of two kinds. `miou`, `fp`, `fn`, `precision` and `recall` count the background
-as a class: mIoU + FP + FN = 1. `fp_foreground` and `fn_foreground` leave it out. The tables of LPCAM print FP and FN
-whose sum with the mIoU is above 1 (VOC: 1.014 and 1.015). Means over all classes cannot do that: theirs is 1. The
-foreground's do it where the background's IoU is above theirs, so that these stand beside the paper's. The released code
-computes neither.
+as a class: mIoU + FP + FN = 1. `fp_foreground` and `fn_foreground` leave it out. In the tables of LPCAM mIoU, FP and FN
+add to more than 1 (VOC: 1.014 and 1.015). Means over all classes always add to 1. With foreground means of FP and FN
+the sum is above 1 if the background's IoU is above the mean of the others. So the foreground means are compared with
+the paper's numbers. The released code computes neither.
 """
 
 from __future__ import annotations
@@ -201,10 +201,11 @@ class SeedSegmentation(Scored):
 class SeedScores:
     """Segmentation scores of seed masks at every background threshold, over all images.
 
-    The seed mask of an image is the argmax over the threshold (background) and the maps of its classes; a pixel whose
-    highest score equals the threshold is background, and of equal classes the first one wins. Thresholds are rounded to
-    float32, as in the released code, which stacks them with the maps. Memory does not grow with the number of images:
-    kept are, per class and threshold, the pixels first exceeding it, split into class, background and other truth.
+    The seed mask of an image is the argmax over the threshold (background) and the maps of its classes. A pixel whose
+    highest score equals the threshold is background; among equal classes the first one wins. Thresholds are rounded to
+    float32, as in the released code, which stacks them with the maps. Memory does not grow with the number of images.
+    For each class and threshold only three counts are kept: the pixels that first exceed it, split by their truth into
+    class, background and other.
 
     num_classes: number of classes with the background. thresholds: (T,) ascending, in [0, 1].
     """
@@ -255,8 +256,8 @@ class SeedScores:
 def seed_mask(maps: np.ndarray, classes: Sequence[int], threshold: float) -> np.ndarray:
     """Return the seed mask (H, W) uint8: 0 background, class index + 1; the rule of `SeedScores`.
 
-    maps: (K, H, W) in [0, 1], one per class; K = 0 gives background. A pixel belongs to the class of its highest map
-    where that exceeds the threshold; the first of equal ones.
+    maps: (K, H, W) in [0, 1], one per class; K = 0 gives background. A pixel belongs to the class of its highest map if
+    this map exceeds the threshold; among equal maps the first one counts.
     """
     _check_maps(maps, classes)
     if not len(maps):

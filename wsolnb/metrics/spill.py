@@ -26,10 +26,10 @@ def spill(score_map: np.ndarray, mask: np.ndarray, ring: int = 8, away: int = 0)
     """Return where a map (H, W) in [0, 1] lies, given a mask (H, W): 0 background, 255 not counted, else object.
 
     ring: width of the outermost ring in pixels, the side of a patch for a transformer's map.
-    away: how far from the object, in pixels along rows and columns, background begins to count for `frame`. A map that
-        is blurred, by a 3x3 head on coarse tokens, say, has a halo around the object, and the inner background holds
-        more of it than the ring: without a distance, `frame` tells of halo and border at once.
-    Raises MapError for a map or mask that is none, or when the mask lacks object or background.
+    away: how far from the object, in pixels along rows and columns, background begins to count for `frame`. A blurred
+        map, for example of a 3x3 head on coarse tokens, has a halo around the object. The inner background holds more
+        of this halo than the ring does. So without a distance `frame` mixes halo and border.
+    Raises MapError for an invalid map or mask, or when the mask lacks object or background.
     """
     check_score_map(score_map)
     thing, background = object_and_background(mask, score_map.shape, both=True)

@@ -28,10 +28,10 @@ VERDICTS = {"reproduced": "R", "partly": "P", "contradicted": "C", "undecided": 
             "needs real data": "D"}  # fmt: skip
 """Every verdict, and the letter that pictures show."""
 SEEDS_WANTED = 5
-"""Pairs that a decision wants; with fewer the verdict is `undecided`."""
+"""Number of pairs that a decision needs; with fewer pairs the verdict is `undecided`."""
 Values = Annotated[list[Any], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 Filter = dict[str, Values]
-"""Of a table's rows: the values, one or several, that a column may have."""
+"""A filter of a table's rows: the values, one or several, that a column may have."""
 
 
 class Test(BaseModel):
@@ -39,10 +39,11 @@ class Test(BaseModel):
 
     rule: `difference` of two groups; `value` of the rows; `trend`, Spearman's correlation with the number in `over`;
     `best`, the lead of one variant over the strongest of the others.
-    where: the rows that count. without: rows that agree with all of it do not.
+    where: the rows that count. without: rows that agree with all of its values do not count.
     measure: a column, or an expression of columns as pandas reads it. rows: columns; each combination is a row.
-    pair_by: what pairs two numbers; empty where something is counted, which has no spread.
-    of, less: the two groups of a difference; of: the variant that is said to be best. relative: of / less - 1 instead.
+    pair_by: the columns that pair two numbers; empty for a count, which has no spread.
+    of, less: the two groups of a difference; for `best`, `of` is the variant that is said to be best. relative: take
+    `of / less - 1` instead.
     expect: the claimed side of `target`; `same`: within `room` of it. size: the paper's distance from `target`.
     error: column of the standard error over `images`, where these are the sample.
     """
@@ -77,8 +78,8 @@ class Test(BaseModel):
 class Claim(BaseModel):
     """A testable claim of a paper, in our words. Without a `test` it needs the data that `command` asks for.
 
-    given: a precondition; where it does not hold, the claim is not in this regime. given_says: the same
-    in words. headline: the README shows it.
+    given: a precondition; if it does not hold, the claim is not in this regime. given_says: the precondition in words.
+    headline: whether the README shows the claim.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -200,7 +201,7 @@ RULES = {
 
 
 def row_verdict(test: Test, mean: float, half: float, enough: bool) -> str:
-    """Judge one row: its interval against the claimed side of the target, its mean against half of the paper's size."""
+    """Judge one row by its interval (on the claimed side of the target?) and its mean (half of the paper's size?)."""
     if not enough or not np.isfinite(half):
         return "undecided"
     if test.expect == "same":
@@ -214,7 +215,10 @@ def row_verdict(test: Test, mean: float, half: float, enough: bool) -> str:
 
 
 def combined(verdicts: Sequence[str]) -> str:
-    """Return one verdict of all rows: theirs if they agree; `partly` if some support the claim; else what most are."""
+    """Return one verdict of all rows: the rows' own if they agree, and `partly` if some support the claim.
+
+    Otherwise `contradicted` if at least half of the rows are, else `undecided`.
+    """
     if len(set(verdicts)) == 1:
         return verdicts[0]
     if {"reproduced", "partly"} & set(verdicts):

@@ -8,8 +8,8 @@
     classes.txt              index in the masks (and COCO's category), class of the network, name; separated by tabs
     contact_sheet.png        image, map, box and mask side by side; from the eleventh row on contact_sheet_2.png, ...
 
-Whatever is known of an image is written before the next one is looked at, and the files of all at the end, however the
-command ends.
+The files of an image are written before the next image is looked at. The files of all images are written at the end,
+however the command ends.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from wsolnb.train.loop import pick_device
 from wsolnb.train.recipe import RECORD, load_trained
 
 OF_ANY_CLASSIFIER = ("cam", "layercam", "grad_cam", "lpcam")
-"""What a convolutional network draws as it is published: nothing is trained."""
+"""The maps that a published convolutional network draws without any training."""
 
 BACKBONE = "efficientnet_lite0"
-"""The network that is asked where none is named; its weights came with the installation."""
+"""The default network; its weights came with the installation."""
 
 ROWS, SIDE = 10, 320
-"""Of a contact sheet: its rows, and the longer side of a picture in pixels."""
+"""Rows of a contact sheet, and the longer side of its pictures in pixels."""
 
 Say = Callable[[str], None]
 
@@ -53,7 +53,7 @@ Say = Callable[[str], None]
 def open_model(
     method: str, backbone: str, checkpoint: str, layer: str, class_names: Sequence[str], warn: Say
 ) -> tuple[LocalizationModel, str, int | None]:
-    """Return a model, the name of its map, and the side of the images that it was trained on (None: of any).
+    """Return a model, the name of its map, and the side of the images that it was trained on (None: any side).
 
     method, backbone, checkpoint, layer: of the command; empty where they were not given. class_names: of a checkpoint
     of another program. warn: is told which tensors of such a checkpoint were left out.

@@ -34,9 +34,9 @@ _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
 _EXAMPLE = "write one per line, as `epochs: int = 30  # passes over the training images`"
 
-# What a type cannot say: from where to where, of which names; the first line that has a name counts. Rules go by name,
-# so that a cell stays plain Python and a name means the same in every notebook. What may be 0 or empty on purpose is
-# allowed to be.
+# Ranges, which a type cannot say, by the names that have them; the first line with a name counts. Rules go by name, so
+# that a cell stays plain Python and a name means the same in every notebook. Parameters that may be 0 or empty on
+# purpose are allowed to be.
 _RULES = {
     "0 or more": (0, inf, "literal_epochs *seed* shift num_workers heads *weight_decay steps *_per_class images "
                           "generator_images tuning_images"),
@@ -65,7 +65,8 @@ class Parameter:
     help: str
 
     def check(self, value: Any, source: str = "") -> Any:
-        """Return `value` as the declared type: an int for a float becomes one, a list for a tuple too, nothing else.
+        """Return `value` as the declared type. An int becomes a float and a list becomes a tuple; nothing else is
+        converted.
 
         Args:
             value: what was given.

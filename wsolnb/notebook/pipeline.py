@@ -55,7 +55,7 @@ class NotebookError(WsolnbError):
 
 
 class Step(BaseModel, extra="forbid", strict=True):
-    """A notebook to run, with values that differ from its defaults: those of the pipeline's file, or of `plan` all."""
+    """A notebook to run, with values that differ from its defaults (from the pipeline's file; from `plan`, all)."""
 
     notebook: str
     needs: list[str] = []
@@ -134,7 +134,7 @@ def plan(
 def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
-    """Return what the steps of a profile (`plan`) need and is not there, as `preflight.look`."""
+    """Return, as `preflight.look`, what the steps of a profile (`plan`) need and do not find."""
     values = {step.notebook: _all_parameters(step) for step in steps}
     return preflight.look(values, run_folder(profile, outputs), made_for_gpu(profile))
 

@@ -2,8 +2,8 @@
 
     findings = preflight.look({"20_lpcam_classifier": {"dataset": "voc", "data_root": "data/VOC2012", ...}})
 
-Data, lists and files, published weights, optional packages, the device, disk and memory are looked at, each once, and
-what is missing is told in one report. Parameters are known by their names, which all notebooks share.
+Data, lists and files, published weights, optional packages, the device, disk and memory are checked, each once. One
+report names what is missing. Parameters are known by their names, which all notebooks share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Missing(WsolnbError):
 
 
 class Finding(NamedTuple):
-    """What a step needs and is not there, or has to be known. fatal: the step cannot run without it."""
+    """Something that a step lacks, or that the user should know. fatal: the step cannot run without it."""
 
     notebook: str
     text: str
@@ -74,7 +74,7 @@ def report(findings: list[Finding], say: Callable[[str], None]) -> None:
 
 
 def _checks(values: Mapping[str, Any]) -> Iterator[tuple[Any, Callable[[], Finding | None]]]:
-    """Yield what is looked at, as a key, and the look at it."""
+    """Yield a key for each thing that is checked, and the function that checks it."""
     root = values.get("data_root", "")
     if (dataset := values.get("dataset", "aviary")) != "aviary":
         yield ("data", dataset, root), lambda: _data(dataset, root, values.get("seed", 0))

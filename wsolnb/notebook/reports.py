@@ -178,15 +178,17 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
     table["claim"] = table.claim + " (" + table["where"] + ")"
     board = boards()[0][0].shown(table_of).query("protocol == 'ours' and `top-1 loc` != ''")
     paragraphs = [
-        f"{len(found)} claims of the three papers, each with what measures it here. A verdict is computed from\n"
-        "recorded tables. It wants five seeds, and a 95 % interval wholly on one side; `±` is half of its width.\n"
+        f"This repository lists {len(found)} claims of the three papers, and computes each verdict from recorded\n"
+        "tables. To decide a claim takes five seeds, and a 95 % interval that lies wholly on one side; `±` is half\n"
+        "of its width.\n"
         "[91_claims](notebooks/91_claims.ipynb) shows all claims and the rule.",
         markdown(verdict_counts(found).reset_index().rename(columns={"paper": "claims of"})),
-        "Some of them; `ours` is on rendered birds, on pets and on Tiny-ImageNet, the lowest and the highest row:",
+        "Here are some of the claims. `ours` is measured on rendered birds, on pets and on Tiny-ImageNet. Where\n"
+        "a claim has several rows, `ours` has the lowest and the highest:",
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
-        "Methods that localize and classify, on the same rendered test images. Compare rows that agree in start\n"
-        "and training; [90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and the papers' numbers\n"
-        "with their protocols.",
+        "The next table has the methods that localize and classify, on the same rendered test images. Compare rows\n"
+        "that agree in start and training; [90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and\n"
+        "the papers' numbers with their protocols.",
         markdown(board.drop(columns=["mask IoU", "protocol"])),
     ]
     return "\n\n".join(text.strip() for text in paragraphs) + "\n"

@@ -1,6 +1,7 @@
 """Run folders: where a notebook's numbers, figures and checkpoints go, and what they were made with.
 
-A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A notebook opens its own part of it with
+A run folder holds `notebooks/`, `metrics/`, `figures/` and `checkpoints/`. A notebook opens its own part of the run
+folder with
 
     run = runs.start("03_cam_and_tscam", parameters)
 
@@ -210,7 +211,7 @@ class Run:
         other artefacts), of the code that it can run, and of the libraries' versions. The record `done.json` holds the
         key, and the hash of every file in the folder. A folder is reused only where all of them fit; what is missing or
         damaged is made again. A build that was interrupted leaves its folder without a record, and the next one can go
-        on inside it. Of two processes that want the same folder, one builds and the other waits.
+        on inside it. If two processes want the same folder, one builds it and the other waits.
 
         Prints one line: reused, or built and why.
 
@@ -251,9 +252,9 @@ class Run:
         return True
 
     def _clear(self, name: str, folder: Path, key: keys.Key) -> str:
-        """Take away what a builder must not go on from: what is damaged, or all of it if it is to be made again.
+        """Remove what a builder must not go on from: damaged files, or everything if the artefact is to be made again.
 
-        Returns in words why the artefact cannot be reused; empty where there is none of the name yet.
+        Returns in words why the artefact cannot be reused; empty if there is no artefact of this name yet.
         """
         record = keys.read_record(folder / keys.RECORD)
         faults = keys.faults(folder, record.get("files", {}))
@@ -284,7 +285,7 @@ class Run:
         return keys.read_record(folder / keys.RECORD)["seconds"]
 
     def used(self, notebook: str, **expected: Any) -> dict[str, Any]:
-        """Return the parameters that another notebook was run with in this run folder: what its models are named by.
+        """Return the parameters that another notebook was run with in this run folder.
 
         expected: values of some of them that this notebook relies on.
 
@@ -306,7 +307,7 @@ class Run:
         return used
 
     def recorded(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """Return a table of `outputs/reference`, which long studies are recorded in; without one, an empty table.
+        """Return a table of `outputs/reference`, where long studies are recorded; an empty table if there is none.
 
         columns: of the empty table.
         """
@@ -317,11 +318,11 @@ class Run:
         return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(columns))
 
     def __cache_key__(self, _reading: Any) -> None:
-        """Nothing: a run says where results lie, not what they are."""
+        """Nothing: a run says where results lie, and not what they are."""
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Return what a file of metrics says its numbers were made with; nothing where there is none that can be read."""
+    """Return the provenance in a file of metrics; nothing if the file is missing or cannot be read."""
     try:
         found = json.loads(path.read_text("utf-8"))["provenance"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -50,7 +50,7 @@ def compare(
 
 
 def against(table: pd.DataFrame, by: str, reference: str, measures: Sequence[str]) -> pd.DataFrame:
-    """Return what each variant differs by from a reference variant, paired by seed: `plus_minus` for each measure.
+    """Return the difference of each variant to a reference variant, paired by seed: `plus_minus` for each measure.
 
     table: with the columns `seed`, `by` and the measures; one row per seed and variant. A row of the result is a
     variant, in the order of the table; its column `pairs` counts the seeds that both have. Nothing where the reference
@@ -68,7 +68,7 @@ def against(table: pd.DataFrame, by: str, reference: str, measures: Sequence[str
 def mean_and_interval(table: pd.DataFrame, by: str | Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
     """Return means of columns by group with half of their 95 % interval as text, `0.812 ± 0.010`.
 
-    Of one row the number alone.
+    A group of one row has its number alone.
     """
 
     def text(values: pd.Series) -> str:
@@ -81,7 +81,7 @@ def mean_and_interval(table: pd.DataFrame, by: str | Sequence[str], measures: Se
 def with_recorded(
     run: Run, name: str, made: Iterable[dict[str, Any]], by: str | Sequence[str], columns: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Return the recorded table of a study, with rows that were made here in place of the recorded ones, and save it.
+    """Return and save the recorded table of a study; rows that were made here replace recorded ones.
 
     name: of the table in `outputs/reference`; without the notebook's number it is the name in the run folder.
     by: the columns that tell which rows were made anew. columns: of the table where nothing is recorded.

@@ -203,7 +203,7 @@ def map_rows(
 def prediction_rows(predictions: Iterable[Any], thresholds: Mapping[str, float], side: float = 1.7) -> Figure:
     """Draw `map_rows` of predictions (`wsolnb.train.evaluation`), with the box of each map at its threshold.
 
-    A threshold of NaN, which no true box chose, gives no box.
+    A threshold of NaN, where no true box could choose one, gives no box.
     """
     predictions = list(predictions)
     boxes = [

@@ -155,7 +155,7 @@ class Classifiers(BaseModel):
 
 
 class Experiment(BaseModel):
-    """What decides everything that notebooks 31 to 33 train. classifiers: None where only decoders are trained."""
+    """All settings of what notebooks 31 to 33 train. classifiers: None where only decoders are trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -169,9 +169,10 @@ class Experiment(BaseModel):
         return preset(**{"channels": self.decoders.channels, "momentum": self.decoders.momentum, **changes})
 
     def recipe(self, part: Part, seed: int, **changes: Any) -> Recipe:
-        """Return how a part is trained with a seed. changes: as of `config`, or `threshold` of PPD's target.
+        """Return the recipe of a part and a seed. changes: as of `config`, or `threshold` of PPD's target.
 
-        A recipe holds nothing that its part does not depend on, so that other parameters do not train it again.
+        A recipe holds nothing that its part does not depend on, so a change of other parameters does not train the part
+        again.
         Raises ParameterError for the classifier or the probe without the settings of notebook 32.
         """
         decoders, own, images = self.decoders, self.classifiers, 0
@@ -268,7 +269,7 @@ def guided(dataset: LocalizationDataset, attend: Attend, size: int, chunk: int =
 
 
 def attention_iou(images: Sequence[Guided], threshold: float) -> np.ndarray:
-    """Return the IoU with the truth (n,) of each image's attention from a threshold on."""
+    """Return the IoU (n,) of each image's attention, from a threshold on, with the truth."""
     return np.array([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
 
 
@@ -283,7 +284,7 @@ def cut_all(images: Sequence[Guided], fg: float, bg: float, jobs: int, **options
 def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame:
     """Return the mean IoU of `search_images` images by thresholds: of the attention alone, and of GrabCut's cuts.
 
-    Where a data set has no masks (ILSVRC) nothing is searched: the given thresholds stand, with IoU NaN.
+    If a data set has no masks (ILSVRC), nothing is searched: the given thresholds are returned, with an IoU of NaN.
     """
     some, attend, size, jobs = evenly(dataset, masks.search_images), masks.attend(), masks.size, masks.jobs
     options = masks.model_dump(include={"iterations", "seed"})
@@ -326,7 +327,7 @@ def pairs(
 
 
 def photographs(masks: Masks, root: str) -> pd.DataFrame:
-    """Return the IoU on photographs of attention and of GrabCut, with thresholds of the birds and of their own.
+    """Return the IoU of attention and of GrabCut on photographs, with the birds' thresholds and with their own.
 
     root: a folder in the Oxford-IIIT Pet layout. Own thresholds are those of `search_images` training photographs.
     """
@@ -381,7 +382,7 @@ def four_maps(
 ) -> Iterator[Prediction]:
     """Yield each image with its attention, its stored mask and each model's own map, by the names of the models.
 
-    Classes are set aside: the predictions have no logits.
+    Classes play no part: the predictions have no logits.
     """
     drawn = [titled(predict(model, dataset, transform), name) for name, model in models.items()]
     yield from beside(attention_maps(attend, dataset, transform), mask_maps(store, dataset, transform), *drawn)
@@ -457,7 +458,7 @@ def class_scores(
 
 MaskKind = Literal["GrabCut", "attention", "generator", "true"]
 BEST_PLAIN = 0.07
-"""The attention's best threshold (notebook 30): what it is without GrabCut."""
+"""The attention's best threshold (notebook 30), for the attention without GrabCut."""
 
 
 class Variant(NamedTuple):
@@ -493,7 +494,7 @@ VARIANTS = {
 def masked_by(
     run: Run, experiment: Experiment, splits: Splits, kind: MaskKind, generator: LocLoc | None = None
 ) -> Callable[[LocalizationDataset], WithMasks]:
-    """Return what gives a data set masks of a kind in place of its truth; each is made once per run folder.
+    """Return a function that gives a data set masks of a kind in place of its truth; made once per run folder.
 
     kind: `attention` is the attention from `BEST_PLAIN` on; `generator` is the given generator's map from that
     threshold on which is best for boxes on validation images; `true` is the truth, as an upper bound.
@@ -535,8 +536,8 @@ def study(
 ) -> Iterator[dict[str, Any]]:
     """Train some of `VARIANTS` with each seed; yields the scores of each on test images, of a probe top-1 alone.
 
-    `top1` is of the test images that the variant is shown, `top1_plain` and `top1_enhanced` of the other kind.
-    generator: whose maps enhance the test images that a classifier is also scored on.
+    `top1` is that of the test images the variant is made for, `top1_plain` or `top1_enhanced` that of the other kind.
+    generator: its maps enhance the test images that a classifier is also scored on.
     """
     transform = experiment.test_transform()
     asked = {VARIANTS[name].masks for name in variants}

@@ -47,6 +47,7 @@ from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
 from wsolnb.methods.prototypes import KINDS, ClassPrototypes, clustering, directions_by_kind, fit_prototypes, write_maps
 from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
+from wsolnb.pretraining.recipes import start_of
 from wsolnb.train import multilabel
 from wsolnb.train.loop import pick_device
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -82,6 +83,7 @@ class Classifier(TrainingSettings, DataSettings):
     method: Literal["cam", "mctformer"]
     backbone: str
     pretrained: bool
+    checkpoint: str
     output_stride: int
     frozen: bool
     epochs: int
@@ -93,9 +95,10 @@ class Classifier(TrainingSettings, DataSettings):
     def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
         """Open the data set.
 
-        Of VOC and COCO a share (`HELD_OUT`) of the published `train` is for choices. The rest of it is trained on, or
-        all of `train_list` (VOC's enlarged set) that is not for choices. The third split is that rest again: there the
-        lineage judges seed masks. Classes and segmentation are scored on `evaluation`.
+        With VOC and COCO a share (`HELD_OUT`) of the published `train` serves for choices. Training uses the rest of
+        it, or the part of `train_list` (VOC's enlarged set) that does not serve for choices. The third split is this
+        rest of `train` again, because published programs judge seed masks there. Classes and segmentation are scored on
+        `evaluation`.
         """
         if not self._has_val:
             return super().splits(variant)
@@ -141,6 +144,7 @@ class Classifier(TrainingSettings, DataSettings):
     def _frozen(self, run: Run, name: str, splits: Splits) -> tuple[LocalizationModel, Path]:
         set_seed(self.train_seed)  # of random features, where nothing is pretrained
         options = self.model_dump(include={"pretrained", "output_stride"})
+        options["checkpoint"] = resolve(self.checkpoint) if self.checkpoint else None
         backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
         if self.method != "cam" or not isinstance(backbone, ConvBackbone):
             problem = f"frozen features of {self.backbone!r} for the method {self.method!r}"
@@ -162,7 +166,7 @@ class Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class Host:
-    """A trained classifier, and what maps are made of: local features, and the weights that judge them."""
+    """A trained classifier with what maps are made from: local features, and the weights that judge them."""
 
     classifier: Classifier
     splits: Splits
@@ -276,7 +280,7 @@ REFERENCES = {
 """What the variants of each study are compared with: the paper's value, or the settings as they are."""
 
 FLOOR = {"mu_b_least": 0.05}
-"""What VOC's released code does, and the paper does not say: context prototypes must score above 0.05, too."""
+"""The floor of VOC's released code, which the paper does not mention: context prototypes must score above 0.05."""
 
 
 def scored(
@@ -325,7 +329,7 @@ def confidence(prototypes: Sequence[ClassPrototypes], weight: Tensor, config: LP
     """Return how sure a classifier (C, D) is of its clusters, as means over the classes.
 
     `best_centre`: the largest score of a class's foreground centres (eq. 3). `kept_centres`: how many of them score
-    above `config.mu_f`; one of which none does counts as 0, though its best centre is used.
+    above `config.mu_f`. A class without such a centre counts as 0, although its best centre is used.
     """
     scores = [centre_scores(own.foreground, weight, c, config.score) for c, own in enumerate(prototypes)]
     known = [found for found in scores if len(found)]
@@ -345,7 +349,7 @@ def grid(config: LPCAMConfig, **values: Sequence[float]) -> list[LPCAMConfig]:
 def choose(
     run: Run, host: Host, source: LiveFeatures, prototypes: list[ClassPrototypes], grids: Grids, config: LPCAMConfig
 ) -> dict[str, LPCAMConfig]:
-    """Return for each kind of map that configuration of its grid which has the highest mIoU on a source's images.
+    """Return for each kind of map the configuration of its grid with the highest mIoU on a source's images.
 
     config: says scales and flips.
     """
@@ -372,6 +376,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     claim_seeds: tuple[int, ...]
+    pretraining_seeds: tuple[int, ...]
     checked_seeds: tuple[int, ...]
     checked_on: tuple[Literal["scenes", "photographs"], ...]
     cases: tuple[tuple[float, float, int], ...]
@@ -397,8 +402,8 @@ class Claim(BaseModel):
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of one classifier: CAM, and LPCAM-F and LPCAM with the paper's and with chosen hyperparameters.
 
-        Of MCTformer also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
-        where: columns that tell the case.
+        For MCTformer there are also rows of the study `mctformer`: its own map, and LPCAM in CAM's place (`plugged`).
+        where: columns that name the case.
         """
         base = base.model_copy(update={"seed": classifier.seed})
         if study == "imagenet":
@@ -429,18 +434,22 @@ class Claim(BaseModel):
             for name, row in zip(inside, found, strict=True):
                 yield {"study": "mctformer", **columns[name], **row}
 
-    def trainings(self, study: str, classifier: Classifier) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield, for each training of a paired study, the columns that tell its case, and changes of the classifier.
+    def trainings(
+        self, study: str, classifier: Classifier, run: Run | None = None
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield, for each training of a paired study, the columns that name its case, and changes of the classifier.
 
-        study: `claim`; `ladder`, which trains for more and more epochs; `photographs`, on Oxford-IIIT Pet; `imagenet`,
-        the same with an ImageNet network, whose seeds also hold out other validation images and start the clusters
-        anew; `hosts`, which is MCTformer. Others train nothing.
+        study: `claim`; `ladder`, which trains for more and more epochs; `pretrainings`, the first case of `claim` from
+        networks that other seeds have pretrained; `photographs`, on Oxford-IIIT Pet; `imagenet`, the same with an
+        ImageNet network, whose seeds also hold out other validation images and start the clusters anew; `hosts`, which
+        is MCTformer. Others train nothing.
+        run: where `pretrainings` makes its starts; the others need none.
         """
         cases: list[dict[str, Any]] = []
         changes: dict[str, Any] = {}
-        if study in ("claim", "ladder"):
+        if study in ("claim", "ladder", "pretrainings"):
             by_epochs = [(classifier.body_cue, classifier.context_correlation, epochs) for epochs in self.ladder]
-            chosen = self.cases if study == "claim" else by_epochs
+            chosen = {"claim": self.cases, "ladder": by_epochs, "pretrainings": self.cases[:1]}[study]
             cases = [dict(zip(("body_cue", "context_correlation", "epochs"), case, strict=True)) for case in chosen]
             changes = {f"{split}_images": getattr(self, f"study_{split}_images") for split in Splits._fields}
         elif study == "photographs":
@@ -451,7 +460,11 @@ class Claim(BaseModel):
         elif study == "hosts":
             cases = [{"epochs": classifier.epochs}]
             changes = {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002}
+        if study == "pretrainings":
+            cases = [case | {"pretraining": number} for case in cases for number in self.pretraining_seeds]
         for case, seed in itertools.product(cases, self.claim_seeds):
+            if number := case.get("pretraining"):
+                changes = changes | start_of(run, classifier.backbone, number)
             drawn = {"train_seed": seed} | ({"seed": seed} if study == "imagenet" else {})
             yield case, {"frozen": False, **case, **changes, **drawn}
 
@@ -460,8 +473,8 @@ class Claim(BaseModel):
     ) -> tuple[Host, LPCAMConfig]:
         """Return a classifier of one seed, and the configuration that `checked` varies.
 
-        Of `scenes`, the classifier of notebook 20 and the selection that validation images choose. Of `photographs`,
-        that of the study `imagenet` and the paper's selection and scales.
+        For `scenes`: the classifier of notebook 20, and the selection that validation images choose. For `photographs`:
+        the classifier of the study `imagenet`, and the paper's selection and scales.
         """
         if data == "photographs":
             host = classifier.changed(**self._imagenet(number), train_seed=number).host(run)
@@ -493,7 +506,7 @@ class Claim(BaseModel):
         rows = (
             row
             for study in studies
-            for where, changes in self.trainings(study, classifier)
+            for where, changes in self.trainings(study, classifier, run)
             for row in self.measured(run, classifier.changed(**changes), base, study, where)
         )
         claims = with_recorded(run, "22_claim", rows, "study")
@@ -565,7 +578,7 @@ def checked(run: Run, host: Host, config: LPCAMConfig, study: str) -> Iterator[d
 
 
 def _of_maps(config: LPCAMConfig) -> dict[str, Any]:
-    """Return the fields that decide how maps are made of directions; the others decide the directions."""
+    """Return the fields that decide how directions become maps; the other fields decide the directions."""
     return config.model_dump(include={"scales", "flip", "over_scales", "relu"})
 
 
@@ -659,14 +672,14 @@ BOUND = "pseudo masks, IRN of true masks"
 """The stage `pseudo masks` of `Stages.bound`."""
 
 COMPARED = ("cam", "lpcam")
-"""The kinds of maps that go all the way."""
+"""The kinds of maps that go through the whole pipeline."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """From the maps of one classifier to segmentation; `pipeline.stages["lpcam"]` are those of one kind of map.
 
-    base: LPCAM's configuration, of which mu_f, mu_b and the floor are chosen here.
+    base: LPCAM's configuration; mu_f, mu_b and the floor of it are chosen here.
     """
 
     run: Run
@@ -752,7 +765,7 @@ class Pipeline:
 
 
 class Segmenter(NamedTuple):
-    """A trained segmentation network, how it is asked, and its scores on test images."""
+    """A trained segmentation network, how it predicts, and its scores on test images."""
 
     model: nn.Module
     inference: Inference
@@ -778,7 +791,7 @@ class Stages:
 
     @property
     def bound(self) -> Stages:
-        """The same maps, walking in the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
+        """The same maps, walking within the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
         return replace(self, taught_by="truth")
 
     @property

@@ -11,6 +11,7 @@ Everything that is trained is trained once per run folder.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_type_hints
@@ -30,6 +31,7 @@ from wsolnb.methods.base import LocalizationModel, pick
 from wsolnb.methods.scm import SCM, SCMConfig
 from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
+from wsolnb.pretraining.recipes import start_of
 from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
 from wsolnb.train.loop import history, load_checkpoint
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -57,7 +59,7 @@ class Trained(NamedTuple):
 
 
 class _Experiment(TrainingSettings, DataSettings):
-    """What both experiments share: how a single-label model is trained, and kept.
+    """What both experiments share: how a single-label model is trained and kept.
 
     images: training images that are seen, evenly spaced; 0 = all.
     """
@@ -112,9 +114,9 @@ class Baselines(_Experiment):
         return self
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how a method is trained: as TS-CAM if its class takes a transformer, else as CAM.
+        """Return the recipe of a method: as TS-CAM's if its class takes a transformer, else as CAM's.
 
-        What it takes is what the annotation of its argument `backbone` says. changes: of the method's options.
+        The annotation of the class's argument `backbone` says what it takes. changes: of the method's options.
         Raises ParameterError for an unknown method.
         """
         changes = self.method_options.get(method, {}) | changes
@@ -137,6 +139,7 @@ class Pair(_Experiment):
 
     prefix: ClassVar[str] = "pair-"
     backbone: str
+    checkpoint: str
     head_init: Literal["kaiming", "zeros"]
     preset: Literal["paper", "released"]
     epochs: int
@@ -146,14 +149,14 @@ class Pair(_Experiment):
     betas: tuple[float, float]
 
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
-        """Return how `tscam` or `scm` is trained. changes: of the preset's `SCMConfig`."""
+        """Return the recipe of `tscam` or `scm`. changes: of the preset's `SCMConfig`."""
         options = self.model_dump(include={"padding", "head_init"})
         if method == "scm":
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
         return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options, images=self.images)
 
     def start(self, seed: int, like: TSCAM) -> TSCAM:
-        """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
+        """Return TS-CAM as it is before any training, on the device of a trained model and with its classes."""
         start = self.recipe("tscam", seed).build(like.semantic.out_channels)
         return start.eval().to(next(like.parameters()).device)
 
@@ -219,7 +222,7 @@ class _Products(Reader):
 class Products(_Products):
     """Products of one model's attention with another's semantic map; the map `a x s` takes them from models a and s.
 
-    trained: TS-CAM or SCM by name. start: the model before training, of which the attention only is taken.
+    trained: TS-CAM or SCM by name. start: the model before training; only its attention is taken.
     """
 
     def __init__(self, trained: Mapping[str, TSCAM], start: TSCAM):
@@ -239,7 +242,7 @@ class Products(_Products):
 def swapped(
     trained: Mapping[str, TSCAM], start: TSCAM, splits: Splits, transform: Transform
 ) -> list[dict[str, str | float]]:
-    """Return GT-known of one model's attention times one's semantic map: test images, thresholds by validation."""
+    """Return GT-known of each model's attention times each model's semantic map, at validation thresholds."""
     products = Products(trained, start)
     val, test = (evaluate(products, part, transform, quick=True) for part in (splits.val, splits.test))
     at = val.thresholds()
@@ -305,7 +308,7 @@ BASELINE = "TS-CAM"
 PHOTO = {"image_size": 160, "shift": 12}
 """Photographs at the size that `vit_photo` was made for, as in the profiles `tiny` and `pets`."""
 
-STUDIES = ("pairs", "photographs", "tiny", "rates", "regimes", *VARIANTS)
+STUDIES = ("pairs", "pretrainings", "photographs", "tiny", "rates", "regimes", *VARIANTS)
 """Every study that trains models; `factors` reads those of `pairs`."""
 
 
@@ -321,15 +324,16 @@ class Trial(NamedTuple):
 
 
 class Studies(BaseModel):
-    """Notebook 12: which trainings its studies are made of. The fields are the notebook's parameters.
+    """Notebook 12: the trainings of its studies. The fields are the notebook's parameters.
 
-    pair: the settings of notebook 11, which every training changes a little.
+    pair: the settings of notebook 11; every training changes some of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     pair: Pair
     pair_seeds: list[int]
+    pretraining_seeds: list[int]
     study_seeds: list[int]
     study_start: str
     study_epochs: int
@@ -344,13 +348,21 @@ class Studies(BaseModel):
     tiny_images: int
     tiny_epochs: int
 
-    def trials(self, study: str) -> Iterator[Trial]:
-        """Yield the trainings of a study, one of `STUDIES`, in their order."""
-        seeds = self.pair_seeds if study in ("pairs", "photographs", "tiny") else self.study_seeds
-        for variant, changes, module in self._variants(study):
+    def trials(self, study: str, run: Run | None = None) -> Iterator[Trial]:
+        """Yield the trainings of a study, one of `STUDIES`, in their order.
+
+        run: where `pretrainings` makes the starts that are not embedded, each before its pairs; else not needed.
+        """
+        seeds = self.study_seeds if study in ("rates", "regimes", *VARIANTS) else self.pair_seeds
+        variants = self._pretrainings(run) if study == "pretrainings" else self._variants(study)
+        for variant, changes, module in variants:
             pair = self.pair.changed(**{"epochs": self.study_epochs, **changes})
             methods = list(PAIR) if study not in VARIANTS else ["tscam" if variant == BASELINE else "scm"]
             yield from (Trial(study, variant, method, seed, pair, module) for seed in seeds for method in methods)
+
+    def _pretrainings(self, run: Run) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        for backbone, seed in itertools.product(self.starts, self.pretraining_seeds):
+            yield f"pretraining {seed}", {"backbone": backbone, **start_of(run, backbone, seed)}, {}
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Return name, changes of the pair, and changes of the module."""
@@ -378,7 +390,7 @@ class Studies(BaseModel):
     def rows(self, run: Run, studies: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Train the models of some studies, or find them; yield the rows of `measured`."""
         for study in studies:
-            for trial in self.trials(study) if study in STUDIES else ():
+            for trial in self.trials(study, run) if study in STUDIES else ():
                 yield from measured(run, trial)
 
     def factors(self, run: Run) -> Iterator[dict[str, Any]]:
@@ -419,7 +431,8 @@ def measured(run: Run, trial: Trial) -> Iterator[dict[str, Any]]:
     """Train one model of a study, or find it; yield a row for its best and one for its last epoch.
 
     Where the last epoch is the best, both rows hold the same scores. Scores are those of test images, at thresholds
-    chosen on validation images; the drift is that of validation images. Of SCM also lambda and beta of every block.
+    chosen on validation images; the drift is that of validation images. Rows of SCM also have lambda and beta of every
+    block.
     """
     pair, splits = trial.pair, trial.pair.splits()
     one = pair.fit(run, trial.method, trial.seed, splits, progress=False, **trial.module)

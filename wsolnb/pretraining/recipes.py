@@ -1,9 +1,9 @@
 """The embedded backbones' pretraining: a supervised recipe and a self-distilled one, on procedural scenes.
 
-The supervised recipe plays the role of DeiT's: it sees labels. The self-distilled recipe plays that of DINO's (Caron
-et al., ICCV 2021): a student learns from one view what a slowly moving average of itself says of another; it sees
-neither labels nor masks. Both read the scenes of `wsolnb.pretraining.scenes`, which share no class, part or colour with
-the rendered benchmark.
+The supervised recipe plays the role of DeiT's and sees labels. The self-distilled recipe plays the role of DINO's
+(Caron et al., ICCV 2021): a student learns to predict from one view what a slowly moving average of itself says of
+another view. It sees neither labels nor masks. Both read the scenes of `wsolnb.pretraining.scenes`, which share no
+class, part or colour with the rendered benchmark.
 
     backbone, folder = pretrain(run, "vit_mini", RECIPES["vit_mini"])
     export(backbone, "vit_mini", RECIPES["vit_mini"], "wsolnb/weights", minutes=25)
@@ -189,7 +189,7 @@ def code_loss(found: Tensor, target: dict[str, Tensor]) -> Tensor:
 
 
 class Pretext(Trainable):
-    """A backbone inside of what trains it: called with a batch of `SceneLoader`, it returns the batch's loss.
+    """A backbone with the layers that train it. Called with a batch of `SceneLoader`, it returns the batch's loss.
 
     projection: what is thrown away after pretraining. vary: whether a transformer's layers and heads count by random
     weights in training (`looked_at`). seed: of the random views, with the number of `step`s done.
@@ -281,7 +281,7 @@ class SupervisedPretext(Pretext):
 
 
 class LabelPretext(Pretext):
-    """A backbone that learns one label an image: all that photographs come with.
+    """A backbone that learns one label per image, which is all that photographs come with.
 
     Called with a batch, returns the cross-entropy of a linear classifier on what the class token looks at (of a ResNet:
     on the mean of its features). Crops and light vary in training.
@@ -300,9 +300,9 @@ class LabelPretext(Pretext):
 def looked_at(tokens: Tokens, vary: bool = False) -> Tensor:
     """Return (B, D): the mean of the patch tokens, weighted by what the class token attends to in all layers and heads.
 
-    Classifying this, instead of the class token, makes attention answer for the classification: what it misses is not
-    seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random weights, anew for each
-    image, so that none relies on the others.
+    Classifying this vector, instead of the class token, makes the classification depend on the attention. What the
+    attention misses is not seen, and what it wrongly takes in dilutes the rest. vary: layers and heads count by random
+    weights, drawn for each image, so that none relies on the others.
     """
     return _weighted(look(tokens, vary), tokens)
 
@@ -358,11 +358,11 @@ def co_attention(
 
     attention: (2B, N), where it is. patches: (2B, N, D), what is there. The first B rows are one frame of each scene,
     the others another frame of the same scenes. A patch is common as far as some patch of its scene's other frame is
-    more like it (cosine) than one of `others` other scenes (in a smaller batch: of all) is, on average. To that the
-    attention is added (its logarithm; both standardised within the image), and the sum is handed on between patches
-    that are alike (temperature `width`), so that what is found in one part of a creature is found in all of it. Two
-    means then divide an image's patches in two; a logistic of `steepness` between the means keeps those of the higher
-    one, all alike.
+    more like it (cosine) than the most similar patches of `others` other scenes are on average (in a smaller batch: of
+    all others). The logarithm of the attention is added; both are standardised within the image. The sum is then passed
+    on between patches that are alike (temperature `width`), so that what is found in one part of a creature is found in
+    all of it. Two-means clustering divides an image's patches into two groups. A logistic of `steepness` between the
+    two means keeps the higher group, with about equal weights.
 
     Raises ParameterError for anything but two frames of two or more scenes.
     """
@@ -671,8 +671,8 @@ def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:
 def on_photographs(name: str, dataset: str) -> PretrainingConfig:
     """Return the recipe `name` of `RECIPES` for the photographs of a data set: as many epochs, one frame, wider crops.
 
-    One image has but one background, so views that share less of it are compared, and what they have in common is no
-    object (`co_attention` is left out). Untuned: a start, no result.
+    One image has only one background, so the compared views share less of the image. What they have in common is not an
+    object, so `co_attention` is left out. The recipe is untuned: a start, not a result.
     """
     recipe = RECIPES[name]
     wider = {"global_scale": (0.4, 1.0), "local_scale": (0.15, 0.4), "jitter": 0.4, "common": 0.0}
@@ -682,7 +682,7 @@ def on_photographs(name: str, dataset: str) -> PretrainingConfig:
 
 @torch.no_grad()
 def shrink_positions(backbone: TransformerBackbone, share: float) -> None:
-    """Draw the position embedding of the patches towards its mean over all places: `share` of the difference is left.
+    """Move the position embedding of the patches towards its mean over all places; `share` of the difference is left.
 
     Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and can only
     learn it from the position embedding. 1 changes nothing; with 0 the patches do not know where they are.
@@ -696,8 +696,8 @@ def pretrain(
 ) -> tuple[nn.Module, Path]:
     """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
 
-    Trains once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. Of a
-    self-distilled one the teacher is returned. The folder holds the training's end, before `shrink_positions`.
+    It is trained once per run folder, epoch by epoch and resumable; scenes are rendered into `outputs/cache`. A
+    self-distilled recipe returns the teacher. The folder holds the training's end, before `shrink_positions`.
     data_root: folder of the photographs, if the recipe names any.
     Raises TrainingError, DataError and ParameterError as the loop, the renderer and the readers do.
     """
@@ -752,3 +752,22 @@ def export(backbone: nn.Module, name: str, config: BaseModel, folder: str | Path
     card = folder / f"{name}.md"
     text = card.read_text("utf-8").split("---\n", 2)[2] if card.exists() else f"\n# {name}\n"
     return write_atomically(card, f"---\n{yaml.safe_dump(front, sort_keys=False, width=110)}---\n{text}")
+
+
+def start_of(run: Run, name: str, seed: int) -> dict[str, Any]:
+    """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a mini backbone pretrained with a seed.
+
+    seed: of the scenes and of everything random in the training. 0: the embedded weights. Any other: weights made by
+    the same recipe, once per run folder, in 10 to 60 minutes of a core. Raises ParameterError for a backbone without a
+    recipe.
+    """
+    if seed == 0:
+        return {"pretrained": True, "checkpoint": ""}
+    if name not in RECIPES:
+        raise ParameterError(f"there is no recipe to pretrain {name!r} again", f"use {', '.join(RECIPES)}")
+    own = RECIPES[name]
+    seeded = {part: getattr(own, part).model_copy(update={"seed": seed}) for part in ("scenes", "training")}
+    config = own.model_copy(update=seeded)
+    backbone, folder = pretrain(run, f"pretraining-{name}-{seed}", config, progress=False)
+    export(backbone, name, config, target := run.folder / "weights" / f"seed-{seed}", run.seconds_of(folder) / 60)
+    return {"pretrained": False, "checkpoint": str(target / f"{name}.safetensors")}

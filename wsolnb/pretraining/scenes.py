@@ -26,7 +26,8 @@ from wsolnb.data.rendered import ensure_rendered, rendering_key
 from wsolnb.errors import DataError
 
 FORMAT = 2
-"""Raised whenever the renderer's output changes on purpose: the cards of weights name the format they are of."""
+"""A number that goes up whenever the renderer's output changes on purpose. The model cards name the format of their
+scenes."""
 
 TEXTURES = ("checks", "zigzag", "rings", "marble", "waves", "diamonds", "maze", "gradient")
 BACKGROUND, BODY, LIMB, SASH = 0, 1, 2, 3

@@ -1,4 +1,5 @@
-"""What notebook 04 measures: where the maps of pretrained backbones lie, and what each ingredient of a recipe gives.
+"""What notebook 04 measures: where the maps of pretrained backbones lie, and what each ingredient of a recipe
+contributes.
 
     tuning = FineTuning(**parameters)
     model = tuning.recipe("vit_mini", seed=0).build(classes)
@@ -105,7 +106,7 @@ class FineTuning(BaseModel):
 
 
 class Lies(NamedTuple):
-    """Where a map lies, as means over images.
+    """Where a map lies on the image, as means over images.
 
     localization: its boxes. auc: how often a pixel of the object scores above one of the background. object,
     background, frame: `wsolnb.metrics.spill`; far_frame: of what is at least sixteen pixels away from the object.
@@ -228,7 +229,7 @@ def photograph_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the pixel AUC of every model's attention on photographs, whole and off-centre, a row for each.
 
-    Beside them: a centre prior, which falls off from the middle, and the best that a map of `cells` x `cells` can be.
+    Further rows have a centre prior, which falls off from the middle, and the best possible map of `cells` x `cells`.
     size: side in pixels that the images are resized to, as the models take them.
     """
     prior = -np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)).astype(np.float32)

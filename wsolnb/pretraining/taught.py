@@ -1,12 +1,12 @@
-"""`vit_photo`: a transformer that learns from photographs, their labels, and a network that knows labels only.
+"""`vit_photo`: a transformer that learns from photographs, their labels, and a network trained on labels only.
 
     config = TaughtConfig()
     backbone, folder = taught(run, config, data_root)
 
 The teacher is the network whose first stages are the transformer's stem. Its logits of ImageNet's classes are a linear
-function of the mean over positions of its final map, so the map is what it says of every place. Neither a box nor a
-mask enters, and nothing rendered. What it says is written down once for a few views of every image, next to the map of
-the stem (`write_lessons`): an epoch then costs as much as the transformer alone.
+function of the mean of its final map over positions, so the map says what the teacher sees at every place. No box, no
+mask and no rendered image enters. The teacher's maps are stored once for a few views of every image, beside the map of
+the stem (`write_lessons`). So an epoch costs no more than the transformer alone.
 """
 
 from __future__ import annotations

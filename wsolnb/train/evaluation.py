@@ -36,19 +36,19 @@ METRICS: dict[str, Callable[[], Any]] = {
 
 
 class Reader(LocalizationModel):
-    """Other maps of models that are trained already, for `predict` and `evaluate`; it is never trained itself."""
+    """Other maps of trained models, for `predict` and `evaluate`; a model of this kind is never trained itself."""
 
     @property
     def head(self) -> nn.Module:
-        """Nothing that would be trained."""
+        """An empty list of layers: nothing is trained."""
         return nn.ModuleList()
 
 
 class Prediction(NamedTuple):
     """One image with what the model made of it.
 
-    sample: transformed as the model saw it. logits: (C,), or None where nothing was classified: every image then counts
-    as rightly classified. ranking: (C,) classes from most to least likely, or None.
+    sample: transformed as the model saw it. logits: (C,), or None if nothing was classified; then every image counts as
+    rightly classified. ranking: (C,) classes from most to least likely, or None.
     maps: by name, (H, W) float32 in [0, 1], of the true class.
     """
 
@@ -96,7 +96,8 @@ class Evaluation(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Return top-1 and, of each map, GT-known and top-1 localization at the best threshold of *these* images.
 
-        For validation images, where thresholds are chosen. Unprefixed names are the method's own map.
+        Meant for validation images, on which thresholds are chosen. Names without a prefix belong to the method's own
+        map.
         """
         own = next(iter(self.localization.values()))
         threshold, gt_known = own.best("gt_known")
@@ -104,14 +105,15 @@ class Evaluation(NamedTuple):
         return row | {f"gt_known_{name}": found.best("gt_known")[1] for name, found in self.localization.items()}
 
     def thresholds(self) -> dict[str, float]:
-        """Return for each map the threshold at which GT-known is best on *these* images: validation images."""
+        """Return for each map the threshold at which GT-known is best on *these* images, which should be validation
+        images."""
         return {name: found.best("gt_known")[0] for name, found in self.localization.items()}
 
     def table(self, validation: Evaluation) -> list[dict[str, Any]]:
         """Return one row per map: scores of these images at thresholds chosen on `validation`.
 
-        `oracle` is GT-known at the best threshold of these images themselves: how much the choice costs. Where no
-        validation image has a box nothing chooses a threshold, and all that depends on it is NaN.
+        `oracle` is GT-known at the best threshold of these images themselves; it shows how much the choice costs. If no
+        validation image has a box, nothing chooses a threshold, and every score that depends on it is NaN.
         """
         rows = []
         for name, found in self.localization.items():
@@ -145,9 +147,9 @@ def evaluate(
 def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
     """Score the maps of predictions against the truth of their samples, image by image.
 
-    quick: only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of box
-    metrics, images without mask or parts out of those. Where no image has a box `localization` holds the class
-    accuracies, and is NaN besides.
+    quick: measure only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of
+    box metrics, and images without mask or parts out of the metrics of these. If no image has a box, `localization`
+    holds the class accuracies and NaN for all else.
 
     Raises MapError when the maps hold NaN, or there is no image.
     """
@@ -172,12 +174,13 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
 
 
 def validator(dataset: LocalizationDataset, transform: Transform) -> Scorer:
-    """Return what `fit` calls after every epoch: scores on validation images, and the model's own scalars."""
+    """Return the function that `fit` calls after every epoch: scores on validation images, and the model's own
+    scalars."""
     return lambda model: evaluate(model, dataset, transform, quick=True).summary() | model.scalars()
 
 
 def require_boxes(*datasets: LocalizationDataset) -> None:
-    """Raise DataError unless each of the data sets has a box: for what says nothing without, before any training.
+    """Raise DataError, before any training, unless each of the data sets has a box.
 
     Images are read until the first one with a box.
     """
@@ -189,13 +192,13 @@ def require_boxes(*datasets: LocalizationDataset) -> None:
 
 
 def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
-    """Yield the predictions of several sources for the same samples as one: the first, with the maps of all."""
+    """Join the predictions of several sources for the same samples: yield the first source's, with the maps of all."""
     for group in zip(*streams, strict=True):
         yield group[0]._replace(maps={name: found for one in group for name, found in one.maps.items()})
 
 
 def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
-    """Find the box in the middle of the image that is right most often: what a localizer must beat.
+    """Find the centred box that is right most often; a localizer must beat it.
 
     samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`);
     NaN for no samples.
@@ -212,7 +215,7 @@ def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, 
 
 
 def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:
-    """GT-known of one fixed box (4,) for all samples: the share with IoU >= 0.5, compared as TS-CAM does.
+    """Return GT-known of one fixed box (4,): the share of samples with IoU >= 0.5, compared as TS-CAM does.
 
     NaN for no samples, and for a box of NaN.
     """

@@ -1,9 +1,9 @@
 """The training loop of every classifier: Accelerate underneath, resumable, with a history that can be plotted.
 
-Accelerate is there for the device, for several processes (`accelerate launch` on a script, or `notebook_launcher` in a
-notebook) and for what these must exchange: gradients, losses, random states. Autocast is the loop's own: Accelerate's
-would stay on the model's forward after the training. Every later evaluation would then run in low precision, and one
-process could not train in two precisions.
+Accelerate takes care of the device, of several processes (`accelerate launch` on a script, or `notebook_launcher` in a
+notebook) and of what these must exchange: gradients, losses, random states. The loop has its own autocast, because
+Accelerate's would stay on the model's forward after the training. Every later evaluation would then run in low
+precision, and one process could not train in two precisions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
 
 Scorer = Callable[[Trainable], dict[str, float]]
-"""What is called after every epoch: gives columns of the history for a model, from validation images."""
+"""A function that is called after every epoch. It returns columns of the history for a model, from validation
+images."""
 
 
 class TrainingConfig(BaseModel):
@@ -46,7 +47,7 @@ class TrainingConfig(BaseModel):
     clip: largest gradient norm, 0 = none.
     label_smoothing: of the cross-entropy. precision: `auto` = bf16 where the device computes it natively, else fp32.
     device: `auto` = CUDA, then MPS, then CPU. select: the column of the evaluation whose maximum picks the best epoch.
-    seed: of the weights' further life: dropout, stochastic depth. Data order and augmentation have their own.
+    seed: of dropout and stochastic depth. Data order and augmentation have a seed of their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -47,7 +47,7 @@ def _outputs(
     model: LocalizationModel, dataset: LocalizationDataset, image_size: int, read: Callable[[Any], Tensor],
     batch_size: int = 50,
 ) -> np.ndarray:  # fmt: skip
-    """Return what `read` takes from the model's output, (B, ...), of all images."""
+    """Return what `read` takes from the model's output, (B, ...), for all images."""
     device = next(model.parameters()).device
     found = []
     model.eval()
@@ -71,7 +71,8 @@ def mean_average_precision(model: LocalizationModel, dataset: LocalizationDatase
 
 
 def validator(dataset: LocalizationDataset, image_size: int) -> Scorer:
-    """Return what `fit` calls after every epoch: the mean average precision on validation images, `map`."""
+    """Return the function that `fit` calls after every epoch: the mean average precision on validation images,
+    `map`."""
     return lambda model: {"map": mean_average_precision(model, dataset, image_size)}
 
 
@@ -84,9 +85,9 @@ C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 def logistic(features: np.ndarray, labels: np.ndarray, c: float) -> np.ndarray:
     """Return weights (C, F) without bias at the minimum of the multi-label soft margin loss and a penalty.
 
-    features: (n, F). labels: (n, C) of 0 and 1. c: inverse strength of the penalty. Features are divided by their
-    standard deviations for the fit, and the weights are those of the undivided ones. Features are not centred, since a
-    centre would be a bias.
+    features: (n, F). labels: (n, C) of 0 and 1. c: inverse strength of the penalty. For the fit, features are divided
+    by their standard deviations; the returned weights are for the undivided features. Features are not centred, because
+    a centre would be a bias.
     Raises ParameterError for a class that all images have, or none, and where the solver did not reach the minimum.
     """
     counts = labels.sum(axis=0)
@@ -111,7 +112,7 @@ def soft_margin(logits: np.ndarray, labels: np.ndarray) -> float:
 def frozen_maker(
     backbone: ConvBackbone, train: LocalizationDataset, val: LocalizationDataset, image_size: int
 ) -> Callable[[Path], None]:
-    """Return what fills a folder with a classifier, `logistic` of the backbone's pooled features; see `read_frozen`.
+    """Return a function that fills a folder with a classifier, `logistic` of pooled features; see `read_frozen`.
 
     Each image is seen once, resized, not augmented. `C` is that of `C_GRID` with the lowest loss on `val`.
     """

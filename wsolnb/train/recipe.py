@@ -1,4 +1,4 @@
-"""One recipe for every training, and one way to follow it.
+"""One recipe for every training, and one function that follows it.
 
     recipe = Recipe(method="tscam", backbone="vit_mini", pretrained=True, training=TrainingConfig(epochs=3, lr=1e-4))
     model, folder = fit(run, "tscam-0", recipe, splits.train, validate)
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from wsolnb import weights
 from wsolnb.data import transforms
@@ -37,17 +37,17 @@ class Recipe(BaseModel):
     method: a name of `wsolnb.methods`. options: of the method. backbone: a name that `create_backbone` knows.
     pretrained, checkpoint, output_stride: as there; a relative checkpoint starts at the root of the repository.
     image_size: side of the input in pixels.
-    protocol: `resize` (the whole image), `crop_resize` (in training a random crop of the image resized to 8/7 of the
-        side, at test the whole image: SCM and TS-CAM) or `crop` (the same training; at test the shorter side is resized
-        to 8/7 and the centre cropped: LocLoc, PPD).
+    protocol: `resize` takes the whole image. `crop_resize` takes in training a random crop of the image resized to 8/7
+        of the side, and at test the whole image (SCM and TS-CAM). `crop` has the same training; at test the shorter
+        side is resized to 8/7 and the centre cropped (LocLoc, PPD).
     long_side: range of the longer side in pixels before a random crop, as the LPCAM lineage trains on photographs.
     scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
         other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
         the spread around the mean. All three in training only.
     images: training images that are seen, evenly spaced; 0 = all.
-    tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
-        normalisation and head; the others stay as they start. None = all.
+    tuned_layers: how many of a transformer's layers are trained, counted from the first. Patch embedding, final
+        normalisation and head are trained as well; the other layers stay as they start. None = all.
     training: the loop's hyperparameters.
     """
 
@@ -71,6 +71,11 @@ class Recipe(BaseModel):
     num_workers: int = Field(0, ge=0)
     tuned_layers: int | None = Field(None, ge=0)
     training: TrainingConfig
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _none_is_empty(cls, checkpoint: str | None) -> str | None:
+        return checkpoint or None  # papermill's parameters are empty where nothing is meant
 
     @model_validator(mode="after")
     def _one_crop(self) -> Self:
@@ -135,7 +140,7 @@ class Recipe(BaseModel):
         return create_method(self.method, backbone, num_classes, **self.options)
 
     def empty(self, num_classes: int) -> Trainable:
-        """Return the untrained model without the weights that it starts from: trained ones are to be loaded."""
+        """Return the untrained model without its starting weights, for loading trained ones."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None}).build(num_classes)
 
 
@@ -170,7 +175,8 @@ class TrainingSettings(BaseModel):
 
 OF_THE_LOOP = {"epochs", "lr", "head_lr", "schedule", "betas", "optimizer", "weight_decay", "precision", "device"}
 OF_THE_RECIPE = {
-    "method", "backbone", "pretrained", "output_stride", "image_size", "protocol", "batch_size", "shift", "num_workers",
+    "method", "backbone", "pretrained", "checkpoint", "output_stride", "image_size", "protocol", "batch_size", "shift",
+    "num_workers",
 }  # fmt: skip
 """What settings and recipes call by the same name."""
 
@@ -192,8 +198,8 @@ def fit(
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
 
-    Trains once per run folder; see `Run.cached` for when a training is found again.
-    name: how the artefact is called in the run folder.
+    It is trained once per run folder; `Run.cached` says when a training is found again. name: the artefact's name in
+    the run folder.
     validate: gives the columns of the history after each epoch, from validation images; `recipe.training.select` names
         the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
     Raises ParameterError for fewer images than a batch.
@@ -217,10 +223,10 @@ def fit(
 
 
 def load_trained(path: str | Path) -> tuple[Trainable, Recipe]:
-    """Return a model that `fit` has trained, in evaluation mode on the CPU, and its recipe: the file is all it takes.
+    """Return a model that `fit` has trained, in evaluation mode on the CPU, and its recipe, from the file alone.
 
     path: `last.safetensors` or `best.safetensors` in a folder of checkpoints.
-    Raises WeightsError where `recipe.json` is not beside it, which says how to build the model; TrainingError for
+    Raises WeightsError if `recipe.json`, which says how to build the model, is not beside the file; TrainingError for
     weights that are missing, damaged or do not fit.
     """
     path = Path(path)

@@ -59,8 +59,8 @@ def evaluate(
     """Score maps by kind against the masks of a data set, in one streaming pass; images without a mask are left out.
 
     parts: measure part coverage too, where there are part maps; it takes most of the time.
-    Of single-label data sets the mask of the object counts as the image's class. In part coverage other classes'
-    objects are not counted, so that `context` is background.
+    In single-label data sets the mask of the object counts as the image's class. In part coverage objects of other
+    classes are not counted, so `context` is background.
     Raises MapError when no image has a mask.
     """
     position = {name: index for index, name in enumerate(dataset.image_ids)}
@@ -91,8 +91,9 @@ def evaluate(
 def scored(validation: SeedEvaluation, test: SeedEvaluation, fixed: float = 0.3) -> dict[str, float]:
     """Return a row of test scores: at the threshold of the highest validation mIoU, at a fixed one, and coverage.
 
-    Means over classes (`segmentation.MEANS`): at the validation threshold, `threshold`. miou_fixed: at `fixed`. oracle:
-    the mIoU at the test images' own best threshold. covers_*: shares of the parts above the validation threshold.
+    `threshold` is the validation threshold; the means over classes (`segmentation.MEANS`) are taken there. miou_fixed:
+    the mIoU at `fixed`. oracle: the mIoU at the test images' own best threshold. covers_*: shares of the parts above
+    the validation threshold.
     """
     threshold = validation.segmentation.best()[0]
     curve = test.segmentation.curve

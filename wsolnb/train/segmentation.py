@@ -1,4 +1,4 @@
-"""Networks that predict masks, and mask files, against the true masks of a data set."""
+"""Scores of networks that predict masks, and of mask files, against the true masks of a data set."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from wsolnb.metrics import SegmentationScores
 
 
 def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
-    """Return the true mask with class index + 1, also of data sets whose masks say object or not.
+    """Return the true mask with class index + 1, also for data sets whose masks only say object or background.
 
-    An image without a mask has one that is unknown throughout.
+    An image without a mask gets a mask that is unknown everywhere.
     """
     if sample.mask is None:
         return np.full(sample.size, IGNORE, np.uint8)
@@ -32,7 +32,7 @@ def class_mask(sample: Sample, multi_label: bool) -> np.ndarray:
 
 
 class Inference(BaseModel):
-    """How a segmentation network is asked.
+    """How a segmentation network predicts.
 
     image_size: side of the square that images are resized to; None keeps their size. scales: of the input, each with
     its mirror image.
@@ -102,7 +102,7 @@ def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Infer
 
 
 def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
-    """Return one row: `Segmentation.means` of stored masks against the true ones; 255 in the stored is not counted."""
+    """Return one row: `Segmentation.means` of stored masks against the true ones; stored pixels of 255 do not count."""
     scores = SegmentationScores(len(dataset.class_names) + 1)
     for index in range(len(dataset)):
         sample = dataset.dataset[index]
@@ -112,6 +112,6 @@ def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
 
 
 def write_true_masks(dataset: LocalizationDataset, folder: Path) -> None:
-    """Store the true masks of a data set: full supervision, which pseudo masks are measured against."""
+    """Store the true masks of a data set: full supervision, with which pseudo masks are compared."""
     for index, name in enumerate(dataset.image_ids):
         Store(folder).write_mask(name, class_mask(dataset[index], dataset.multi_label))

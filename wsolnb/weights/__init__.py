@@ -1,4 +1,4 @@
-"""The embedded backbones: of each a safetensors file in half precision and a model card.
+"""The embedded backbones: each has a safetensors file in half precision and a model card.
 
 `wsolnb.pretraining` made them: `recipes` the mini ones, `taught` the one for photographs.
 
@@ -20,7 +20,7 @@ RESTORE = "restore wsolnb/weights from the repository (git checkout -- wsolnb/we
 
 
 def embedded() -> list[str]:
-    """Return the names of the backbones whose weights are here."""
+    """Return the names of the backbones whose weights are in this folder."""
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
