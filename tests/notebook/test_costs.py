@@ -105,10 +105,9 @@ def test_what_does_not_fit_into_the_device_is_told():
 
 
 def test_the_default_profile_takes_what_was_measured_within_a_factor_of_two(monkeypatch):
+    steps = pipeline.resolved(pipeline.plan("mini"))
     monkeypatch.setattr(costs, "_has_bf16", lambda: True)
-    found = {
-        one.notebook: one.hours * 3600 for one in estimate(pipeline.resolved(pipeline.plan("mini")), DEVICES["cpu"])
-    }
+    found = {one.notebook: one.hours * 3600 for one in estimate(steps, DEVICES["cpu"])}
     assert found.keys() == MEASURED.keys()
     assert sum(found.values()) == pytest.approx(sum(MEASURED.values()), rel=0.3)
     far = {name: (took, MEASURED[name]) for name, took in found.items() if not 0.5 < took / MEASURED[name] < 2.1}
