@@ -9,6 +9,8 @@ defaults of a notebook:
         needs: [01_data]
         parameters: {epochs: 3}  # optional, and stronger than the file
 
+A profile with `extends: voc` has the files of that profile for the notebooks that it has no file of.
+
 Everything is checked before the first notebook starts. Results go to `outputs/<profile>/`, the run folder.
 """
 
