@@ -146,9 +146,8 @@ class TestBroken:
             content["images"][1]["file_name"] = content["images"][0]["file_name"]
 
         change(coco, twice)
-        assert "coco trainval has two images of the id 'COCO_train2014_000000000100' (1 such ids)" in found(
-            "coco", coco
-        )
+        file = "annotations/instances_train2014.json"
+        assert f"{file} has 2 images with the file_name 'COCO_train2014_000000000100.jpg'" in found("coco", coco)
 
     def test_an_image_in_two_splits(self, pets):
         train = (pets / "annotations" / "trainval.txt").read_text().splitlines()

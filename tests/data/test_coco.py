@@ -181,7 +181,7 @@ def test_images_may_lie_one_folder_deeper(coco):
     [
         (lambda c: c.pop("categories"), "has no list 'categories'"),
         (lambda c: c["images"].append({"file_name": "x.jpg"}), "an entry without 'id'"),
-        (lambda c: c["images"][0].update(file_name=3), "an entry without 'file_name'"),
+        (lambda c: c["images"][0].update(file_name=3), "an entry whose 'file_name' is 3, not text"),
         (lambda c: c["annotations"][0].update(image_id=5), "of image 5, which it does not list"),
         (lambda c: c["annotations"][0].update(category_id=2), "of category 2, which it does not list"),
         (lambda c: c["annotations"].append(3), "an entry without 'image_id'"),

@@ -69,6 +69,19 @@ def test_only_selects_a_step_with_its_needs(repository):
     assert [step.notebook for step in pipeline.plan("mini", only=["notebooks/01_data.ipynb"])] == ["01_data"]
 
 
+def test_a_profile_that_extends_another_has_its_files_where_it_has_none(repository):
+    repository.yaml("mini/01_data", "lr: 1.0e-2")
+    repository.yaml("mini/03_cam", "lr: 1.0e-2\nepochs: 9")
+    repository.yaml("swin/03_cam", "epochs: 4")
+    repository.yaml("swin/pipeline", {"extends": "mino", "steps": [step("01_data"), step("03_cam", "01_data")]})
+    with pytest.raises(ParameterError, match=r"extends 'mino', which is no profile \(did you mean 'mini'\?\)"):
+        pipeline.plan("swin")
+    repository.yaml("swin/pipeline", {"extends": "mini", "steps": [step("01_data"), step("03_cam", "01_data")]})
+    steps = {one.notebook: one.parameters for one in pipeline.plan("swin")}
+    assert steps["01_data"] == {"lr": 0.01, "run_folder": "outputs/swin"}
+    assert steps["03_cam"] == {"epochs": 4, "run_folder": "outputs/swin"}  # its own file, and nothing of the other
+
+
 def step(notebook, *needs, **parameters):
     return {"notebook": notebook, "needs": list(needs), "parameters": parameters}
 

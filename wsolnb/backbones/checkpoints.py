@@ -54,6 +54,12 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
             f"first: {name!r} ({told}){prefixed}",
             "build the backbone with the name and image size that the weights were made for",
         )
+    for name, value in own.items():
+        if value.is_floating_point() and name in state and not state[name].is_floating_point():
+            problem = (
+                f"{path} holds {str(state[name].dtype).removeprefix('torch.')} in {name!r}, where weights are floats"
+            )
+            raise WeightsError(problem, "give the weights before they were quantised")
     unused = (*HEADS, *getattr(model, "UNUSED", ()))
     extra = [name for name in state if name not in own and not name.startswith(unused)]
     if extra:
@@ -85,6 +91,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no tensors by name",
             "save a dictionary of tensors (a state_dict); prefixes of the names such as 'module.' are taken off",
         )
+    for name, value in state.items():
+        if value.is_floating_point() and value.isnan().any():
+            raise WeightsError(f"{path} holds NaN in {name!r}", "take the weights of an epoch before training diverged")
     return state
 
 

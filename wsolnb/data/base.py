@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import struct
 import warnings
@@ -156,12 +157,17 @@ class FolderDataset(LocalizationDataset):
         leaves = (boxes < -1).any(axis=1) | (boxes > np.array([width, height] * 2) + 1).any(axis=1)
         if not leaves.any():
             return sample.boxes
-        if (place := (self.name, str(self.root))) not in _TOLD:  # once for a data set
-            _TOLD.add(place)
-            box = ", ".join(f"{value:g}" for value in boxes[leaves][0])
-            told = f"the box {box} leaves {path} ({width}x{height}); it is cut off, as are all others that do"
-            warnings.warn(f"{self.name}: {told}", stacklevel=4)
+        box = ", ".join(f"{value:g}" for value in boxes[leaves][0])
+        self.tell(
+            "cut off", f"the box {box} leaves {path} ({width}x{height}); it is cut off, as are all others that do"
+        )
         return np.where(leaves[:, None], np.clip(boxes, 0, [width, height] * 2), boxes)
+
+    def tell(self, kind: str, text: str) -> None:
+        """Warn of something that is read all the same, once for a data set and a kind of thing."""
+        if (place := (self.name, str(self.root), kind)) not in _TOLD:
+            _TOLD.add(place)
+            warnings.warn(f"{self.name}: {text}", stacklevel=5)
 
     def __cache_key__(self, reading: Any) -> dict[str, Any]:
         """What a result that reads this data set depends on: images, labels, options, and the files (`wsolnb.keys`).
@@ -214,7 +220,7 @@ class FolderDataset(LocalizationDataset):
         Raises DataError, with the `remedy` if one is given, when it is missing, empty or not text.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors write a mark before the first line
         except FileNotFoundError as error:
             raise self.problem(f"missing: {path}", remedy) from error
         except (UnicodeDecodeError, OSError) as error:
@@ -325,19 +331,25 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zl
 ORIENTATION = 0x0112
 """EXIF's tag of how an image is turned; from 5 on its sides are exchanged."""
 
-_TOLD: set[tuple[str, str]] = set()
-"""Data sets (name, folder) of which this process has said that boxes are cut off."""
+_TOLD: set[tuple[str, str, str]] = set()
+"""Data sets (name, folder) and kinds of things that this process has warned of."""
 
 
 def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np.ndarray:
     """Return what `convert` makes of an image file, as an array; DataError when it is missing or damaged."""
     if not path.exists():
-        raise DataError(f"missing: {path}", remedy)
+        raise DataError(f"missing: {path}{_other_ending(path)}", remedy)
     try:
         with Image.open(path) as image:
             return np.array(convert(image))
     except _DECODING_ERRORS as error:
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
+
+
+def _other_ending(path: Path) -> str:
+    """Return a hint at a file that differs from a missing one in its ending only, such as `x.JPG` for `x.jpg`."""
+    beside = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.name else []
+    return f"; there is {beside[0]}: give it the ending {path.suffix!r}" if beside else ""
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:

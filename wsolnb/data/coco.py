@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -65,9 +66,11 @@ class COCO(FolderDataset):
 
         content = self._read()
         names = {self._get(c, "id", int): str(self._get(c, "name", str)) for c in content["categories"]}
+        self._check_distinct("categories", content["categories"], "id", "name")
         order = {key: index for index, key in enumerate(sorted(names))}
         self.class_names = tuple(names[key] for key in order)
         images = {self._get(image, "id", int): image for image in content["images"]}
+        self._check_distinct("images", content["images"], "id", "file_name")
         objects: dict[int, list[dict]] = {key: [] for key in images}
         for annotation in content["annotations"]:
             for name, key, known in (("image", "image_id", images), ("category", "category_id", order)):
@@ -100,9 +103,20 @@ class COCO(FolderDataset):
         return content
 
     def _get(self, entry: Any, name: str, kind: type) -> Any:
-        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+        if not isinstance(entry, dict) or name not in entry:
             raise self.problem(f"{self._file} has an entry without {name!r}: {str(entry)[:80]}")
+        if not isinstance(entry[name], kind):
+            wanted = "a whole number" if kind is int else "text"
+            raise self.problem(f"{self._file} has an entry whose {name!r} is {entry[name]!r}, not {wanted}")
         return entry[name]
+
+    def _check_distinct(self, what: str, entries: Sequence[dict], *names: str) -> None:
+        """Raise DataError for a value that two entries of a list share, where it has to tell them apart."""
+        for name in names:
+            counts = Counter(self._get(entry, name, int if name == "id" else str) for entry in entries)
+            for value, count in counts.most_common(1):
+                if count > 1:
+                    raise self.problem(f"{self._file} has {count} {what} with the {name} {value!r}")
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -122,6 +136,10 @@ class COCO(FolderDataset):
                 area = number(area)
             except (TypeError, ValueError) as error:
                 raise self.problem(f"{where} has an object without a proper bbox and area") from error
+            if width < 0 or height < 0:
+                raise self.problem(f"{where} has the bbox {box}, of a negative side; it is x, y, width, height")
+            if crowd not in (0, 1, None):  # the text "0" would count as true
+                raise self.problem(f"{where} has an object whose iscrowd is {crowd!r}, neither 0 nor 1")
             if not crowd:  # the box of a crowd is of no object
                 boxes.append((x, y, x + width, y + height))
                 labels.append(label)
@@ -155,6 +173,10 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         region = np.zeros(size, bool)
         for points in segmentation:
             region |= polygon_mask(points, size)
+            x, y = np.array(points[0::2]), np.array(points[1::2])
+            if min(x.max(), y.max()) < -1 or x.min() > size[1] + 1 or y.min() > size[0] + 1:
+                problem = f"has a polygon from {x.min():g}, {y.min():g} on, outside of {size[1]}x{size[0]} pixels"
+                raise ValueError(problem)
         return region
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise ValueError("is neither a list of polygons nor run lengths")

@@ -76,7 +76,12 @@ class MetadataFolder(FolderDataset):
         if class_names is None:
             # A split may lack the last classes, so all of them are looked at for the number of classes.
             lists = [metadata_root / name / "class_labels.txt" for name in splits]
-            last = max(label for path in lists for _, label in self.table(path, columns, ","))
+            used = {label for path in lists for _, label in self.table(path, columns, ",")}
+            last = max(used)
+            if min(used) == 1:
+                raise self.problem(
+                    f"no image of {metadata_root} has the class 0", "count classes from 0 in class_labels.txt"
+                )
             class_names = [str(label) for label in range(last + 1)]
         self.class_names = tuple(class_names)
         for image in self.image_ids:
@@ -113,6 +118,9 @@ class MetadataFolder(FolderDataset):
             if with_boxes and (row[2] < row[0] or row[3] < row[1]):
                 raise self.problem(f"{path}: a box of {image!r} ends before it begins")
             found.setdefault(image, []).append(tuple(row))
+        if with_boxes and len(found) > 1 and max(max(row) for rows in found.values() for row in rows) <= 1.5:
+            problem = f"all boxes of {path} are in shares of the image's sides, from 0 to 1"
+            raise self.problem(problem, "multiply x by the image's width and y by its height in pixels")
         self.check_covers(path, found, self._ids_path, self.image_ids)
 
     def sources(self) -> list[Path]:

@@ -109,9 +109,26 @@ class OwnImages(FolderDataset):
                     hint = nearest(label, self.class_names)
                     problem = f"{row.where}: the class {label!r} is in {name}, but train has no image of it{hint}"
                     raise self.problem(problem, "add images of it to train, or remove those")
+        self._check_names()
         if len(self.class_names) < 2:
             problem = f"{self.root} has one class only: {self.class_names[0]!r}"
             raise self.problem(problem, f"a classifier needs two classes or more; {self.remedy}")
+
+    def _check_names(self) -> None:
+        """Raise DataError for classes that are one class, or several, written in another way."""
+        folded: dict[str, str] = {}
+        for name in self.class_names:
+            if (other := folded.setdefault(name.casefold(), name)) != name and len(
+                name
+            ) > 1:  # but letters may be classes
+                raise self.problem(
+                    f"the classes {other!r} and {name!r} differ in capital letters only", "write them alike"
+                )
+        for name in self.class_names:
+            parts = [part.strip() for part in re.split(r"[,|/+]", name)]
+            if len(parts) > 1 and set(parts) <= set(self.class_names):
+                problem = f"the class {name!r} is made of the classes {', '.join(map(repr, parts))}"
+                raise self.problem(problem, f"write several labels of an image as {';'.join(parts)} in a CSV")
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -169,7 +186,12 @@ class OwnImages(FolderDataset):
             if box[2] <= box[0] or box[3] <= box[1]:
                 problem = f"{where}: the box {shown} of {name!r} ends before it begins"
                 raise self.problem(problem, f"are these x, y, width, height, or swapped corners? {BOXES_REMEDY}")
-            found.setdefault(name, []).append((self._label_of_box(row, name, labels[name], where), *box))
+            entry = (self._label_of_box(row, name, labels[name], where), *box)
+            if entry in found.setdefault(name, []):
+                raise self.problem(
+                    f"{where}: the box {shown} of {name!r} is listed a second time", "keep every box once"
+                )
+            found[name].append(entry)
         return found
 
     def _label_of_box(self, row: Mapping[str, str], name: str, labels: tuple[int, ...], where: str) -> int:

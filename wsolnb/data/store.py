@@ -111,6 +111,10 @@ class Store:
                 found = ClassMaps(image_id, tuple(stored["classes"].tolist()), stored["maps"].astype(np.float32))
             if found.maps.ndim != 3 or len(found.maps) != len(found.classes):
                 raise ValueError(f"maps of shape {found.maps.shape} for {len(found.classes)} classes")
+            if len(set(found.classes)) < len(found.classes):
+                raise ValueError(f"the classes {found.classes}, one of them twice")
+            if found.maps.size and not 0 <= found.maps.min() <= found.maps.max() <= 1:  # false for NaN
+                raise ValueError(f"values from {found.maps.min():g} to {found.maps.max():g}, not in [0, 1]")
             return found
         except Exception as error:  # zip and NumPy report damage through many types
             raise DataError(f"the maps {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error

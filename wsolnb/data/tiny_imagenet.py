@@ -40,7 +40,7 @@ class TinyImageNet(FolderDataset):
 
     def __init__(self, root: str | Path, split: str):
         self.open(root, split, "wnids.txt", "tiny-imagenet-200")
-        wnids = list(self.lines(self.root / "wnids.txt").values())
+        wnids = list(self.records(self.root / "wnids.txt", {"wnid": str}))
         words = self.records(self.root / "words.txt", {"wnid": str, "words": str}, separator="\t")
         self.class_names = tuple(words.get(wnid, (wnid,))[0].split(",")[0] for wnid in wnids)
         self._folders = tuple(self.root / "train" / wnid / "images" for wnid in wnids)

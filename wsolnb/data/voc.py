@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -73,7 +74,9 @@ class VOC(FolderDataset):
             if not (lists / "Segmentation").is_dir():
                 image_set = "Main"
             listed = lists / image_set / f"{split}.txt"
-            masks = {name: folder / f"{name}.png" for name in self.records(listed, {"image_id": str})}
+            ids = self.records(listed, {"image_id": str})
+            self._check_ids(listed, ids)
+            masks = {name: folder / f"{name}.png" for name in ids}
             if image_set == "Main" or not folder.is_dir():
                 masks = {name: path if path.exists() else None for name, path in masks.items()}
         self.image_ids, self._masks = tuple(masks), tuple(masks.values())
@@ -85,6 +88,15 @@ class VOC(FolderDataset):
         else:
             self._objects, self.labels = [[] for _ in self.image_ids], self._read_labels(listed)
             self._sizes, self._named = [None] * len(self.labels), [set(own) for own in self.labels]
+
+    def _check_ids(self, listed: Path, ids: Iterable[str]) -> None:
+        """Raise DataError for lines of a list that are no ids: with the file's ending, or with a label behind."""
+        for name in ids:
+            if len(name.split()) > 1:
+                problem = f"{listed} has the line {name!r}, where an image id stands alone"
+                raise self.problem(problem, "give the list of a split, not that of a class (dog_train.txt)")
+            if name.lower().endswith((".jpg", ".jpeg", ".png")):
+                raise self.problem(f"{listed} names the file {name!r}", "list image ids, without the ending")
 
     def _read_labels(self, listed: Path) -> tuple[tuple[int, ...], ...]:
         """Return the classes of every image by the lists of ImageSets/Main, of all splits that exist.
@@ -157,6 +169,11 @@ class VOC(FolderDataset):
                 raise self.problem(f"{path} has an object without a proper bndbox") from error
             if x1 < x0 or y1 < y0:
                 raise self.problem(f"{path} has the box {x0:g}, {y0:g}, {x1:g}, {y1:g}, which ends before it begins")
+            if x0 < 0.5 or y0 < 0.5:
+                told = f"{path} has the box {x0:g}, {y0:g}, {x1:g}, {y1:g}; VOC counts corners from 1"
+                self.tell(
+                    "counted from 0", f"{told}: if all are counted from 0, they are read one pixel too far up and left"
+                )
             objects.append((self.class_names.index(label), x0 - 1, y0 - 1, x1, y1))
         return objects
 

@@ -70,18 +70,27 @@ def plan(
     parameter: Overrides = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NOTEBOOK", help="as of `reproduce`")] = None,
     outputs: Outputs = "outputs",
+    device: Annotated[
+        str, typer.Option(help="what hours are estimated for: cpu, a100, ...; default a100 if the profile is for a GPU")
+    ] = "",
 ) -> None:
-    """Tell what `reproduce` would run, and what is missing for it: data, files, weights, packages, device, disk.
+    """Tell what `reproduce` would run, what it will cost, and what is missing: data, files, weights, packages, disk.
 
-    Nothing is run. Ends with 0 when nothing is missing, with 1 when something is.
+    Hours, memory and disk are estimates, with their assumptions below them. Nothing is run or downloaded. Ends with 0
+    when nothing is missing, with 1 when something is.
     """
-    from wsolnb.notebook import pipeline
+    from wsolnb.notebook import costs, pipeline
 
     steps = pipeline.plan(profile, parameter or (), only or (), outputs)
     for step in steps:
         typer.echo("  after ".join(filter(None, (step.notebook, ", ".join(step.needs)))))
         for name, value in step.parameters.items():
             typer.echo(f"    {name}: {value}")
+    device = device or ("a100" if pipeline.made_for_gpu(profile) else "cpu")
+    rows, remarks = costs.report(pipeline.resolved(steps), device)
+    _show(rows)
+    for line in remarks:
+        typer.echo(line)
     found = pipeline.missing(steps, profile, outputs)
     for one in found:
         typer.echo(f"{'missing' if one.fatal else 'note'}: {one.notebook}: {one.text}")

@@ -105,7 +105,7 @@ def read_names(path: str) -> list[str]:
     Raises DataError for a file that is missing, empty or no text.
     """
     try:
-        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}", "give a text file with one name of a class per line") from error
     if not names:

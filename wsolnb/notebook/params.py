@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import inf, ulp
+from math import inf, isfinite, ulp
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,9 +93,14 @@ class Parameter:
             return "a list of at least one value"
         if items and _named(self.name, _RANGES) and (len(items) != 2 or items[0] > items[1]):
             return "empty, or a range: two numbers, the smaller one first"
+        if _named(self.name, "*seeds") and len(set(items)) < len(items):  # an interval would be too narrow
+            return "different from each other"
         rules = ((rule, ends) for rule, (*ends, names) in _RULES.items() if _named(self.name, names))
         rule, (low, high) = next(rules, ("", (-inf, inf)))
-        return "" if all(low <= item <= high for item in items if isinstance(item, int | float)) else rule
+        numbers = [item for item in items if isinstance(item, int | float)]
+        if not all(low <= item <= high for item in numbers):
+            return rule
+        return "" if all(map(isfinite, numbers)) else "finite"
 
     def parse(self, text: str) -> Any:
         """Return the value that `text`, as typed on the command line, has for the declared type.
@@ -281,6 +286,8 @@ def load_parameter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Unique)
     except OSError as error:
         raise ParameterError(f"{path} cannot be read: {error.strerror}", "check the name of the file") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"{path} is no UTF-8 text", "save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ParameterError(f"{path} is no YAML: {error}", "write one `name: value` per line") from None
     if values is None:

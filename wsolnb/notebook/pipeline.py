@@ -9,6 +9,8 @@ defaults of a notebook:
         needs: [01_data]
         parameters: {epochs: 3}  # optional, and stronger than the file
 
+A profile with `extends: voc` has the files of that profile for the notebooks that it has no file of.
+
 Everything is checked before the first notebook starts. Results go to `outputs/<profile>/`, the run folder.
 """
 
@@ -28,6 +30,7 @@ import textwrap
 import threading
 import time
 import uuid
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -64,6 +67,7 @@ class Step(BaseModel, extra="forbid", strict=True):
 class _File(BaseModel, extra="forbid", strict=True):
     steps: list[Step]
     gpu: bool = False  # the profile is made for one
+    extends: str = ""  # a profile whose files hold for the notebooks that have none here
 
 
 # What to run
@@ -97,6 +101,9 @@ def plan(
         problem = f"there is no profile {profile!r}{nearest(profile, known)}"
         raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
     folder = repository_root() / "params" / profile
+    if (base := _read(folder).extends) and base not in known:
+        problem = f"{folder / 'pipeline.yaml'} extends {base!r}, which is no profile{nearest(base, known)}"
+        raise ParameterError(problem, f"use one of: {', '.join(known)}")
     selected = _select(_ordered(folder), only)
 
     place, root = run_folder(profile, outputs), repository_root()
@@ -116,6 +123,8 @@ def plan(
     steps = []
     for step in selected:
         name, file = step.notebook, folder / f"{step.notebook}.yaml"
+        if base and not file.exists():
+            file = folder.parent / base / file.name
         values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
         values |= params.check_parameters(name, step.parameters, str(folder / "pipeline.yaml"))
         values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}
@@ -128,12 +137,26 @@ def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
     """Return, as `preflight.look`, what the steps of a profile (`plan`) need and do not find."""
-    declared = {step.notebook: params.notebook_parameters(step.notebook) for step in steps}
-    values = {
-        step.notebook: {name: one.default for name, one in declared[step.notebook].items()} | step.parameters
-        for step in steps
-    }
-    return preflight.look(values, run_folder(profile, outputs), _read(repository_root() / "params" / profile).gpu)
+    values = {step.notebook: _all_parameters(step) for step in steps}
+    return preflight.look(values, run_folder(profile, outputs), made_for_gpu(profile))
+
+
+def resolved(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    """Return all parameters of each step, behind those of the steps that it needs: what it goes on from."""
+    found: dict[str, dict[str, Any]] = {}
+    for step in steps:  # needs come first
+        found[step.notebook] = dict(ChainMap(_all_parameters(step), *(found[need] for need in step.needs)))
+    return found
+
+
+def made_for_gpu(profile: str) -> bool:
+    """Return whether a profile says that it is made for a GPU."""
+    return _read(repository_root() / "params" / profile).gpu
+
+
+def _all_parameters(step: Step) -> dict[str, Any]:
+    declared = params.notebook_parameters(step.notebook)
+    return {name: one.default for name, one in declared.items()} | step.parameters
 
 
 def _read(folder: Path) -> _File:

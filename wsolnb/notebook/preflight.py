@@ -81,14 +81,26 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[Any, Callable[[], Findi
     for name in FILES:
         if path := values.get(name, ""):
             yield ("file", path), lambda name=name, path=path: _file(name, path, root)
-    for name in NETWORKS:
-        if (network := values.get(name)) and values.get("pretrained", True) and not values.get("checkpoint"):
-            yield ("weights", network), lambda network=network: _weights(network)
+    for network in networks(values):
+        yield ("weights", network), lambda network=network: _weights(network)
     for (name, value), (package, remedy) in PACKAGES.items():
         if values.get(name) == value:
             yield ("package", package), lambda package=package, remedy=remedy: _package(package, remedy)
     if (device := values.get("device", "auto")) in ("cuda", "mps"):
         yield ("device", device), lambda: _device(device)
+
+
+def networks(values: Mapping[str, Any]) -> list[str]:
+    """Return the networks whose published weights a step with these parameters starts from."""
+    if not values.get("pretrained", True) or values.get("checkpoint"):
+        return []
+    return [values[name] for name in NETWORKS if values.get(name)]
+
+
+def is_download(network: str) -> bool:
+    """Return whether a network's weights are published, and not on this machine."""
+    finding = _weights(network)
+    return finding is not None and not finding.fatal
 
 
 def _data(dataset: str, root: str, seed: int) -> Finding | None:
