@@ -59,7 +59,7 @@ def test_a_lock_has_exact_versions_and_hashes_and_no_addresses(lock):
 
 def test_the_direct_dependencies_are_in_the_lock():
     versions = locked()
-    for name, requirement in declared("dev").items():
+    for name, requirement in declared("dev", "site").items():
         assert name in versions, f"{name} is not in requirements.lock: run tools/lock.sh"
         for version in versions[name]:
             assert requirement.specifier.contains(version), f"{requirement} against {version}: run tools/lock.sh"
@@ -92,7 +92,7 @@ def test_the_oldest_python_is_stated_equally():
 
 def test_every_command_sets_the_environment_up():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("reproduce", "test", "unit", "lab", "bench", "lint"):
+    for target in ("reproduce", "test", "unit", "lab", "site", "bench", "lint"):
         assert re.search(rf"^{target}:.*\bsetup\b", makefile, re.MULTILINE), target
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
