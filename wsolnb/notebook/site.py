@@ -17,7 +17,7 @@ import posixpath
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,7 +37,7 @@ from wsolnb.files import repository_root, write_atomically
 from wsolnb.notebook import reports, runs
 
 THEME = Path(__file__).with_name("theme")
-FONT = resources.files("ziamath") / "fonts/STIXTwoMath-Regular.ttf"
+FONT = Path(find_spec("ziamath").origin).with_name("fonts") / "STIXTwoMath-Regular.ttf"
 """For formulas: what many systems lack, and what one wheel holds."""
 GROUPS = {"0": "Start", "1": "SCM", "2": "LPCAM", "3": "LocLoc", "9": "Results"}
 """By the first digit of a notebook: the part of the book that it belongs to, in reading order."""
@@ -105,11 +105,7 @@ def build(out: Path, run: Path | None = None) -> list[str]:
     if out.exists() and any(out.iterdir()) and not (out / "book.css").is_file():
         raise RunError(f"{out} holds something else than a book", "name a new or an empty folder")
     shutil.rmtree(out, ignore_errors=True)
-    for file in (
-        THEME / "book.css",
-        THEME / "book.js",
-        resources.files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf",
-    ):
+    for file in (THEME / "book.css", THEME / "book.js", FONT):
         write_atomically(out / file.name, file.read_bytes())
     commit = runs.commit()
     built = f"Built from commit {commit['commit'][:9]}{' with changes' * commit['dirty']}." if commit["commit"] else ""
@@ -132,7 +128,7 @@ def build(out: Path, run: Path | None = None) -> list[str]:
         if page.is_lesson:
             write_atomically(out / page.source, ((run or repository_root()) / page.source).read_bytes())
         soup = BeautifulSoup(body, "html.parser")
-        _link(soup, page, pages, out, run)
+        _link(soup, page, pages, out)
         index += _finish(soup, page, out)
         write_atomically(out / f"{page.name}.html", str(soup))
     write_atomically(out / "search.js", f"window.BOOK = {json.dumps(index, ensure_ascii=False)};\n")
@@ -339,18 +335,25 @@ def _text(notebook: NotebookNode) -> str:
 # The page as a whole
 
 
-def _link(soup: BeautifulSoup, page: Page, pages: list[Page], out: Path, run: Path | None) -> None:
-    """Point links between files of the repository to pages of the book; copy the other files that are linked to."""
+def _link(soup: BeautifulSoup, page: Page, pages: list[Page], out: Path) -> None:
+    """Point links between files of the repository to pages of the book; copy the other files that are linked to.
+
+    A link to a notebook that a run folder lacks becomes plain text.
+    """
     names = {other.source: f"{other.name}.html" for other in pages}
     for tag in soup.select("main > :not(footer) [href], main > :not(footer) [src]"):
         attribute = "href" if tag.has_attr("href") else "src"
         address = urlsplit(tag[attribute])
-        if address.scheme or address.netloc or not address.path or (out / address.path).is_file():
+        if address.scheme or address.netloc or not address.path or (out / address.path.lstrip("/")).is_file():
+            tag[attribute] = tag[attribute].lstrip("/")
             continue
         target = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), unquote(address.path))).lstrip("/")
-        file = (run if run and target.startswith("notebooks/") else repository_root()) / target
+        file = repository_root() / target
         if target in names:
             target, address = names[target], address._replace(fragment=address.fragment.lower())
+        elif file.suffix == ".ipynb" and file.is_file():
+            tag.name, tag.attrs = "span", {"title": "not run in this folder"}
+            continue
         elif file.is_file():
             write_atomically(out / "files" / target, file.read_bytes())
             target = f"files/{target}"
