@@ -182,6 +182,7 @@ def test_the_provenance_of_recorded_studies(book):
     assert read(book, "01_data.html").select_one(".notes a")["href"] == "provenance.html#01_studies"
     page = read(book, "provenance.html")
     assert [tag.text for tag in page.select("tbody td")][:3] == ["01_studies", "01_data", "012345678 with changes"]
+    assert page.select_one("main section > p").text.startswith("Each recorded study")
     assert json.loads(page.find(id="01_studies").pre.text)["parameters"] == {"epochs": 7}
 
 

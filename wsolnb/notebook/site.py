@@ -48,8 +48,8 @@ FOLDED = {
 """Code that is folded at first, by what a line of it says: it sets up or draws, and is not what the lesson is about."""
 
 
-PROGRESS = re.compile(r"\s*\d+%\|")
-"""A bar that says how far a finished cell was."""
+NOISE = re.compile(r"\s*\d+%\||\w+\(children=\(")
+"""Output that says nothing here: how far a finished cell was, or a widget without its kernel."""
 
 
 class Page(BaseModel):
@@ -81,7 +81,7 @@ class Page(BaseModel):
     def short(self) -> str:
         """The title up to its colon, for lists of pages; what follows it where the part of the book says the rest."""
         before, _, after = self.title.partition(": ")
-        return f"{before.removesuffix(self.group)}{after}" if after and before.endswith(self.group) else before
+        return f"{before.removesuffix(self.group)}{after}" if self.group and before.endswith(self.group) else before
 
     @property
     def question(self) -> str:
@@ -248,12 +248,15 @@ def _provenance(run: Path | None) -> str:
         seconds = made.get("seconds", "")
         line = {"run": f"[{name}](#{name})", "notebook": made.get("notebook", ""), "commit": _commit(made)}
         line |= {"device": made.get("device", ""), "processor": made.get("processor", "")}
-        line |= {"finished": made.get("finished", "")[:10], "seconds": seconds if isinstance(seconds, float) else ""}
+        line |= {
+            "finished": made.get("finished", "")[:10].replace("-", "\u2011"),
+            "seconds": seconds if isinstance(seconds, float) else "",
+        }
         lines.append(line)
     whole = []
     for name, made in found:
-        text = f"<summary>{name}</summary><pre>{html.escape(json.dumps(made, indent=1))}</pre>"
-        whole.append(f'<details class="code" id="{name}">{text}</details>')
+        inside = f"<summary>{name}</summary><pre>{html.escape(json.dumps(made, indent=1))}</pre>"
+        whole.append(f'<details class="code" id="{name}">{inside}</details>')
     table = reports.markdown(pd.DataFrame(lines)) if lines else "There is none."
     return f"# Provenance\n\n{text}\n\n{table}\n\n## In full\n\n" + "\n\n".join(whole)
 
@@ -311,7 +314,7 @@ def _prepare(notebook: NotebookNode) -> NotebookNode:
         label = tagged or next((name for name, pattern in FOLDED.items() if pattern.search(cell.source)), "")
         cell.metadata.update(label=label or "code", folded=bool(label), caption=_caption(notebook.cells, number))
         shown = (output.get("data", {}).get("text/plain", "") for output in cell.outputs)
-        cell.outputs = [output for output, text in zip(cell.outputs, shown, strict=True) if not PROGRESS.match(text)]
+        cell.outputs = [output for output, text in zip(cell.outputs, shown, strict=True) if not NOISE.match(text)]
     return notebook
 
 
@@ -366,6 +369,9 @@ def _finish(soup: BeautifulSoup, page: Page, out: Path) -> Iterator[tuple[str, s
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
         for text in table.find_all(string=re.compile(" ± ")):
             text.replace_with(text.replace(" ± ", "\u00a0±\u00a0"))
+        for cell in table.select("td"):
+            if len(cell.get_text()) > 40:
+                cell["class"] = [*cell.get("class", ()), "long"]
     for picture in soup.select("main img"):
         picture["loading"] = "lazy"
         if (file := out / picture["src"]).is_file() and file.suffix != ".svg":
