@@ -175,7 +175,7 @@ def test_the_search_knows_sections(book):
     assert {name for name, *_ in index} >= {"01_data.html#boxes", "01_data.html#boxes-1", "glossary.html#box"}
     [(address, page, heading, _)] = [entry for entry in index if "kestrel" in entry[3]]
     assert (address, page, heading) == ("01_data.html#boxes-1", "01 · Data: birds in boxes", "Boxes")
-    assert [entry[0] for entry in index if "half = 1" in " ".join(entry)] == ["01_data.html#boxes-1"]
+    assert [entry[0] for entry in index if "half = 1 / 2" in entry[3]] == ["01_data.html#boxes-1"]
 
 
 def test_the_provenance_of_recorded_studies(book):

@@ -43,6 +43,7 @@ GROUPS = {"0": "Start", "1": "SCM", "2": "LPCAM", "3": "LocLoc", "9": "Results"}
 """By the first digit of a notebook: the part of the book that it belongs to, in reading order."""
 FOLDED = {
     "start": re.compile(r"\bruns\.start\("),
+    "imports": re.compile(r"\A(?:(?:(?:import|from) |[ )]).*\n?|\n)+\Z"),
     "code of the figure": re.compile(r"\bsave_figure\(|\bplt\.|\bviz\.(?!set_style)"),
 }
 """Code that is folded at first, by what a line of it says: it sets up or draws, and is not what the lesson is about."""
@@ -399,9 +400,10 @@ def _finish(soup: BeautifulSoup, page: Page, out: Path) -> Iterator[tuple[str, s
     for block in soup.select("main section > *, main details.code pre"):
         if block.name in ("h1", "h2", "h3"):
             yield address, page.title, title, " ".join(" ".join(texts).split())
-            address, title, texts = f"{page.name}.html#{block['id']}", _heading(block), []
+            address, texts = f"{page.name}.html#{block['id']}", []
+            title = _heading(block) if block.name != "h1" else ""
         else:
-            texts.append(block.get_text(" "))
+            texts.append(block.get_text())
     yield address, page.title, title, " ".join(" ".join(texts).split())
 
 
