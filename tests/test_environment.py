@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -107,6 +108,13 @@ def test_the_forge_runs_what_the_makefile_has_on_two_versions_of_python():
     versions = yaml.safe_load(workflows["tests"])["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert versions[0] == PROJECT["requires-python"].removeprefix(">=")
     assert len(set(versions)) == 2
+
+
+def test_the_repository_stays_small():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git, or no history")
+    assert sum(path.stat().st_size for path in map(ROOT.joinpath, listed.stdout.split("\0")) if path.is_file()) < 25e6
 
 
 def imports(source: str) -> set[str]:

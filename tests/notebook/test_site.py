@@ -234,7 +234,7 @@ def test_the_book_of_a_run_says_what_it_was_run_with(run):
     assert site.build(run / "site", run)[-2:] == ["provenance.html", "metrics.html"]
     assert site.problems(run / "site") == []
     notes = read(run / "site", "01_data.html").select_one(".notes")
-    assert notes.text == "Run 2026-01-02 in 61 s, commit 012345678, cpu. Provenance"
+    assert notes.text == "Run 2026-01-02, 61.4 s, commit 012345678, cpu. Provenance"
     assert notes.a["href"] == "provenance.html#01_data"
     whole = read(run / "site", "provenance.html").find(id="01_data").pre.text
     assert json.loads(whole)["parameters"] == {"epochs": 7}
@@ -247,7 +247,7 @@ def test_the_book_of_a_run_says_what_it_was_run_with(run):
 
 
 def test_a_run_without_a_summary_and_without_metrics_still_makes_a_book(run):
-    (run / "summary.json").write_text("{")
+    (run / "summary.json").write_text('{"steps": [{}]}')
     shutil.rmtree(run / "metrics")
     site.build(run / "site", run)
     assert site.problems(run / "site") == []
@@ -277,7 +277,11 @@ def test_a_folder_of_something_else_is_left_alone(repository):
     kept.write_text("years of work")
     with pytest.raises(RunError, match="something else than a book"):
         site.build(kept.parent)
+    with pytest.raises(RunError, match="something else than a book"):
+        site.build(kept)
     assert kept.read_text() == "years of work"
+    (empty := repository.root / "empty").mkdir()
+    assert site.build(empty) == site.build(empty)  # an empty folder, and then a book
 
 
 @pytest.mark.parametrize("formula", [r"\unheard{x}", r"\left( x"])

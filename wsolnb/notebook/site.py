@@ -10,6 +10,7 @@ page needs neither a network nor a server.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import json
@@ -30,7 +31,6 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from wsolnb.errors import ParameterError, RunError
 from wsolnb.files import repository_root, write_atomically
@@ -53,13 +53,13 @@ NOISE = re.compile(r"\s*\d+%\||\w+\(children=\(")
 """Output that says nothing here: how far a finished cell was, or a widget without its kernel."""
 
 
-class Page(BaseModel):
+@dataclasses.dataclass
+class Page:
     """A page of the book. source: its file by its place in the repository, which relative links start from.
 
     group, place: part of the book, and place in reading order. notes: what it was run with, as HTML.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     name: str
     source: str
     notebook: NotebookNode
@@ -103,7 +103,8 @@ def build(out: Path, run: Path | None = None) -> list[str]:
         ParameterError: a notebook or one of its formulas cannot be read.
     """
     pages = _pages(run)
-    if out.exists() and any(out.iterdir()) and not (out / "book.css").is_file():
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not empty and not (out / "book.css").is_file():
         raise RunError(f"{out} holds something else than a book", "name a new or an empty folder")
     shutil.rmtree(out, ignore_errors=True)
     for file in (THEME / "book.css", THEME / "book.js", FONT):
@@ -170,7 +171,8 @@ def _page(path: Path, folder: Path, run: Path | None) -> Page:
     name = "_".join(relative.with_suffix("").parts)
     page = Page(name=name, source=f"notebooks/{relative.as_posix()}", notebook=notebook, group=group)
     if run and (made := runs.read_provenance(run / "metrics" / f"{path.stem}.json")):
-        what = f"Run {made['started'][:10]} in {made['seconds']:.0f} s, commit {_commit(made)}, {made['device']}."
+        day, seconds, device = (str(made.get(name, "?")) for name in ("started", "seconds", "device"))
+        what = f"Run {day[:10]}, {seconds} s, commit {_commit(made) or '?'}, {device}."
         page.notes = f'{html.escape(what)} <a href="/provenance.md#{page.name}">Provenance</a>'
     elif studies := [name for name, _ in _recorded() if not run and name.startswith(path.stem[:3])]:
         links = ", ".join(f'<a href="/provenance.md#{study}">{study}</a>' for study in studies)
@@ -189,7 +191,7 @@ def _landing(run: Path | None, lessons: Iterable[Page]) -> str:
     readme = (repository_root() / "README.md").read_text("utf-8")
     parts = [readme.partition("\n```")[0]]
     if run:
-        parts.append(f"## This run\n\n{_steps(run)}\n\nThe [tables](metrics.md) of all notebooks, and the "
+        parts.append(f"## The run `{run.name}`\n\n{_steps(run)}\n\nThe [tables](metrics.md) of all notebooks, and the "
                      "[provenance](provenance.md) of each run: parameters, versions, commit, seconds.")  # fmt: skip
     parts.append("## What the papers claim, and what holds here\n\n" + reports.results())
     parts.append("## Lessons, in reading order")
@@ -216,9 +218,10 @@ def _card(page: Page) -> str:
 def _steps(run: Path) -> str:
     try:
         steps = pd.DataFrame(json.loads((run / "summary.json").read_text("utf-8"))["steps"])
+        steps = steps[["notebook", "status", "seconds"]]
     except (OSError, ValueError, KeyError, TypeError):
         return "The run has written no summary."
-    return reports.markdown(steps[["notebook", "status", "seconds"]].astype(object).fillna("-"))
+    return reports.markdown(steps.astype(object).fillna("-"))
 
 
 def _metrics(run: Path) -> str:
@@ -250,7 +253,7 @@ def _provenance(run: Path | None) -> str:
         line = {"run": f"[{name}](#{name})", "notebook": made.get("notebook", ""), "commit": _commit(made)}
         line |= {"device": made.get("device", ""), "processor": made.get("processor", "")}
         line |= {
-            "finished": made.get("finished", "")[:10].replace("-", "\u2011"),
+            "finished": str(made.get("finished", ""))[:10].replace("-", "\u2011"),
             "seconds": seconds if isinstance(seconds, float) else "",
         }
         lines.append(line)
@@ -311,7 +314,7 @@ def _prepare(notebook: NotebookNode) -> NotebookNode:
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
             continue
-        tagged = "parameters" if "parameters" in cell.metadata.get("tags", ()) else ""
+        tagged = "parameters" if {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", ())} else ""
         label = tagged or next((name for name, pattern in FOLDED.items() if pattern.search(cell.source)), "")
         cell.metadata.update(label=label or "code", folded=bool(label), caption=_caption(notebook.cells, number))
         shown = (output.get("data", {}).get("text/plain", "") for output in cell.outputs)
