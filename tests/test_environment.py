@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -59,7 +60,7 @@ def test_a_lock_has_exact_versions_and_hashes_and_no_addresses(lock):
 
 def test_the_direct_dependencies_are_in_the_lock():
     versions = locked()
-    for name, requirement in declared("dev").items():
+    for name, requirement in declared("dev", "site").items():
         assert name in versions, f"{name} is not in requirements.lock: run tools/lock.sh"
         for version in versions[name]:
             assert requirement.specifier.contains(version), f"{requirement} against {version}: run tools/lock.sh"
@@ -92,9 +93,28 @@ def test_the_oldest_python_is_stated_equally():
 
 def test_every_command_sets_the_environment_up():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("reproduce", "test", "unit", "lab", "bench", "lint"):
+    for target in ("reproduce", "test", "unit", "lab", "site", "bench", "lint"):
         assert re.search(rf"^{target}:.*\bsetup\b", makefile, re.MULTILINE), target
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_forge_runs_what_the_makefile_has_on_two_versions_of_python():
+    makefile = (ROOT / "Makefile").read_text()
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
+    assert set(workflows) == {"tests", "weekly", "site"}
+    targets = {target for text in workflows.values() for target in re.findall(r"run: make (\S+)", text)}
+    assert targets == {"test", "test-full", "reproduce", "site"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    versions = yaml.safe_load(workflows["tests"])["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert versions[0] == PROJECT["requires-python"].removeprefix(">=")
+    assert len(set(versions)) == 2
+
+
+def test_the_repository_stays_small():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git, or no history")
+    assert sum(path.stat().st_size for path in map(ROOT.joinpath, listed.stdout.split("\0")) if path.is_file()) < 25e6
 
 
 def imports(source: str) -> set[str]:

@@ -228,6 +228,30 @@ def metrics(profile: Profile = "mini", outputs: Outputs = "outputs") -> None:
 
 
 @app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run folder, as outputs/mini; without one, the stored notebooks")
+    ] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="where to; default RUN/site, or outputs/site")] = "",
+) -> None:
+    """Build the book: every notebook as a page, with search and provenance. It is read without network or server.
+
+    Ends with 0, with 1 when a link leads nowhere or a picture has no alternative text (the book is written), with 2
+    when nothing could be built.
+    """
+    from wsolnb.files import resolve
+    from wsolnb.notebook import site
+
+    folder = resolve(out or f"{run or 'outputs'}/site")
+    pages = site.build(folder, resolve(run) if run else None)
+    found = site.problems(folder)
+    for problem in found:
+        typer.echo(f"warning: {problem}", err=True)
+    typer.echo(f"{len(pages)} pages: open {folder / pages[0]}")
+    raise typer.Exit(int(bool(found)))
+
+
+@app.command()
 def localize(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="image files, or folders of them")],
     out: Annotated[str, typer.Option(metavar="DIR", help="folder that everything is written to")],
