@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from wsolnb.data.store import ClassMaps, Store, WithMasks
 from wsolnb.methods import create_method, crf, irn
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.metrics import seed_mask
+from wsolnb.workers import results
 
 
 @pytest.fixture(scope="module")
@@ -130,32 +133,60 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def label_and_walk(labels, pseudo, index):
+    labels(index)
+    pseudo(index)
+
+
 def test_masks_do_not_depend_on_workers_or_threads(scenes, tmp_path):
-    """Labels by the CRF and pseudo masks by the walk: the same bytes from one process and from two."""
+    """Labels by the CRF and pseudo masks by the walk: the same bytes from this process and from two workers."""
     train, store = scenes["train"], Store(tmp_path / "seeds")
     for found in true_maps(train):
         store.write_maps(found)
     model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
     config, refinement = irn.IRNConfig(radius=3, exp_times=2), CRFConfig(max_side=24, wide=10, colour=13)
-    threads = torch.get_num_threads()
+    named, threads = [(name, index) for index, name in enumerate(train.image_ids)], torch.get_num_threads()
     for workers in (1, 2):
-        torch.set_num_threads(3 - workers)  # of this process: 2 where it computes itself
-        try:
-            irn.write_irn_labels(store, train, config, refinement, tmp_path / f"labels{workers}", workers)
-            irn.write_pseudo_masks(model, store, train, config, 64, tmp_path / f"pseudo{workers}", workers)
+        made = Store(tmp_path / str(workers))
+        labels = partial(irn._write_labels, store, Store(made.folder / "labels"), train, config, refinement)
+        pseudo = partial(irn._write_pseudo, model, store, made, train, config, 64)
+        torch.set_num_threads(2)
+        try:  # one start of workers, which takes seconds, for both stages
+            list(results(partial(label_and_walk, labels, pseudo), named, workers))
         finally:
             torch.set_num_threads(threads)
-    for kind in ("labels", "pseudo"):
-        one, two = (files(tmp_path / f"{kind}{workers}") for workers in (1, 2))
-        assert len(one) == len(train) * (2 if kind == "pseudo" else 1)
-        assert one == two
-    lost = train.image_ids[3]
-    made = tmp_path / "labels2"
-    (made / f"{lost}.png").write_bytes(b"damaged")
-    before = {path: path.stat().st_mtime_ns for path in made.rglob("*.png") if path.stem != lost}
-    irn.write_irn_labels(store, train, config, refinement, made, 2)  # goes on: one image is left
-    assert files(made) == files(tmp_path / "labels1")
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    one, two = (files(tmp_path / str(workers)) for workers in (1, 2))
+    assert len(one) == 3 * len(train)
+    assert one == two
+
+
+def test_stages_ask_for_their_workers_and_do_what_is_left(scenes, tmp_path, monkeypatch):
+    train, store = scenes["train"], Store(tmp_path / "seeds")
+    for found in true_maps(train):
+        store.write_maps(found)
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config, asked = irn.IRNConfig(radius=3, exp_times=1), []
+
+    def counted(task, named, workers):
+        named = list(named)
+        asked.append((workers, [name for name, _ in named]))
+        return results(task, named)
+
+    monkeypatch.setattr(irn, "results", counted)
+    written = {
+        "labels": partial(irn.write_irn_labels, store, train, config, CRFConfig(backend="none")),
+        "pseudo": partial(irn.write_pseudo_masks, model, store, train, config, 64),
+    }
+    for name, write in written.items():
+        write(tmp_path / name, workers=3)
+        whole = files(tmp_path / name)
+        (tmp_path / name / f"{train.image_ids[3]}.png").write_bytes(b"damaged")
+        write(tmp_path / name, workers=3)
+        assert files(tmp_path / name) == whole
+    list(irn.walk_steps(model, true_maps(train), train, config, (1,), 64, workers=3))
+    everything = list(train.image_ids)
+    assert asked == [(3, everything), (3, everything[3:4])] * 2 + [(3, everything)]
+    assert irn._workers_for(model.to("meta"), 3) == 1  # not on the CPU
 
 
 def test_walks_share_the_boundary_and_the_transition(scenes, monkeypatch):

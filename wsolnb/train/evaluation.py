@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,32 +194,38 @@ def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
         yield group[0]._replace(maps={name: found for one in group for name, found in one.maps.items()})
 
 
-def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
+def centre_box(samples: Iterable[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
     """Find the box in the middle of the image that is right most often: what a localizer must beat.
 
-    samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`);
-    NaN for no samples.
+    samples: of one image size, with boxes; gone through once, one held at a time. Tries `steps` x `steps` sizes.
+    Returns (box (4,), GT-known on `samples`); NaN for no samples.
     """
-    if not samples:
-        return np.full(4, np.nan), np.nan
-    height, width = samples[0].size
     shares = np.linspace(0, 1, steps + 1)[1:]
-    middle = np.array([width, height, width, height]) / 2
-    candidates = [middle * [1 - w, 1 - h, 1 + w, 1 + h] for w in shares for h in shares]
-    scores = [box_accuracy(box, samples) for box in candidates]
+    sizes = np.array([[1 - w, 1 - h, 1 + w, 1 + h] for w in shares for h in shares])
+    candidates, hits, count = np.full((1, 4), np.nan), np.zeros(1), 0
+    for sample in samples:
+        if not count:
+            height, width = sample.size
+            candidates, hits = np.array([width, height, width, height]) / 2 * sizes, np.zeros(len(sizes), np.int64)
+        hits += _right(candidates, sample)
+        count += 1
+    scores = hits / count if count else np.full(1, np.nan)
     best = int(np.argmax(scores))
-    return candidates[best], scores[best]
+    return candidates[best], float(scores[best])
 
 
-def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:
+def box_accuracy(box: np.ndarray, samples: Iterable[Sample]) -> float:
     """GT-known of one fixed box (4,) for all samples: the share with IoU >= 0.5, compared as TS-CAM does.
 
-    NaN for no samples, and for a box of NaN.
+    samples: gone through once, one held at a time. NaN for no samples, and for a box of NaN.
     """
-    if not samples or np.isnan(box).any():
+    if np.isnan(box).any():
         return np.nan
-    height, width = samples[0].size
+    hits = [bool(_right(np.asarray(box)[None], sample)[0]) for sample in samples]
+    return float(np.mean(hits)) if hits else np.nan
+
+
+def _right(boxes: np.ndarray, sample: Sample) -> np.ndarray:
+    """Return which of some boxes (n, 4) have an IoU >= 0.5 with a true one of a sample, (n,)."""
     # One past the last pixel, as the protocol leaves predicted boxes.
-    predicted = np.trunc(box)
-    hits = [box_iou(predicted, ground_truth(s.boxes, (height, width), TSCAM)).max() >= 0.5 for s in samples]
-    return float(np.mean(hits))
+    return box_iou(np.trunc(boxes), ground_truth(sample.boxes, sample.size, TSCAM)).max(axis=1) >= 0.5
