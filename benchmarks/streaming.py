@@ -1,9 +1,10 @@
 """Peak memory of every pass over a data set, at 100 and at 1,000 images: it must not grow with their number.
 
 Each stage runs in a process of its own, forked when everything is loaded; what counts is the peak of its resident
-memory. The images are rectangles on noise, 64 x 64, made when they are read, of two classes each (notebooks 20 to 23) or
-of one (the others), with masks and boxes; the networks are the embedded ones, untrained. Beside the growth stands what
-all maps of a stage would take, in float32, if a list held them.
+memory. The images are rectangles on noise, 64 x 64, made when they are read, with masks and boxes, of two classes each
+(notebooks 22 and 23) or of one (the others); the networks are the embedded ones, untrained. Beside the growth stands
+what a list of one map of each image more would take, in float32. At 100 images a second batch of 50 is not full yet
+where the first one is still held, and the allocator keeps some of what is freed: that much grows, once.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def main(few: int = 100, many: int = 1000) -> dict:
     finally:
         torch.set_num_threads(threads)
     one = round(SIDE * SIDE * 4 / 1e6 * (many - few), 1)
-    print(f"one map of each of the {many - few} images more would take {one:.0f} MB; two kinds of two classes {4 * one:.0f} MB")
+    print(f"one map of each image more would take {one:.0f} MB, two kinds of maps of two classes {4 * one:.0f} MB")
     return {"stages": result, "one_map_of_each": one, "largest_growth": max(own["growth"] for own in result.values())}
 
 

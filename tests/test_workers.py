@@ -83,7 +83,7 @@ def test_a_killed_worker_is_told(tmp_path):
 
 
 def test_what_cannot_be_sent_is_told():
-    with pytest.raises(RunError, match="cannot be sent to worker processes(.|\n)*workers=1"):
+    with pytest.raises(RunError, match=r"cannot be sent to worker processes(.|\n)*workers=1"):
         list(workers.results(lambda number: number, named(1, 2), 2))
 
 
@@ -105,7 +105,7 @@ list(workers.results(partial(wait_long, {str(tmp_path)!r}), [(str(n), n) for n i
         parent.kill()
         parent.wait()
     assert len(started) == 2
-    gone, alive = psutil.wait_procs(everything, timeout=20)
+    _, alive = psutil.wait_procs(everything, timeout=20)
     assert not alive
 
 

@@ -49,9 +49,7 @@ def count(workers: int) -> int:
     return min(cpu_count(), max(1, int(share))) if share.isdecimal() else cpu_count()
 
 
-def results(
-    task: Callable[[Item], Result], named: Iterable[tuple[str, Item]], workers: int = 1
-) -> Iterator[Result]:
+def results(task: Callable[[Item], Result], named: Iterable[tuple[str, Item]], workers: int = 1) -> Iterator[Result]:
     """Yield `task(item)` of each (name, item) in their order, computed in `count(workers)` processes.
 
     One worker is this process itself. More are started anew, each with its copy of the task, and end with this call,

@@ -282,6 +282,7 @@ def maker(
     attend: gives the attention maps (B, h, w) in [0, 1] of samples; called with `chunk` of them, never when all masks
     are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
     Interrupted, it has kept what was done; called again it goes on. Masks do not depend on `jobs`, `chunk` or order.
+    Memory: `chunk` samples at their own sizes, and their attention.
     For a cache it stands here: masks depend on the code of this module, not on that of the networks that learn them.
     """
 

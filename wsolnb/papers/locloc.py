@@ -260,7 +260,10 @@ class Guided(NamedTuple):
 
 
 def guided(dataset: LocalizationDataset, attend: Attend, size: int, chunk: int = 50) -> Iterator[Guided]:
-    """Yield the images of a data set as GrabCut sees them, squares of `size` pixels; `chunk` are looked at at once."""
+    """Yield the images of a data set as GrabCut sees them, squares of `size` pixels; `chunk` are looked at at once.
+
+    Memory: `chunk` samples at their own sizes.
+    """
     for first in range(0, len(dataset), chunk):
         samples = [dataset[index] for index in range(first, min(first + chunk, len(dataset)))]
         for sample, guide in zip(samples, attend(samples), strict=True):

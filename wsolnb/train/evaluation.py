@@ -64,6 +64,8 @@ def predict(
     """Run a single-label model over a data set; yields a `Prediction` per image, in order.
 
     Maps are upsampled bilinearly to the image and min-max normalised. The model runs on the device it is on.
+    Memory: `batch_size` images, each with its sample and its maps, names x H x W x 4 bytes; two batches while the next
+    one is read.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -147,7 +149,7 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
 
     quick: only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of box
     metrics, images without mask or parts out of those. Where no image has a box `localization` holds the class
-    accuracies, and is NaN besides.
+    accuracies, and is NaN besides. Memory: one prediction at a time, and counts by threshold.
 
     Raises MapError when the maps hold NaN, or there is no image.
     """
