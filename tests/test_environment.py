@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
 HEADLESS = (ROOT / "tools" / "requirements-headless.lock").read_text()
+LATTICE = (ROOT / "tools" / "requirements-crf.lock").read_text()
 
 
 def entries(lock: str) -> list[tuple[Requirement, list[str]]]:
@@ -46,7 +47,7 @@ def locked() -> dict[str, list[str]]:
     return versions
 
 
-@pytest.mark.parametrize("lock", [LOCK, HEADLESS], ids=["lock", "headless"])
+@pytest.mark.parametrize("lock", [LOCK, HEADLESS, LATTICE], ids=["lock", "headless", "lattice"])
 def test_a_lock_has_exact_versions_and_hashes_and_no_addresses(lock):
     found = entries(lock)
     assert found
@@ -72,6 +73,15 @@ def test_the_headless_opencv_is_the_same_version():
     assert [specifier.version for specifier in requirement.specifier] == locked()["opencv-python"]
 
 
+def test_the_lattice_is_that_of_the_extra():
+    [(requirement, _)] = entries(LATTICE)
+    [(name, asked)] = [(n, r) for n, r in declared("crf").items() if n not in declared()]
+    [version] = [specifier.version for specifier in requirement.specifier]
+    assert requirement.name == name
+    assert asked.specifier.contains(version)
+    assert name not in locked()  # which needs no compiler
+
+
 def test_conda_installs_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["name"]
@@ -93,9 +103,9 @@ def test_the_oldest_python_is_stated_equally():
 
 def test_every_command_sets_the_environment_up():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("reproduce", "test", "unit", "lab", "site", "bench", "lint"):
+    for target in ("reproduce", "test", "unit", "lattice", "lab", "site", "bench", "lint"):
         assert re.search(rf"^{target}:.*\bsetup\b", makefile, re.MULTILINE), target
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert {"make test", "make lattice"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
 
 
 def test_the_forge_runs_what_the_makefile_has_on_two_versions_of_python():

@@ -189,6 +189,9 @@ def test_ignored_names_do_not_count():
     one, other = Notebook(cell), Notebook(cell.replace("True", "False").replace("1", "2"))
     assert one.key(ignore=runs.HARMLESS) == other.key(ignore=runs.HARMLESS)
     assert one.key() != other.key()
+    few, many = (functools.partial(json.dumps, indent=1, workers=number) for number in (1, 8))
+    assert key(few, runs.HARMLESS) == key(many, runs.HARMLESS) != key(functools.partial(json.dumps), runs.HARMLESS)
+    assert key(few) != key(many)
 
 
 def test_cells_of_ipython():

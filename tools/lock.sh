@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rewrite requirements.lock (and the headless OpenCV lock) from pyproject.toml: versions and hashes, no index addresses.
+# Rewrite requirements.lock, and the locks of the headless OpenCV and of the lattice CRF, from pyproject.toml: versions and
+# hashes, no index addresses.
 # usage: tools/lock.sh [--upgrade]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,3 +9,5 @@ uv=$(command -v uv || echo .venv/bin/uv)
 "$uv" pip compile pyproject.toml --extra dev --extra site "${options[@]}" "$@" -o requirements.lock
 version=$(sed -n 's/^opencv-python==\([^ ;]*\).*/\1/p' requirements.lock)
 echo "opencv-python-headless==$version" | "$uv" pip compile - "${options[@]}" --no-deps -o tools/requirements-headless.lock
+sed -n 's/^crf = \["\(.*\)"\]$/\1/p' pyproject.toml |
+    "$uv" pip compile - "${options[@]}" --no-deps -o tools/requirements-crf.lock

@@ -417,7 +417,7 @@ class _Reading:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, functools.partial):
-            return {"<partial>": self._all([value.func, value.args, value.keywords], where)}
+            return {"<partial>": [*self._all([value.func, value.args], where), self._named(value.keywords, where)]}
         if isinstance(value, types.MethodType):
             return {"<method>": self._all([value.__func__, value.__self__], where)}
         if hasattr(value, "__wrapped__"):  # such as `functools.cache` and numba leave

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import os
 
 import cv2
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 
 from wsolnb.errors import MapError, ParameterError
 from wsolnb.methods import crf
-from wsolnb.methods.crf import CRFConfig, refine, refine_labels
+from wsolnb.methods.crf import CRFConfig, Refinement, refine, refine_labels
 
-HAS_LATTICE = importlib.util.find_spec("pydensecrf") is not None
+# `make lattice` builds the package and sets the variable: there nothing is skipped.
+needs_lattice = pytest.mark.skipif(
+    importlib.util.find_spec("pydensecrf") is None and "WSOLNB_LATTICE" not in os.environ,
+    reason="the extra `crf` is not installed: `make lattice` builds it and runs this",
+)
 
 
 def two_halves(height=20, width=24, noise=4.0):
@@ -69,6 +74,16 @@ def test_mean_field_equals_loops():
     np.testing.assert_allclose(got.sum(axis=0), 1, atol=1e-5)
 
 
+def test_one_image_is_refined_any_number_of_times():
+    image, truth = two_halves(50, 60)
+    config, rng = CRFConfig(max_side=24), np.random.default_rng(0)
+    both = Refinement(image, config)
+    for labels in (truth, np.where(rng.random(truth.shape) < 0.2, 2, truth), truth * 5):
+        np.testing.assert_array_equal(both.labels(labels), refine_labels(image, labels, config))
+        given = rng.uniform(0.05, 1, (3, 50, 60))
+        np.testing.assert_array_equal(both.probabilities(given), refine(image, given, config))
+
+
 def test_wrong_labels_inside_of_a_colour_are_put_right():
     image, truth = two_halves()
     labels = truth * 7
@@ -114,10 +129,29 @@ def test_the_default_does_not_ask_for_the_extra(monkeypatch):
         refine_labels(image, truth, CRFConfig(backend="pydensecrf"))
 
 
-@pytest.mark.skipif(not HAS_LATTICE, reason="the extra `crf` is not installed")
+@needs_lattice
 def test_the_lattice_agrees_with_the_exact_sums():
     image, truth = two_halves(40, 48, noise=12)
     labels = truth.copy()
     labels[8:12, 6:11] = 1
     exact, lattice = (refine_labels(image, labels, CRFConfig(backend=name)) for name in ("mean_field", "pydensecrf"))
     assert (exact == lattice).mean() > 0.98
+    assert (lattice == truth).mean() > (labels == truth).mean()
+
+
+@needs_lattice
+def test_the_lattice_works_at_full_size_and_again():
+    """Beyond `max_side`, which is of `mean_field` alone; one image's CRF refines any number of masks of it."""
+    image, truth = two_halves(90, 120)
+    config = CRFConfig(backend="pydensecrf", max_side=8)
+    first, second = truth.copy(), np.where(truth == 1, 3, 2)
+    first[20:26, 10:16] = 1
+    second[70:76, 100:110] = 2
+    both = Refinement(image, config)
+    assert (both.labels(first) == truth).mean() > 0.99
+    assert (both.labels(second) == np.where(truth == 1, 3, 2)).mean() > 0.99
+    np.testing.assert_array_equal(both.labels(first), refine_labels(image, first, config))
+    given = np.random.default_rng(0).uniform(0.05, 1, (3, 90, 120))
+    got = both.probabilities(given / given.sum(axis=0))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got.sum(axis=0), 1, atol=1e-5)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,10 @@ import torch.nn.functional as F
 from wsolnb.backbones import create_backbone
 from wsolnb.data import IGNORE, Sample, aviary
 from wsolnb.data.store import ClassMaps, Store, WithMasks
-from wsolnb.methods import create_method, irn
+from wsolnb.methods import create_method, crf, irn
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.metrics import seed_mask
+from wsolnb.workers import results
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def true_maps(dataset):
 def walk(model, found, dataset, config, image_size=None):
     """The maps after `config.exp_times`."""
     for by_steps in irn.walk_steps(model, found, dataset, config, (config.exp_times,), image_size):
-        yield by_steps[config.exp_times]
+        yield by_steps[config.damping, config.exp_times]
 
 
 def test_irn_learns_from_the_masks_at_stride_4():
@@ -124,3 +127,104 @@ def test_pseudo_masks_are_those_of_the_walk_and_an_interrupted_stage_goes_on(sce
     irn.write_pseudo_masks(model, store, train, config, 64, made.folder)
     assert made.to_do(train.image_ids) == []
     assert {name: made.path(name, ".png").stat().st_mtime_ns for name in others} == before
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def label_and_walk(labels, pseudo, index):
+    labels(index)
+    pseudo(index)
+
+
+def test_masks_do_not_depend_on_workers_or_threads(scenes, tmp_path):
+    """Labels by the CRF and pseudo masks by the walk: the same bytes from this process and from two workers."""
+    train, store = scenes["train"], Store(tmp_path / "seeds")
+    for found in true_maps(train):
+        store.write_maps(found)
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config, refinement = irn.IRNConfig(radius=3, exp_times=2), CRFConfig(max_side=24, wide=10, colour=13)
+    named, threads = [(name, index) for index, name in enumerate(train.image_ids)], torch.get_num_threads()
+    for workers in (1, 2):
+        made = Store(tmp_path / str(workers))
+        labels = partial(irn._write_labels, store, Store(made.folder / "labels"), train, config, refinement)
+        pseudo = partial(irn._write_pseudo, model, store, made, train, config, 64)
+        torch.set_num_threads(2)
+        try:  # one start of workers, which takes seconds, for both stages
+            list(results(partial(label_and_walk, labels, pseudo), named, workers))
+        finally:
+            torch.set_num_threads(threads)
+    one, two = (files(tmp_path / str(workers)) for workers in (1, 2))
+    assert len(one) == 3 * len(train)
+    assert one == two
+
+
+def test_stages_ask_for_their_workers_and_do_what_is_left(scenes, tmp_path, monkeypatch):
+    train, store = scenes["train"], Store(tmp_path / "seeds")
+    for found in true_maps(train):
+        store.write_maps(found)
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config, asked = irn.IRNConfig(radius=3, exp_times=1), []
+
+    def counted(task, named, workers):
+        named = list(named)
+        asked.append((workers, [name for name, _ in named]))
+        return results(task, named)
+
+    monkeypatch.setattr(irn, "results", counted)
+    written = {
+        "labels": partial(irn.write_irn_labels, store, train, config, CRFConfig(backend="none")),
+        "pseudo": partial(irn.write_pseudo_masks, model, store, train, config, 64),
+    }
+    for name, write in written.items():
+        write(tmp_path / name, workers=3)
+        whole = files(tmp_path / name)
+        (tmp_path / name / f"{train.image_ids[3]}.png").write_bytes(b"damaged")
+        write(tmp_path / name, workers=3)
+        assert files(tmp_path / name) == whole
+    list(irn.walk_steps(model, true_maps(train), train, config, (1,), 64, workers=3))
+    everything = list(train.image_ids)
+    assert asked == [(3, everything), (3, everything[3:4])] * 2 + [(3, everything)]
+    assert irn._workers_for(model.to("meta"), 3) == 1  # not on the CPU
+
+
+def test_walks_share_the_boundary_and_the_transition(scenes, monkeypatch):
+    train = scenes["train"].subset([0, 1])
+    model = irn.IRN(create_backbone("resnet_mini", pretrained=True), width=8)
+    config = irn.IRNConfig(radius=3)
+    alone = {
+        damping: list(irn.walk_steps(model, true_maps(train), train,
+                                     config.model_copy(update={"damping": damping}), (0, 2), 64))
+        for damping in (1.0, 0.0)
+    }  # fmt: skip
+    calls = {"boundary_of": 0, "transition": 0}
+    for name in calls:
+        plain = getattr(irn, name)
+
+        def counted(*arguments, _name=name, _plain=plain):
+            calls[_name] += 1
+            return _plain(*arguments)
+
+        monkeypatch.setattr(irn, name, counted)
+    together = list(irn.walk_steps(model, true_maps(train), train, config, (0, 2), 64, dampings=(1.0, 0.0)))
+    assert calls == {"boundary_of": 2, "transition": 2}
+    for index, by_case in enumerate(together):
+        assert list(by_case) == [(1.0, 0), (1.0, 2), (0.0, 0), (0.0, 2)]
+        for (damping, steps), found in by_case.items():
+            np.testing.assert_array_equal(found.maps, alone[damping][index][damping, steps].maps)
+
+
+def test_a_mask_is_refined_once(scenes, monkeypatch):
+    train = scenes["train"]
+    found, image = next(true_maps(train)), train[0].image
+    refined, kernels = [], []
+    plain_labels, plain_kernel = crf.Refinement.labels, crf._kernel
+    monkeypatch.setattr(crf.Refinement, "labels", lambda own, mask: refined.append(mask) or plain_labels(own, mask))
+    monkeypatch.setattr(crf, "_kernel", lambda *given: kernels.append(1) or plain_kernel(*given))
+    small = CRFConfig(max_side=16)
+    irn.irn_labels(found, image, irn.IRNConfig(foreground=0.5, background=0.5), small)
+    assert (len(refined), len(kernels)) == (1, 2)  # two kernels, of position and of colour
+    found.maps[:, :8] = 0.3
+    irn.irn_labels(found, image, irn.IRNConfig(foreground=0.45, background=0.25), small)
+    assert (len(refined), len(kernels)) == (3, 4)

@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -423,6 +424,7 @@ def test_every_stage_after_the_other(run, host, base, capsys):
         walk["miou"] for walk in own.walks
         if (walk["damping"], walk["steps"]) == (own.walk.damping, own.walk.exp_times)
     )  # fmt: skip
+    pickle.loads(pickle.dumps(own.irn[0]))  # as worker processes are sent it
     assert len(own.pseudo_masks) == len(own.labels("labels", own.around)) == 8
     bounds = [one.bound for one in pipeline.stages.values()]
     assert len({one.irn[1] for one in bounds}) == 1  # one IRN of the true masks

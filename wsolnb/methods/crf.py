@@ -10,6 +10,7 @@ Mean-field inference draws neighbours, and pixels of like colour anywhere near, 
 from __future__ import annotations
 
 import importlib
+from functools import cached_property
 from typing import Literal
 
 import cv2
@@ -43,37 +44,6 @@ class CRFConfig(BaseModel):
     max_side: int = Field(64, ge=8, le=160)
 
 
-def refine(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
-    """Return the label probabilities (K, H, W) float32 after mean-field inference.
-
-    image: (H, W, 3) uint8. probabilities: (K, H, W), positive where a label is possible; their logarithm is the unary
-    term. Raises MapError for shapes that do not fit, ParameterError when `pydensecrf` is asked for and not installed.
-    """
-    config = config or CRFConfig()
-    if probabilities.ndim != 3 or image.shape != (*probabilities.shape[1:], 3) or image.dtype != np.uint8:
-        problem = f"an image {image.shape} {image.dtype} and probabilities {probabilities.shape} do not fit"
-        raise MapError(problem, "give (H, W, 3) uint8 and (K, H, W)")
-    if config.backend == "none" or len(probabilities) < 2:
-        return probabilities.astype(np.float32)
-    compute = _lattice if config.backend == "pydensecrf" else _mean_field
-    return compute(image, np.maximum(probabilities, 1e-8).astype(np.float32), config)
-
-
-def refine_labels(image: np.ndarray, labels: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
-    """Return a mask (H, W) of the same values as `labels`, each pixel's most probable one.
-
-    A label is taken to be right with the probability `config.certainty`; the mask's other values share the rest.
-    """
-    config = config or CRFConfig()
-    values, index = np.unique(labels, return_inverse=True)
-    index = index.reshape(labels.shape)
-    if len(values) < 2 or config.backend == "none":
-        return labels.copy()
-    other = (1 - config.certainty) / (len(values) - 1)
-    given = np.where(index == np.arange(len(values))[:, None, None], config.certainty, other)
-    return values[refine(image, given, config).argmax(axis=0)]
-
-
 def _kernel(features: np.ndarray, weight: float) -> np.ndarray:
     """Return weight * D^-1/2 K D^-1/2 for K = exp(-|f_i - f_j|^2 / 2) of features (N, d), D its row sums."""
     squares = (features**2).sum(axis=1)
@@ -85,44 +55,106 @@ def _kernel(features: np.ndarray, weight: float) -> np.ndarray:
     return kernel
 
 
-def _mean_field(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig) -> np.ndarray:
-    height, width = image.shape[:2]
-    shrink = min(1.0, config.max_side / max(height, width))
-    if shrink < 1:
-        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        probabilities = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in probabilities])
-    rows, columns = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
-    place = np.stack([rows.ravel(), columns.ravel()], axis=1) / np.float32(shrink)
-    colours = image.reshape(-1, 3).astype(np.float32) / np.float32(config.colour)
-    colours -= colours.mean(axis=0)  # smaller numbers round less
-    joint = np.concatenate([place / np.float32(config.wide), colours], axis=1)
-    pairwise = _kernel(joint, config.colour_weight)
-    pairwise += _kernel(place / np.float32(config.near), config.near_weight)
-    unary = np.log(probabilities.reshape(len(probabilities), -1))
-    belief = softmax(unary, axis=0)
-    for _ in range(config.iterations):
-        # A pixel's own belief is in the sum, as in the filter of the published implementation.
-        belief = softmax(unary + belief @ pairwise, axis=0)
-    belief = belief.reshape(probabilities.shape)
-    if shrink < 1:
-        belief = np.stack([cv2.resize(b, (width, height), interpolation=cv2.INTER_LINEAR) for b in belief])
-    return belief
+class Refinement:
+    """The CRF of one image: what depends on the image alone is computed once, whatever is refined with it.
+
+    image: (H, W, 3) uint8. Memory: the kernel of `mean_field`, 4 * max_side ** 4 bytes for a square image.
+    """
+
+    def __init__(self, image: np.ndarray, config: CRFConfig | None = None):
+        self.image, self.config = image, config or CRFConfig()
+
+    def probabilities(self, given: np.ndarray) -> np.ndarray:
+        """Return the label probabilities (K, H, W) float32 after mean-field inference; see `refine`."""
+        if given.ndim != 3 or self.image.shape != (*given.shape[1:], 3) or self.image.dtype != np.uint8:
+            problem = f"an image {self.image.shape} {self.image.dtype} and probabilities {given.shape} do not fit"
+            raise MapError(problem, "give (H, W, 3) uint8 and (K, H, W)")
+        if self.config.backend == "none" or len(given) < 2:
+            return given.astype(np.float32)
+        compute = self._lattice if self.config.backend == "pydensecrf" else self._mean_field
+        return compute(np.maximum(given, 1e-8).astype(np.float32))
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """Return a mask (H, W) of the same values as `labels`, each pixel's most probable one; see `refine_labels`."""
+        values, index = np.unique(labels, return_inverse=True)
+        index = index.reshape(labels.shape)
+        if len(values) < 2 or self.config.backend == "none":
+            return labels.copy()
+        other = (1 - self.config.certainty) / (len(values) - 1)
+        given = np.where(index == np.arange(len(values))[:, None, None], self.config.certainty, other)
+        return values[self.probabilities(given).argmax(axis=0)]
+
+    @cached_property
+    def _reduced(self) -> tuple[int, int]:
+        """Width and height of the image that `mean_field` works on."""
+        height, width = self.image.shape[:2]
+        shrink = self._shrink
+        return (max(1, round(width * shrink)), max(1, round(height * shrink))) if shrink < 1 else (width, height)
+
+    @property
+    def _shrink(self) -> float:
+        return min(1.0, self.config.max_side / max(self.image.shape[:2]))
+
+    @cached_property
+    def _pairwise(self) -> np.ndarray:
+        """The kernels of all pairs of pixels, (N, N)."""
+        image, shrink, config = self.image, self._shrink, self.config
+        if shrink < 1:
+            image = cv2.resize(image, self._reduced, interpolation=cv2.INTER_AREA)
+        rows, columns = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
+        place = np.stack([rows.ravel(), columns.ravel()], axis=1) / np.float32(shrink)
+        colours = image.reshape(-1, 3).astype(np.float32) / np.float32(config.colour)
+        colours -= colours.mean(axis=0)  # smaller numbers round less
+        joint = np.concatenate([place / np.float32(config.wide), colours], axis=1)
+        pairwise = _kernel(joint, config.colour_weight)
+        pairwise += _kernel(place / np.float32(config.near), config.near_weight)
+        return pairwise
+
+    def _mean_field(self, probabilities: np.ndarray) -> np.ndarray:
+        height, width = self.image.shape[:2]
+        shrunk = self._shrink < 1
+        if shrunk:
+            size = self._reduced
+            probabilities = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in probabilities])
+        unary = np.log(probabilities.reshape(len(probabilities), -1))
+        belief = softmax(unary, axis=0)
+        for _ in range(self.config.iterations):
+            # A pixel's own belief is in the sum, as in the filter of the published implementation.
+            belief = softmax(unary + belief @ self._pairwise, axis=0)
+        belief = belief.reshape(probabilities.shape)
+        if shrunk:
+            belief = np.stack([cv2.resize(b, (width, height), interpolation=cv2.INTER_LINEAR) for b in belief])
+        return belief
+
+    def _lattice(self, probabilities: np.ndarray) -> np.ndarray:
+        try:
+            densecrf = importlib.import_module("pydensecrf.densecrf")
+        except ImportError as error:
+            raise ParameterError(
+                "the CRF backend 'pydensecrf' is not installed",
+                "pip install 'wsolnb[crf]' (needs a C++ compiler), or choose the backend mean_field",
+            ) from error
+        config, (count, height, width) = self.config, probabilities.shape
+        crf = densecrf.DenseCRF2D(width, height, count)
+        crf.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities).reshape(count, -1)))
+        crf.addPairwiseGaussian(sxy=config.near, compat=config.near_weight)
+        image = np.ascontiguousarray(self.image)
+        crf.addPairwiseBilateral(sxy=config.wide, srgb=config.colour, rgbim=image, compat=config.colour_weight)
+        return np.array(crf.inference(config.iterations), np.float32).reshape(probabilities.shape)
 
 
-def _lattice(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig) -> np.ndarray:
-    try:
-        densecrf = importlib.import_module("pydensecrf.densecrf")
-    except ImportError as error:
-        raise ParameterError(
-            "the CRF backend 'pydensecrf' is not installed",
-            "pip install 'wsolnb[crf]' (needs a C++ compiler), or choose the backend mean_field",
-        ) from error
-    count, height, width = probabilities.shape
-    crf = densecrf.DenseCRF2D(width, height, count)
-    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities).reshape(count, -1)))
-    crf.addPairwiseGaussian(sxy=config.near, compat=config.near_weight)
-    crf.addPairwiseBilateral(
-        sxy=config.wide, srgb=config.colour, rgbim=np.ascontiguousarray(image), compat=config.colour_weight
-    )
-    return np.array(crf.inference(config.iterations), np.float32).reshape(probabilities.shape)
+def refine(image: np.ndarray, probabilities: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
+    """Return the label probabilities (K, H, W) float32 after mean-field inference.
+
+    image: (H, W, 3) uint8. probabilities: (K, H, W), positive where a label is possible; their logarithm is the unary
+    term. Raises MapError for shapes that do not fit, ParameterError when `pydensecrf` is asked for and not installed.
+    """
+    return Refinement(image, config).probabilities(probabilities)
+
+
+def refine_labels(image: np.ndarray, labels: np.ndarray, config: CRFConfig | None = None) -> np.ndarray:
+    """Return a mask (H, W) of the same values as `labels`, each pixel's most probable one.
+
+    A label is taken to be right with `config.certainty`; the rest is shared by the mask's other values.
+    """
+    return Refinement(image, config).labels(labels)

@@ -164,7 +164,8 @@ class LiveFeatures(FeatureSource):
 
     dataset: images of any size. image_size: side of the square that each is resized to before `scales`; None keeps an
     image's own size (and goes image by image where sizes differ). Maps are made at the size on disk either way.
-    batch_size: images per forward pass.
+    batch_size: images per forward pass. Memory: the features of one batch, F x D x h x w x 4 bytes of each image and
+    scale.
     """
 
     def __init__(

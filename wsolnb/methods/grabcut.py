@@ -283,8 +283,8 @@ def maker(
     attend: gives the attention maps (B, h, w) in [0, 1] of samples; called with `chunk` of them, never when all masks
     are there. jobs: images that are cut at once, in threads (OpenCV frees the interpreter); -1 = one per core.
     After an interruption the function can be called again, and goes on. Masks do not depend on `jobs`, `chunk` or
-    order. The function stands in this module because of the cache: masks depend on this module's code, not on that of
-    the networks that learn from them.
+    order. Memory: `chunk` samples at their own sizes, and their attention. The function stands in this module because
+    of the cache: masks depend on this module's code, not on that of the networks that learn from them.
     """
 
     def make(folder: Path) -> Store:

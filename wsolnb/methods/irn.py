@@ -28,7 +28,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ from wsolnb.methods import crf, register
 from wsolnb.methods.base import Trainable
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.metrics.segmentation import seed_mask
+from wsolnb.workers import results
 
 STRIDE = 4
 """Pixels of the network's input per cell of a boundary map."""
@@ -222,9 +223,13 @@ def propagate(
 
 
 def walks(
-    cam: Tensor, boundary: Tensor, radius: int, beta: float, exp_times: Sequence[int], damping: float = 1.0
-) -> list[Tensor]:
-    """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend."""
+    cam: Tensor, boundary: Tensor, radius: int, beta: float, exp_times: Sequence[int], damping: float = 1.0,
+    matrix: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Return what `propagate` returns after each of several numbers of steps, from one walk; `exp_times` ascend.
+
+    matrix: the `transition` of the boundary, where it is there already.
+    """
     if cam.ndim != 3 or boundary.shape != cam.shape[1:]:
         problem = f"maps {tuple(cam.shape)} and boundary {tuple(boundary.shape)} do not fit"
         raise MapError(problem, "give (K, h, w) and (h, w)")
@@ -236,7 +241,10 @@ def walks(
     walked_on = cam.device if cam.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     start = cam.to(walked_on).double() * (1 - damping * boundary.to(walked_on).double())
     scores = start.flatten(1).T.contiguous()
-    matrix = transition(boundary, radius, beta).to(walked_on) if scores.numel() else None
+    if not scores.numel():
+        matrix = None
+    else:
+        matrix = (transition(boundary, radius, beta) if matrix is None else matrix).to(walked_on)
     found, done = [], 0
     for power in exp_times:
         for _ in range(2**power - done if matrix is not None else 0):
@@ -430,24 +438,42 @@ def boundaries(model: IRN, images: Tensor) -> Tensor:
 def irn_labels(found: ClassMaps, image: np.ndarray, config: IRNConfig, refinement: CRFConfig) -> np.ndarray:
     """Return the mask (H, W) that IRN learns from: confident classes and background, 255 elsewhere.
 
-    The seed mask is made at a high and at a low background score, and the CRF refines both. Pixels that are foreground
-    in the first mask are confident foreground. Pixels that are background in *both* masks are confident background.
+    The seed mask is made at a high and at a low background score, and the CRF refines both, once where they are equal.
+    Pixels that are foreground in the first mask are confident foreground. Pixels that are background in *both* masks
+    are confident background.
     """
-    high, low = (
-        crf.refine_labels(image, seed_mask(found.maps, found.classes, threshold), refinement)
-        for threshold in (config.foreground, config.background)
-    )
+    both = [seed_mask(found.maps, found.classes, threshold) for threshold in (config.foreground, config.background)]
+    refined = crf.Refinement(image, refinement)
+    high = refined.labels(both[0])
+    low = high if np.array_equal(*both) else refined.labels(both[1])
     return np.where((high == 0) & (low != 0), IGNORE, high).astype(np.uint8)
 
 
 def write_irn_labels(
-    seeds: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig, folder: Path
+    seeds: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig, folder: Path,
+    workers: int = 1,
+) -> None:  # fmt: skip
+    """Write `irn_labels` of every image of a data set whose seeds are stored; what is there and whole is kept.
+
+    workers: processes, as of `wsolnb.workers.results`; the masks do not depend on it. Memory of each: one image, its
+    maps (K, H, W), the beliefs of the CRF (of twice that size), and its kernel (`crf.Refinement`).
+    """
+    task = partial(_write_labels, seeds, Store(folder), dataset, config, refinement)
+    _write_all(task, Store(folder), dataset, workers)
+
+
+def _write_labels(
+    seeds: Store, labels: Store, dataset: LocalizationDataset, config: IRNConfig, refinement: CRFConfig, index: int
 ) -> None:
-    """Write `irn_labels` of every image of a data set whose seeds are stored; what is there and whole is kept."""
-    labels = Store(folder)
-    for index in labels.to_do(dataset.image_ids):
-        name, image = dataset.image_ids[index], dataset.read(index, truth=False).image
-        labels.write_mask(name, irn_labels(seeds.read_maps(name), image, config, refinement))
+    name, image = dataset.image_ids[index], dataset.read(index, truth=False).image
+    labels.write_mask(name, irn_labels(seeds.read_maps(name), image, config, refinement))
+
+
+def _write_all(task: Callable[[int], None], made: Store, dataset: LocalizationDataset, workers: int) -> None:
+    """Call `task(index)` for each image whose mask the store lacks, or holds damaged."""
+    left = [(dataset.image_ids[index], index) for index in made.to_do(dataset.image_ids)]
+    for _ in results(task, left, workers):
+        pass
 
 
 def boundary_of(model: IRN, image: np.ndarray, image_size: int | None = None) -> Tensor:
@@ -481,35 +507,65 @@ def on_grid(maps: np.ndarray, boundary: Tensor, area: tuple[int, int] | None = N
 
 def walk_steps(
     model: IRN, found: Iterable[ClassMaps], dataset: LocalizationDataset, config: IRNConfig, exp_times: Sequence[int],
-    image_size: int | None = None,
-) -> Iterator[dict[int, ClassMaps]]:  # fmt: skip
-    """Yield each image's maps after 2 ** e steps of the random walk, by e of the ascending `exp_times`.
+    image_size: int | None = None, dampings: Sequence[float] | None = None, workers: int = 1,
+) -> Iterator[dict[tuple[float, int], ClassMaps]]:  # fmt: skip
+    """Yield each image's maps after 2 ** e steps of the random walk, by damping and e of the ascending `exp_times`.
 
-    The maps have the image's size and values in [0, 1]; the rule of seeds makes masks of them.
+    The maps have the image's size and values in [0, 1]; the rule of seeds makes masks of them. All walks of an image
+    share its boundary and its transition.
     image_size: side of the square that images are resized to before the network; None keeps their size.
+    dampings: default the configuration's. workers: processes, as of `wsolnb.workers.results`, of a network on the CPU;
+    the maps do not depend on it.
+    Memory of each: one image's maps (K, H, W) for each damping and e, and the transition, 24 bytes for each of the
+    pairs of cells of stride 4 that are closer than the radius (69 a cell for 5).
     """
     position = {name: index for index, name in enumerate(dataset.image_ids)}
-    for seed in found:
-        image = dataset.read(position[seed.image_id], truth=False).image
-        boundary = boundary_of(model, image, image_size)
-        size = seed.maps.shape[1:]
-        area = seen(boundary, size, image_size)
-        maps = on_grid(seed.maps, boundary, area)
-        walked = walks(maps, boundary, config.radius, config.beta, exp_times, config.damping)
-        scores = (unit_scores(one, size, area).cpu().numpy() for one in walked)
-        yield {e: seed._replace(maps=values) for e, values in zip(exp_times, scores, strict=True)}
+    dampings = (config.damping,) if dampings is None else dampings
+    task = partial(_walk, model, dataset, config, exp_times, image_size, dampings)
+    named = ((seed.image_id, (position[seed.image_id], seed)) for seed in found)
+    yield from results(task, named, _workers_for(model, workers))
+
+
+def _walk(
+    model: IRN, dataset: LocalizationDataset, config: IRNConfig, exp_times: Sequence[int], image_size: int | None,
+    dampings: Sequence[float], item: tuple[int, ClassMaps],
+) -> dict[tuple[float, int], ClassMaps]:  # fmt: skip
+    """Return what `walk_steps` yields for the image at a position of the data set, and its maps."""
+    index, seed = item
+    boundary = boundary_of(model, dataset.read(index, truth=False).image, image_size)
+    size = seed.maps.shape[1:]
+    area = seen(boundary, size, image_size)
+    maps, result = on_grid(seed.maps, boundary, area), {}
+    matrix = transition(boundary, config.radius, config.beta)
+    for damping in dampings:
+        walked = walks(maps, boundary, config.radius, config.beta, exp_times, damping, matrix)
+        for e, scores in zip(exp_times, walked, strict=True):
+            result[damping, e] = seed._replace(maps=unit_scores(scores, size, area).cpu().numpy())
+    return result
+
+
+def _workers_for(model: IRN, workers: int) -> int:
+    """Return the number of workers; a network on an accelerator, where the walk is fast, stays in this process."""
+    return workers if next(model.parameters()).device.type == "cpu" else 1
 
 
 def write_pseudo_masks(
-    model: IRN, seeds: Store, dataset: LocalizationDataset, config: IRNConfig, image_size: int | None, folder: Path
-) -> None:
+    model: IRN, seeds: Store, dataset: LocalizationDataset, config: IRNConfig, image_size: int | None, folder: Path,
+    workers: int = 1,
+) -> None:  # fmt: skip
     """Write the pseudo mask of every image at `config.mask_background`, and the maps after `config.exp_times`.
 
-    Arguments as of `walk_steps`. Images whose mask is there and whole are left out.
+    Arguments and memory as of `walk_steps`. Images whose mask is there and whole are left out.
     """
-    made = Store(folder)
-    left = [dataset.image_ids[index] for index in made.to_do(dataset.image_ids)]
-    for by_steps in walk_steps(model, seeds.all_maps(left), dataset, config, (config.exp_times,), image_size):
-        found = by_steps[config.exp_times]
-        made.write_maps(found)
-        made.write_mask(found.image_id, seed_mask(found.maps, found.classes, config.mask_background))
+    task = partial(_write_pseudo, model, seeds, Store(folder), dataset, config, image_size)
+    _write_all(task, Store(folder), dataset, _workers_for(model, workers))
+
+
+def _write_pseudo(
+    model: IRN, seeds: Store, made: Store, dataset: LocalizationDataset, config: IRNConfig, image_size: int | None,
+    index: int,
+) -> None:  # fmt: skip
+    seed = seeds.read_maps(dataset.image_ids[index])
+    (found,) = _walk(model, dataset, config, (config.exp_times,), image_size, (config.damping,), (index, seed)).values()
+    made.write_maps(found)
+    made.write_mask(found.image_id, seed_mask(found.maps, found.classes, config.mask_background))

@@ -205,7 +205,10 @@ def logistic(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[np.nda
 
 
 def described(model: Any, dataset: LocalizationDataset, transform: Transform) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the model's probe reads of all images (n, F), and their labels (n,)."""
+    """Return what the model's probe reads of all images (n, F), and their labels (n,).
+
+    Memory: F numbers an image, no maps; where that is too much the probe is trained by `sgd`.
+    """
     device = next(model.parameters()).device
     loader = make_loader(dataset, transform, 50, mean=model.mean, std=model.std)
     with torch.inference_mode():

@@ -46,7 +46,10 @@ class ClassPrototypes(NamedTuple):
 
 
 class _Reservoir:
-    """A uniform sample of at most `limit` rows of all that are added (0 = all), drawn by a generator."""
+    """A uniform sample of at most `limit` rows of all that are added (0 = all), drawn by a generator.
+
+    Memory: twice `limit` rows, and those of one image; without a limit all rows, which only a clustering of all needs.
+    """
 
     def __init__(self, limit: int, rng: np.random.Generator):
         self.limit, self.rng, self.seen = limit, rng, 0
@@ -219,6 +222,7 @@ def variant_maps(
     """Yield, for every image, the maps of its own classes by name, all from one pass over the features.
 
     by_name: the `directions` of each variant; None stands for CAM. `config` sets scales and flips, also of CAM.
+    Memory: one image's maps at a time, variants x K x H x W x 4 bytes, and the source's batch of features.
     Raises DataError as the source does.
     """
     for found in source.images(indices, config.scales, config.flip != "none", unreadable):
@@ -258,7 +262,7 @@ def write_maps(
 ) -> None:
     """Write `variant_maps` of every image, a `Store` below the folder for each name; images already there are left out.
 
-    A file is written by rename, so that one that is there is whole.
+    A file is written by rename, so that one that is there is whole. Memory as of `variant_maps`.
     """
     stores = {name: Store(folder / name) for name in by_name}
 

@@ -39,7 +39,7 @@ _EXAMPLE = "write one per line, as `epochs: int = 30  # passes over the training
 # purpose are allowed to be.
 _RULES = {
     "0 or more": (0, inf, "literal_epochs *seed* shift num_workers heads *weight_decay steps *_per_class images "
-                          "generator_images tuning_images"),
+                          "generator_images tuning_images workers"),
     "1 or more": (1, inf, "*epochs *batch_size batch repeats *_images clusters iterations dilations *channels "
                           "ppd_hidden irn_width"),
     "above 0": (ulp(0.0), inf, "*lr rates *scale *scales segmenter_power crf_colour crf_distance"),

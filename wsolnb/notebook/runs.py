@@ -44,7 +44,7 @@ except ImportError:  # Windows: two processes that build the same checkpoint at 
     fcntl = None
 
 DEFAULT_RUN_FOLDER = "outputs/mini"
-HARMLESS = ("progress", "num_workers", "jobs")
+HARMLESS = ("progress", "num_workers", "jobs", "workers")
 """Names of values that change how long a result takes, and not the result."""
 REMAKE = "WSOLNB_REMAKE"
 """Environment variable: artefacts are reused only if they were made for this word (`reproduce --force` sets one)."""

@@ -261,24 +261,55 @@ class Guided(NamedTuple):
 
 
 def guided(dataset: LocalizationDataset, attend: Attend, size: int, chunk: int = 50) -> Iterator[Guided]:
-    """Yield the images of a data set as GrabCut sees them, squares of `size` pixels; `chunk` are looked at at once."""
+    """Yield the images of a data set as GrabCut sees them, squares of `size` pixels; `chunk` are looked at at once.
+
+    Memory: `chunk` samples at their own sizes.
+    """
     for first in range(0, len(dataset), chunk):
         samples = [dataset[index] for index in range(first, min(first + chunk, len(dataset)))]
         for sample, guide in zip(samples, attend(samples), strict=True):
             yield Guided(resize(sample, (size, size)), guide, grabcut.enlarge(guide, (size, size)))
 
 
-def attention_iou(images: Sequence[Guided], threshold: float) -> np.ndarray:
-    """Return the IoU (n,) of each image's attention, from a threshold on, with the truth."""
-    return np.array([mask_iou(one.attention >= threshold, one.square.mask) for one in images])
+CHUNK = 64
+"""Images that thresholds are tried on at once: what is held of a data set, each with its sample and its attention."""
 
 
-def cut_all(images: Sequence[Guided], fg: float, bg: float, jobs: int, **options: Any) -> tuple[np.ndarray, list[str]]:
-    """Return IoU with the truth (n,) and outcome of each image's cut by two thresholds. options: of `enhance`."""
-    pool = Parallel(n_jobs=jobs, prefer="threads")
-    cuts = pool(delayed(grabcut.enhance)(one.square.image, one.guide, fg, bg, **options) for one in images)
-    iou = [mask_iou(cut.mask, one.square.mask) for cut, one in zip(cuts, images, strict=True)]
-    return np.array(iou), [cut.outcome for cut in cuts]
+class Tried(NamedTuple):
+    """What thresholds do to the masks of n images.
+
+    attention: IoU with the truth of the attention from each threshold on, (T, n). cut: of each cut, (C, n).
+    enhanced: whether GrabCut decided, (C, n), and not its fallback.
+    """
+
+    attention: np.ndarray
+    cut: np.ndarray
+    enhanced: np.ndarray
+
+
+def try_out(
+    images: Iterable[Guided], thresholds: Sequence[float], cuts: Sequence[Mapping[str, Any]], jobs: int
+) -> Tried:
+    """Return what thresholds of the attention, and cuts (arguments of `enhance`), do to images, in one pass.
+
+    Of each image numbers are kept, of the images themselves `CHUNK`. jobs: images that are cut at once, in threads.
+    """
+    images, rows, pool = iter(images), [], Parallel(n_jobs=jobs, prefer="threads")
+    while held := list(itertools.islice(images, CHUNK)):
+        rows += pool(delayed(_tried)(one, thresholds, cuts) for one in held)
+    return Tried(*(np.array(values).T.copy() for values in zip(*rows, strict=True)))
+
+
+def _tried(
+    one: Guided, thresholds: Sequence[float], cuts: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[float], list[bool]]:
+    made = [grabcut.enhance(one.square.image, one.guide, **options) for options in cuts]
+    attention = [mask_iou(one.attention >= threshold, one.square.mask) for threshold in thresholds]
+    return attention, [mask_iou(cut.mask, one.square.mask) for cut in made], [cut.outcome == "enhanced" for cut in made]
+
+
+def _cuts(pairs: Iterable[tuple[float, float]], **options: Any) -> list[dict[str, Any]]:
+    return [{"fg_threshold": fg, "bg_threshold": bg, **options} for fg, bg in pairs]
 
 
 def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame:
@@ -292,14 +323,15 @@ def search(run: Run, masks: Masks, dataset: LocalizationDataset) -> pd.DataFrame
     def measure() -> Iterator[dict[str, Any]]:
         if some[0].mask is None:
             return
-        images = list(guided(some, attend, size, len(some)))
-        for threshold in np.round([*np.arange(0.01, 0.1, 0.01), *np.arange(0.1, 0.7, 0.05)], 2):
-            iou = attention_iou(images, threshold).mean()
-            yield {"by": "attention", "fg": threshold, "bg": np.nan, "iou": iou}
-        for side, fg, bg in itertools.product(("none", "background"), FG, BG):
-            iou, outcomes = cut_all(images, fg, bg, jobs, uncertain=side, **options)
-            fell_back = 1 - np.mean([outcome == "enhanced" for outcome in outcomes])
-            yield {"by": f"GrabCut, {side}", "fg": fg, "bg": bg, "iou": iou.mean(), "fell_back": fell_back}
+        thresholds = np.round([*np.arange(0.01, 0.1, 0.01), *np.arange(0.1, 0.7, 0.05)], 2)
+        cuts = [cut for side in ("none", "background")
+                for cut in _cuts(itertools.product(FG, BG), uncertain=side, **options)]  # fmt: skip
+        found = try_out(guided(some, attend, size, CHUNK), thresholds, cuts, jobs)
+        for threshold, iou in zip(thresholds, found.attention, strict=True):
+            yield {"by": "attention", "fg": threshold, "bg": np.nan, "iou": iou.mean()}
+        for cut, iou, enhanced in zip(cuts, found.cut, found.enhanced, strict=True):
+            row = {"by": f"GrabCut, {cut['uncertain']}", "fg": cut["fg_threshold"], "bg": cut["bg_threshold"]}
+            yield {**row, "iou": iou.mean(), "fell_back": 1 - np.mean(enhanced)}
 
     given = {"fg": masks.fg_threshold, "bg": masks.bg_threshold, "iou": np.nan}
     found = run.cached_rows("grabcut-search", measure)
@@ -331,18 +363,22 @@ def photographs(masks: Masks, root: str) -> pd.DataFrame:
 
     root: a folder in the Oxford-IIIT Pet layout. Own thresholds are those of `search_images` training photographs.
     """
-    attend, options = masks.attend(), masks.model_dump(include={"jobs", "uncertain", "iterations", "seed"})
+    attend, options = masks.attend(), masks.model_dump(include={"uncertain", "iterations", "seed"})
     train, held = (open_dataset("pets", resolve(root), split, seed=masks.seed) for split in ("train", "test"))
-    train, held = (list(guided(part, attend, masks.size)) for part in (evenly(train, masks.search_images), held))
-    grid = np.round(np.arange(0.01, 0.7, 0.01), 2)
-    threshold = max(grid, key=lambda t: attention_iou(train, t).mean())
-    own = max(itertools.product(FG, BG), key=lambda pair: cut_all(train, *pair, **options)[0].mean())
-    before = attention_iou(held, threshold)
-    rows = [{"map": "everything", "fg": 0, "bg": np.nan, "iou": attention_iou(held, 0.0).mean()}]
-    rows += [{"map": "attention", "fg": threshold, "bg": np.nan, "iou": before.mean()}]
+    grid, pairs = np.round(np.arange(0.01, 0.7, 0.01), 2), list(itertools.product(FG, BG))
+    some = guided(evenly(train, masks.search_images), attend, masks.size)
+    found = try_out(some, grid, _cuts(pairs, **options), masks.jobs)
+    threshold, own = (
+        values[int(np.argmax([iou.mean() for iou in rows]))]
+        for values, rows in ((grid, found.attention), (pairs, found.cut))
+    )
     tried = {"of the birds": (masks.fg_threshold, masks.bg_threshold), "of training photographs": own}
-    for name, (fg, bg) in {**tried, "published": (0.1, 0.03)}.items():
-        after, _ = cut_all(held, fg, bg, **options)
+    tried["published"] = (0.1, 0.03)
+    found = try_out(guided(held, attend, masks.size), (0.0, threshold), _cuts(tried.values(), **options), masks.jobs)
+    everything, before = found.attention
+    rows = [{"map": "everything", "fg": 0, "bg": np.nan, "iou": everything.mean()}]
+    rows += [{"map": "attention", "fg": threshold, "bg": np.nan, "iou": before.mean()}]
+    for (name, (fg, bg)), after in zip(tried.items(), found.cut, strict=True):
         gain = {"gain": (after - before).mean(), "gain_se": (after - before).std() / np.sqrt(len(after))}
         shares = {"better": (after > before + 0.05).mean(), "worse": (after < before - 0.05).mean()}
         rows.append({"map": f"GrabCut, thresholds {name}", "fg": fg, "bg": bg, "iou": after.mean(), **gain, **shares})

@@ -746,7 +746,10 @@ def _of_maps(config: LPCAMConfig) -> dict[str, Any]:
 
 
 class Segmentation(BaseModel):
-    """Notebook 23: IRN, its walk and a segmentation network. The fields are the notebook's parameters."""
+    """Notebook 23: IRN, its walk and a segmentation network. The fields are the notebook's parameters.
+
+    workers: processes that refine and walk, as of `wsolnb.workers.results`; no result depends on it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -787,6 +790,7 @@ class Segmentation(BaseModel):
     segmenter_weight_decay: float
     test_scales: tuple[float, ...]
     resize: bool
+    workers: int
 
     @property
     def refinement(self) -> CRFConfig:
@@ -977,8 +981,9 @@ class Stages:
     def labels(self, name: str, config: IRNConfig) -> WithMasks:
         """Return the training images with IRN's labels: confident classes and background, 255 elsewhere."""
         own = self.pipeline
+        write = partial(write_irn_labels, workers=own.settings.workers)
         arguments = (self.maps[0], own.train, config, own.settings.refinement)
-        return own.masks(f"{name}-{self.kind}", write_irn_labels, *arguments)
+        return own.masks(f"{name}-{self.kind}", write, *arguments)
 
     @cached_property
     def irn(self) -> tuple[IRN, Path]:
@@ -993,12 +998,11 @@ class Stages:
     @cached_property
     def walks(self) -> list[dict[str, float]]:
         """Threshold and mIoU of the walked maps on validation images, a row for each damping and length."""
-        own, rows = self.pipeline, []
-        for damping in own.settings.dampings:
-            config = self.around.model_copy(update={"damping": damping})
-            arguments = (self.irn[0], self.maps[1], own.tune, config, own.settings.steps, own.settings.walk_size)
-            rows += own.measured(f"walks-{self._name}", score_walks, *arguments)
-        return rows
+        own, settings = self.pipeline, self.pipeline.settings
+        measure = partial(score_walks, workers=settings.workers)
+        grid = (settings.dampings, settings.steps)
+        arguments = (self.irn[0], self.maps[1], own.tune, self.around, *grid, settings.walk_size)
+        return own.measured(f"walks-{self._name}", measure, *arguments)
 
     @cached_property
     def walk(self) -> IRNConfig:
@@ -1011,8 +1015,9 @@ class Stages:
     def pseudo_masks(self) -> WithMasks:
         """The training images with the masks of the maps that walked; `store` holds these maps, too."""
         own = self.pipeline
+        write = partial(write_pseudo_masks, workers=own.settings.workers)
         arguments = (self.irn[0], self.maps[0], own.train, self.walk, own.settings.walk_size)
-        return own.masks(f"pseudo-{self._name}", write_pseudo_masks, *arguments)
+        return own.masks(f"pseudo-{self._name}", write, *arguments)
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -1039,9 +1044,14 @@ class Stages:
 
 
 def score_walks(
-    model: IRN, maps: Store, dataset: LocalizationDataset, config: IRNConfig, steps: tuple[int, ...], size: int | None
-) -> list[dict[str, float]]:
-    """Return the best threshold and its mIoU of the maps that walked, a row for each log2 of the `steps`."""
-    walked = walk_steps(model, maps.all_maps(dataset.image_ids), dataset, config, steps, size)
+    model: IRN, maps: Store, dataset: LocalizationDataset, config: IRNConfig, dampings: Sequence[float],
+    steps: Sequence[int], size: int | None, workers: int = 1,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Return the best threshold and its mIoU of the maps that walked, a row for each damping and log2 of the `steps`.
+
+    One pass over the images; arguments and memory as of `walk_steps`.
+    """
+    walked = walk_steps(model, maps.all_maps(dataset.image_ids), dataset, config, steps, size, dampings, workers)
     found = evaluate(walked, dataset, parts=False)
-    return [{"damping": config.damping, "steps": e, **best_threshold(found[e].segmentation)} for e in steps]
+    cases = itertools.product(dampings, steps)
+    return [{"damping": d, "steps": e, **best_threshold(found[d, e].segmentation)} for d, e in cases]

@@ -313,9 +313,9 @@ def start_rows(
         val, test = (evaluate(model, part, transform) for part in (splits.val, splits.test))
         for row in test.table(val):
             yield {"backbone": name, "test images": len(splits.test), **row}
-    val, test = ([transform(part[i]) for i in range(len(part))] for part in (splits.val, splits.test))
+    val, test = (map(transform, part) for part in (splits.val, splits.test))
     centred = box_accuracy(centre_box(val)[0], test)
-    yield {"backbone": "-", "test images": len(test), "map": "box in the middle", "gt_known": centred}
+    yield {"backbone": "-", "test images": len(splits.test), "map": "box in the middle", "gt_known": centred}
 
 
 def two_photographs() -> list[Sample]:

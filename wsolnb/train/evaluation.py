@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,6 +64,8 @@ def predict(
     """Run a single-label model over a data set; yields a `Prediction` per image, in order.
 
     Maps are upsampled bilinearly to the image and min-max normalised. The model runs on the device it is on.
+    Memory: `batch_size` images, each with its sample and its maps, names x H x W x 4 bytes; two batches while the next
+    one is read.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -149,7 +151,7 @@ def score(predictions: Iterable[Prediction], quick: bool = False) -> Evaluation:
 
     quick: measure only what choosing an epoch needs, `Evaluation.localization`. Images without a box are left out of
     box metrics, and images without mask or parts out of the metrics of these. If no image has a box, `localization`
-    holds the class accuracies and NaN for all else.
+    holds the class accuracies and NaN for all else. Memory: one prediction at a time, and counts by threshold.
 
     Raises MapError when the maps hold NaN, or there is no image.
     """
@@ -197,32 +199,38 @@ def beside(*streams: Iterable[Prediction]) -> Iterator[Prediction]:
         yield group[0]._replace(maps={name: found for one in group for name, found in one.maps.items()})
 
 
-def centre_box(samples: Sequence[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
+def centre_box(samples: Iterable[Sample], steps: int = 20) -> tuple[np.ndarray, float]:
     """Find the centred box that is right most often; a localizer must beat it.
 
-    samples: of one image size, with boxes. Tries `steps` x `steps` sizes. Returns (box (4,), GT-known on `samples`);
-    NaN for no samples.
+    samples: of one image size, with boxes; gone through once, one held at a time. Tries `steps` x `steps` sizes.
+    Returns (box (4,), GT-known on `samples`); NaN for no samples.
     """
-    if not samples:
-        return np.full(4, np.nan), np.nan
-    height, width = samples[0].size
     shares = np.linspace(0, 1, steps + 1)[1:]
-    middle = np.array([width, height, width, height]) / 2
-    candidates = [middle * [1 - w, 1 - h, 1 + w, 1 + h] for w in shares for h in shares]
-    scores = [box_accuracy(box, samples) for box in candidates]
+    sizes = np.array([[1 - w, 1 - h, 1 + w, 1 + h] for w in shares for h in shares])
+    candidates, hits, count = np.full((1, 4), np.nan), np.zeros(1), 0
+    for sample in samples:
+        if not count:
+            height, width = sample.size
+            candidates, hits = np.array([width, height, width, height]) / 2 * sizes, np.zeros(len(sizes), np.int64)
+        hits += _right(candidates, sample)
+        count += 1
+    scores = hits / count if count else np.full(1, np.nan)
     best = int(np.argmax(scores))
-    return candidates[best], scores[best]
+    return candidates[best], float(scores[best])
 
 
-def box_accuracy(box: np.ndarray, samples: Sequence[Sample]) -> float:
+def box_accuracy(box: np.ndarray, samples: Iterable[Sample]) -> float:
     """Return GT-known of one fixed box (4,): the share of samples with IoU >= 0.5, compared as TS-CAM does.
 
-    NaN for no samples, and for a box of NaN.
+    samples: gone through once, one held at a time. NaN for no samples, and for a box of NaN.
     """
-    if not samples or np.isnan(box).any():
+    if np.isnan(box).any():
         return np.nan
-    height, width = samples[0].size
+    hits = [bool(_right(np.asarray(box)[None], sample)[0]) for sample in samples]
+    return float(np.mean(hits)) if hits else np.nan
+
+
+def _right(boxes: np.ndarray, sample: Sample) -> np.ndarray:
+    """Return which of some boxes (n, 4) have an IoU >= 0.5 with a true one of a sample, (n,)."""
     # One past the last pixel, as the protocol leaves predicted boxes.
-    predicted = np.trunc(box)
-    hits = [box_iou(predicted, ground_truth(s.boxes, (height, width), TSCAM)).max() >= 0.5 for s in samples]
-    return float(np.mean(hits))
+    return box_iou(np.trunc(boxes), ground_truth(sample.boxes, sample.size, TSCAM)).max(axis=1) >= 0.5

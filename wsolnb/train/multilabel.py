@@ -39,7 +39,10 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def predict(
     model: LocalizationModel, dataset: LocalizationDataset, image_size: int, batch_size: int = 50
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits and the labels (0 and 1) of all images, each (images, C); the model runs where it is."""
+    """Return the logits and the labels (0 and 1) of all images, each (images, C); the model runs where it is.
+
+    Memory: one batch, and C numbers an image, which a ranking of all images needs.
+    """
     return _outputs(model, dataset, image_size, lambda found: found.logits, batch_size), _present(dataset)
 
 
@@ -115,6 +118,7 @@ def frozen_maker(
     """Return a function that fills a folder with a classifier, `logistic` of pooled features; see `read_frozen`.
 
     Each image is seen once, resized, not augmented. `C` is that of `C_GRID` with the lowest loss on `val`.
+    Memory: one batch, and of each image its pooled features, a number for each channel.
     """
 
     def make(folder: Path) -> None:

@@ -58,6 +58,7 @@ def evaluate(
 ) -> dict[str, SeedEvaluation]:
     """Score maps by kind against the masks of a data set, in one streaming pass; images without a mask are left out.
 
+    Memory: one image's maps by kind at a time, kinds x K x H x W x 4 bytes, and counts by class and threshold.
     parts: measure part coverage too, where there are part maps; it takes most of the time.
     In single-label data sets the mask of the object counts as the image's class. In part coverage objects of other
     classes are not counted, so `context` is background.
@@ -153,6 +154,7 @@ def image_scores(
 ) -> Iterator[dict[str, float]]:
     """Yield the mean IoU of each image's seed mask, by name of the variant, at a threshold for each.
 
+    One image's maps are held at a time, as of `variant_maps`.
     It is NaN for an image whose mask has no pixel of an object.
     """
     for index, found in enumerate(variant_maps(source, by_name, config)):
@@ -189,7 +191,7 @@ class RegionFeatures(NamedTuple):
 def region_features(source: FeatureSource, dataset: LocalizationDataset) -> RegionFeatures:
     """Average a source's local features over the true regions of each class: an analysis, not a step of the method.
 
-    A cell belongs to the region of the pixel at its centre.
+    A cell belongs to the region of the pixel at its centre. Memory: the source's batch of features, and the sums.
     Raises MapError when the data set has no masks or no part maps.
     """
     shape = (len(source.weight), len(REGIONS), source.weight.shape[1])

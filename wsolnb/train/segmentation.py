@@ -66,7 +66,10 @@ def probabilities(model: nn.Module, images: Tensor, inference: Inference) -> Ten
 def predict(
     model: nn.Module, dataset: LocalizationDataset, inference: Inference, batch_size: int = 32
 ) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Yield every sample with its predicted mask (H, W) uint8, at the image's size on disk."""
+    """Yield every sample with its predicted mask (H, W) uint8, at the image's size on disk.
+
+    Memory: `batch_size` samples and their probabilities, scales x 2 x C x H x W x 4 bytes each.
+    """
     held: list[tuple[Sample, Tensor]] = []
     mean, std = normalisation(model)
     for index in range(len(dataset)):
@@ -102,7 +105,10 @@ def score_model(model: nn.Module, dataset: LocalizationDataset, inference: Infer
 
 
 def score_masks(dataset: WithMasks) -> list[dict[str, float]]:
-    """Return one row: `Segmentation.means` of stored masks against the true ones; stored pixels of 255 do not count."""
+    """Return one row: `Segmentation.means` of stored masks against the true ones; stored pixels of 255 do not count.
+
+    One image's masks are held at a time.
+    """
     scores = SegmentationScores(len(dataset.class_names) + 1)
     for index in range(len(dataset)):
         sample = dataset.dataset[index]
