@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wsolnb import weights
@@ -28,7 +29,7 @@ from wsolnb.files import resolve, to_json, write_atomically
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
-from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, set_seed, train
+from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, processes, set_seed, train
 
 
 class Recipe(BaseModel):
@@ -192,26 +193,32 @@ def fit(
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
 
-    Trains once per run folder; see `Run.cached` for when a training is found again.
+    Trains once per run folder; see `Run.cached` for when a training is found again. Several processes of one launch
+    divide the images of each batch among them, so that their number changes rounding and dropout only, and what layers
+    of batch normalisation see: the images of their own process.
     name: how the artefact is called in the run folder.
     validate: gives the columns of the history after each epoch, from validation images; `recipe.training.select` names
         the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
-    Raises ParameterError for fewer images than a batch.
+    Raises ParameterError for fewer images than a batch, and for a batch that cannot be divided among the processes.
     """
     classes, seen = len(data.class_names), evenly(data, recipe.images or len(data))
     check_batches(len(seen), recipe.batch_size)  # before any weights are looked for
+    if recipe.batch_size % processes(pick_device(recipe.training.device)):
+        problem = f"a batch_size of {recipe.batch_size} cannot be divided among the processes of this launch"
+        raise ParameterError(problem, "launch another number of processes, or change batch_size")
 
     def build(folder: Path) -> None:
         model = recipe.build(classes)
         transform = transforms.Compose([*model.first_transforms(), recipe.train_transform(model.mean)])
         options = {"shuffle": True, "drop_last": True, "seed": recipe.training.seed, "num_workers": recipe.num_workers}
         options |= {"truth": model.learns_from_masks, "mean": model.mean, "std": model.std}
-        loader = make_loader(seen, transform, recipe.batch_size, **options)
-        train(model, loader, recipe.training, folder, validate, progress)
-        known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
-        write_atomically(folder / RECORD, to_json(known))
+        share = recipe.batch_size // processes(pick_device(recipe.training.device))  # not in the key
+        train(model, make_loader(seen, transform, share, **options), recipe.training, folder, validate, progress)
+        if PartialState().is_main_process:
+            known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
+            write_atomically(folder / RECORD, to_json(known))
 
-    folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()))
+    folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()), together=True)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
     return load_checkpoint(recipe.empty(classes), folder, "last").to(pick_device(recipe.training.device)), folder
 
