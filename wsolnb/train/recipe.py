@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from wsolnb import weights
 from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.loading import IMAGENET_MEAN, check_batches, make_loader
+from wsolnb.data.loading import IMAGENET_MEAN, Kept, check_batches, make_loader
 from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.files import resolve, to_json, write_atomically
@@ -45,7 +45,8 @@ class Recipe(BaseModel):
     scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
         other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
-        the spread around the mean. All three in training only.
+        the spread around the mean. All three in training only. augment: what stands in place of the last two:
+        `RandAugment` by this policy.
     images: training images that are seen, evenly spaced; 0 = all.
     tuned_layers: how many of a transformer's layers are trained, from the first, next to its patch embedding, final
         normalisation and head; the others stay as they start. None = all.
@@ -68,6 +69,7 @@ class Recipe(BaseModel):
     shift: int = Field(8, ge=0)
     brightness: float = Field(0.2, ge=0, lt=1)
     contrast: float = Field(0.0, ge=0, lt=1)
+    augment: Literal["none", "rand-m9-mstd0.5-inc1"] = "none"
     images: int = Field(0, ge=0)
     num_workers: int = Field(0, ge=0)
     tuned_layers: int | None = Field(None, ge=0)
@@ -96,8 +98,17 @@ class Recipe(BaseModel):
             first = [transforms.ResizeRandomCrop(self._uncropped(), self.image_size)]
         else:
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
-        light = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
+        light: Transform = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
+        if self.augment != "none":
+            light = transforms.RandAugment(self.augment, mean)
         return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
+
+    @property
+    def first_side(self) -> int | None:
+        """Side of the square that training images are resized to before anything is drawn; None where that is drawn."""
+        if self.long_side or self.scale:
+            return None
+        return self.image_size if self.protocol == "resize" else self._uncropped()
 
     @property
     def map_size(self) -> int | None:
@@ -212,8 +223,11 @@ def fit(
         transform = transforms.Compose([*model.first_transforms(), recipe.train_transform(model.mean)])
         options = {"shuffle": True, "drop_last": True, "seed": recipe.training.seed, "num_workers": recipe.num_workers}
         options |= {"truth": model.learns_from_masks, "mean": model.mean, "std": model.std}
+        images, side = seen, None if model.first_transforms() else recipe.first_side
+        if side and recipe.training.epochs > 1 and Kept.fits(len(seen), side, recipe.num_workers):
+            images = Kept(seen, side)
         share = recipe.batch_size // processes(pick_device(recipe.training.device))  # not in the key
-        train(model, make_loader(seen, transform, share, **options), recipe.training, folder, validate, progress)
+        train(model, make_loader(images, transform, share, **options), recipe.training, folder, validate, progress)
         if PartialState().is_main_process:
             known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
             write_atomically(folder / RECORD, to_json(known))
