@@ -516,7 +516,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path, parts):
 
 def test_the_mean_of_the_weights_is_what_is_scored_and_kept(tmp_path, monkeypatch):
     steps, scored = [], []
-    plain_update = loop._update
+    plain_update = loop.update
 
     def update(accelerator, model, *rest):
         plain_update(accelerator, model, *rest)
@@ -526,7 +526,7 @@ def test_the_mean_of_the_weights_is_what_is_scored_and_kept(tmp_path, monkeypatc
         scored.append({name: value.clone() for name, value in model.state_dict().items()})
         return accuracy(model)
 
-    monkeypatch.setattr(loop, "_update", update)
+    monkeypatch.setattr(loop, "update", update)
     model, _ = fit(tmp_path, evaluate=evaluate, ema=0.9)
     mean = dict(steps[0])
     for index, weights in enumerate(steps[1:], start=1):

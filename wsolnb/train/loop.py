@@ -231,10 +231,10 @@ def train(
             if step and step == at.step and at.random:  # not before: to begin, a loader draws from these states
                 _set_random(at.random, accelerator.device)
             before = _random(accelerator.device)
-            while (loss := _gradients(accelerator, plain, forward, batch, parts, config, precision)) is None:
+            while (loss := gradients(accelerator, plain, forward, batch, parts, config, precision)) is None:
                 parts = _more_parts(parts, len(batch["image"]), parts_file, accelerator)
                 _set_random(before, accelerator.device)
-            _update(accelerator, model, optimizer, schedule, config)
+            update(accelerator, model, optimizer, schedule, config)
             if mean:
                 mean.update_parameters(plain)
             total += loss * len(batch["image"])
@@ -345,8 +345,14 @@ def _from(batches: Iterable[dict], first: int) -> Iterator[dict]:
     return itertools.islice(batches, first, None)
 
 
-def _gradients(accelerator, plain, forward, batch, parts: int, config, precision: str) -> Tensor | None:
-    """Add up the gradients of a batch's parts; returns its mean loss, or None where memory ran out."""
+def gradients(
+    accelerator: Accelerator, plain: Trainable, forward: nn.Module, batch: dict, parts: int, config: TrainingConfig,
+    precision: str,
+) -> Tensor | None:  # fmt: skip
+    """Add up the gradients of a batch's parts; returns its mean loss, a scalar, or None where memory ran out.
+
+    forward: `plain`, wrapped for several processes, or compiled. precision: `bf16` or `fp32`.
+    """
     losses, images = [], len(batch["image"])
     size = -(-images // parts)
     plain.zero_grad()
@@ -382,7 +388,11 @@ def _more_parts(parts: int, images: int, file: Path, accelerator: Accelerator) -
     return 2 * parts
 
 
-def _update(accelerator, model, optimizer, schedule, config) -> None:
+def update(accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: Any, config: TrainingConfig) -> None:
+    """Clip the gradients and take a step with them, and one of the schedule.
+
+    Raises TrainingError when memory runs out.
+    """
     try:
         if config.clip:
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
