@@ -45,8 +45,9 @@ def to_tensor(
     return pixels.float().div_(scale).sub_(offset)
 
 
-KEPT = 0.25
-"""Share of the free memory that `Kept` may take, all processes of a launch together."""
+KEPT, KEPT_BYTES = 0.25, 16 * 2**30
+"""Share of the free memory that `Kept` may take, all processes of a launch together, and the most that it ever takes:
+a container may allow less than the machine has."""
 
 
 class Kept(Derived):
@@ -66,10 +67,10 @@ class Kept(Derived):
 
     @staticmethod
     def fits(images: int, side: int, num_workers: int) -> bool:
-        """Return whether so many images fit into `KEPT` of the free memory, and workers would share it."""
+        """Return whether so many images fit into what `KEPT` allows, and workers would share it."""
         shared = not num_workers or multiprocessing.get_start_method() == "fork"
-        free = psutil.virtual_memory().available / int(os.environ.get("WORLD_SIZE", 1))
-        return shared and images * side * side * 3 <= KEPT * free
+        allowed = min(KEPT * psutil.virtual_memory().available, KEPT_BYTES) / int(os.environ.get("WORLD_SIZE", 1))
+        return shared and images * side * side * 3 <= allowed
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read the sample at `index`; without truth its image is side x side."""
