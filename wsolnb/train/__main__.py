@@ -25,8 +25,10 @@ from wsolnb.notebook import params, runs
 from wsolnb.papers.trainings import TRAININGS
 
 AGAIN = "the same command goes on from the last state"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command()
 def main(
     file: Annotated[Path, typer.Option("--file", "-f", help="parameters of a notebook: params/PROFILE/NOTEBOOK.yaml")],
     parameter: Annotated[
@@ -59,7 +61,7 @@ def _lost(error: RuntimeError) -> bool:
 
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        app()
     except WsolnbError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

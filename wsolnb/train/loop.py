@@ -210,7 +210,8 @@ def train(
     settings = config.model_dump() | {"device": device.type, "precision": precision}
     settings |= {"steps of an epoch": len(batches), "processes": accelerator.num_processes}
     state_file, parts_file = folder / "state.pt", folder / PARTS
-    parts = max(config.accumulate, int(parts_file.read_text()) if parts_file.exists() else 1)
+    noted = parts_file.read_text("utf-8", "replace").strip() if parts_file.exists() else ""
+    parts = max(config.accumulate, int(noted) if noted.isdecimal() else 1)
     stateful = {"model": plain, "optimizer": optimizer, "schedule": schedule} | ({"mean": mean} if mean else {})
     at = _resume(state_file, settings, stateful, accelerator) if state_file.exists() else _Progress([])
     rows, hidden = at.rows, not (progress and accelerator.is_main_process)
