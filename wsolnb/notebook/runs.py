@@ -223,35 +223,38 @@ class Run:
 
         Raises:
             ParameterError: the builder captures a value of which no key can be made.
-            RunError: the folder cannot be written.
+            RunError: the folder cannot be written, or processes of one launch have different keys.
         """
         key = keys.key_of([build, *uses], HARMLESS)
         folder = self.checkpoints / f"{name}-{key.hash[:12]}"
         self.data |= key.data
         launched = together and int(os.environ.get("WORLD_SIZE", 1)) > 1
-        tell = _told_by_the_main_process if launched else bool
+        tell = _told_by_the_main_process if launched else str
         if launched and os.environ["RANK"] != "0":
-            if tell():
+            if wanted := tell():
+                if wanted != key.hash:
+                    problem = f"the processes of this launch want {name} of different things"
+                    raise RunError(problem, "start from pretrained weights: random ones that are frozen differ in each")
                 build(folder)
                 tell()  # the record is written
             self.artefacts[folder.name] = key.hash
             return folder
         if self._reuse(name, folder, key):  # before the lock, which a run folder that is only read could not give
-            tell(False)
+            tell("")
             return folder
         with locked(folder / ".lock", f"building {name}"):
             if self._reuse(name, folder, key):  # another process has built it meanwhile
-                tell(False)
+                tell("")
                 return folder
             why = self._clear(name, folder, key)
             clock = time.perf_counter()
-            tell(True)
+            tell(key.hash)
             build(folder)
             seconds = round(time.perf_counter() - clock, 1)
             done = {"name": name, "hash": key.hash, "key": _stored(key), "files": keys.hashes(folder)}
             done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **_made_on()}
             self._save(folder / keys.RECORD, to_json(done))
-            tell(True)
+            tell(key.hash)
         self.artefacts[folder.name] = key.hash
         print(f"built {name} in {seconds:.0f} s{why}", flush=True)
         return folder
@@ -334,7 +337,7 @@ class Run:
         """Nothing: a run says where results lie, not what they are."""
 
 
-def _told_by_the_main_process(word: bool = False) -> bool:
+def _told_by_the_main_process(word: str = "") -> str:
     """Return in every process of a launch what the main one says; each waits for it."""
     from accelerate.utils import broadcast_object_list
 
