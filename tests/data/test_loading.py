@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from wsolnb.data import loading
 from wsolnb.data.base import LocalizationDataset, hold_out, read_image
-from wsolnb.data.loading import make_loader, to_tensor
+from wsolnb.data.loading import Kept, make_loader, to_tensor
 from wsolnb.data.sample import Sample
-from wsolnb.data.transforms import Compose, RandomBrightnessContrast, RandomHorizontalFlip, RandomShift, Resize
+from wsolnb.data.transforms import (
+    Compose,
+    RandomBrightnessContrast,
+    RandomHorizontalFlip,
+    RandomShift,
+    Resize,
+    ResizeRandomCrop,
+)
 from wsolnb.errors import DataError, ParameterError
 
 AUGMENT = Compose([RandomHorizontalFlip(), RandomShift(3), RandomBrightnessContrast()])
@@ -206,3 +215,46 @@ def test_hold_out(fraction, seed):
 def test_hold_out_fraction_out_of_range(fraction):
     with pytest.raises(ParameterError, match="held-out fraction"):
         hold_out([(0,), (0,)], fraction)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("side", "first"), [(12, [Resize(12), RandomShift(3)]), (20, [ResizeRandomCrop(20, 16)])])
+def test_kept_images_make_the_same_batches_and_are_decoded_once(folder, side, first, workers):
+    data = Folder(folder)
+    kept = Kept(data, side)
+    transform = Compose([*first, RandomHorizontalFlip(), RandomBrightnessContrast()])
+    plain, fast = (make_loader(d, transform, 4, shuffle=True, num_workers=workers) for d in (data, kept))
+    for epoch in range(2):
+        for loader in (plain, fast):
+            loader.set_epoch(epoch)
+        for one, other in zip(plain, fast, strict=True):
+            assert torch.equal(one["image"], other["image"])
+            assert torch.equal(one["label"], other["label"])
+    for path in folder.iterdir():
+        path.unlink()  # what workers have decoded is there for all
+    assert len(list(fast)) == 3
+    kept.read(0, truth=False).image[:] = 0
+    assert kept.read(0, truth=False).image.any()
+    with pytest.raises(DataError):
+        list(plain)
+
+
+def test_kept_images_leave_the_truth_where_it_is(folder):
+    sample = Kept(Folder(folder), 8).read(3)
+    assert sample.size == (16, 16)
+    assert len(sample.boxes) == 1
+
+
+def test_images_are_kept_where_a_share_of_the_free_memory_holds_them(monkeypatch):
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 300 * 10 * 10 * 3))
+    assert Kept.fits(300, 10, 0)
+    assert not Kept.fits(301, 10, 0)
+    monkeypatch.setattr(loading, "KEPT_BYTES", 299 * 10 * 10 * 3)
+    assert not Kept.fits(300, 10, 0)
+    assert Kept.fits(299, 10, 0)
+    monkeypatch.setattr(loading, "KEPT_BYTES", 10**9)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Kept.fits(150, 10, 0)
+    assert not Kept.fits(151, 10, 0)
+    monkeypatch.setattr(loading.multiprocessing, "get_start_method", lambda: "spawn")
+    assert not Kept.fits(150, 10, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, IGNORE, REST, Sample, tight_box
 from wsolnb.data.transforms import (
     Compose,
+    RandAugment,
     RandomBrightnessContrast,
     RandomHorizontalFlip,
     RandomShift,
@@ -280,3 +283,32 @@ class TestAugmentation:
         np.testing.assert_array_equal(got.image, expected)
         assert got.mask is sample.mask
         np.testing.assert_array_equal(got.boxes, sample.boxes)
+
+
+def test_rand_augment_is_timms_drawn_from_the_generator_alone():
+    from timm.data.auto_augment import rand_augment_transform
+
+    sample = make_sample(40, 60, (10, 5, 30, 25))
+    options = {"translate_const": 18, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    plain = rand_augment_transform("rand-m9-mstd0.5-inc1", options)
+    random.seed(7)
+    np.random.seed(8)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    seen = set()
+    for seed in range(12):
+        found = RandAugment()(sample, np.random.default_rng(seed))
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+        own = int(np.random.default_rng(seed).integers(2**32))
+        random.seed(own)
+        np.random.seed(own)  # noqa: NPY002
+        np.testing.assert_array_equal(found.image, np.array(plain(Image.fromarray(sample.image))))
+        random.seed(7)
+        np.random.seed(8)  # noqa: NPY002
+        seen.add(found.image.tobytes())
+        assert found.image.shape == sample.image.shape
+        assert (found.image_id, found.labels) == (sample.image_id, sample.labels)
+        assert found.mask is None  # the truth cannot follow
+        assert found.parts is None
+        assert len(found.boxes) == 0
+    assert len(seen) >= 8
+    assert len(sample.boxes) == 1

@@ -469,3 +469,32 @@ def test_the_environment_report_can_be_stored():
     report = runs.environment_report()
     assert {"python", "torch", "device", "processor", "cores"} <= set(report)
     assert json.loads(files.to_json(report)) == report
+
+
+def test_of_several_processes_the_main_one_decides_and_writes(tmp_path, monkeypatch):
+    """What another one does: it builds what it is told to, and nothing else."""
+    run = runs.start("x", {"run_folder": str(tmp_path)})
+
+    def build(folder):
+        with open(folder / "log", "a") as log:
+            log.write("x")
+
+    folder = run.cached("one", build)
+    key, log = run.artefacts[folder.name], folder / "log"
+    words: list[str] = []
+    monkeypatch.setattr(runs, "_told_by_the_main_process", lambda *_: words.pop(0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    (folder / "done.json").unlink()
+    words[:] = [key, key]  # to build; the record is written
+    assert run.cached("one", build, together=True) == folder
+    assert (log.read_text(), words) == ("xx", [])
+    words[:] = [""]  # it is there
+    assert run.cached("one", build, together=True) == folder
+    assert (log.read_text(), words) == ("xx", [])
+    words[:] = ["another"]
+    with pytest.raises(runs.RunError, match="different things"):
+        run.cached("one", build, together=True)
+    assert not (folder / "done.json").exists()
+    run.cached("one", build)  # what is no training one process makes, whichever
+    assert (log.read_text(), (folder / "done.json").exists()) == ("xxx", True)

@@ -1,15 +1,19 @@
+import contextlib
 import math
 import os
+import random
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from wsolnb.data.loading import EpochLoader, EpochSampler
 from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.methods.base import LocalizationModel, classification_loss
 from wsolnb.methods.cam import CAMOutput
@@ -275,6 +279,74 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path, stop):
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
+class Tracked(torch.utils.data.Dataset):
+    """The images of `Batches` by (epoch, index), as an `EpochLoader` asks for them; counts what is read."""
+
+    def __init__(self):
+        self.batches, self.read = Batches(), []
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, key):
+        self.read.append(key)
+        return {"image": self.batches.images[key[1]], "label": self.batches.labels[key[1]]}
+
+
+def tracked():
+    return EpochLoader(Tracked(), batch_size=8, sampler=EpochSampler(96, True, 0), drop_last=True)
+
+
+def interrupted_at(step, folder, monkeypatch, **changes):
+    """Leave the training in `folder` as it is when step `step`, counted from 0 over the epochs, is about to be taken.
+
+    Its loss draws from all random states that a method could draw from.
+    """
+    calls = []
+
+    def stopping(self, forward, batch, label_smoothing=0.0):
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        calls.append(1)
+        drawn = random.random() + np.random.random()  # noqa: NPY002
+        return LocalizationModel.loss(self, forward, batch, label_smoothing) * (1 + drawn)
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(Small, "loss", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        return fit(folder, loader=tracked() if changes.pop("tracked", True) else Batches(), **changes)
+    calls[:] = [None] * (step + 1)  # what is called from here on goes through
+    return None
+
+
+@pytest.mark.parametrize(
+    ("step", "done", "changes"),
+    [
+        (11, "epoch 0 and 11 steps", {"ema": 0.9}),
+        (23, "epoch 1 and 11 steps", {"optimizer": "sgd"}),
+        (14, "epoch 1 and 1 steps", {"accumulate": 2}),
+        (17, "epoch 1 and 1 steps", {"tracked": False}),
+        (12, "epoch 1 of", {}),
+    ],
+)
+def test_inside_an_epoch_training_resumes_bit_for_bit(tmp_path, monkeypatch, step, done, changes):
+    """Looked at in steps 1 and 11 of the 12 of an epoch. A batch of two parts calls the loss twice."""
+    calls = step * changes.get("accumulate", 1)
+    whole, expected = interrupted_at(10**6, tmp_path / "whole", monkeypatch, **changes)
+    interrupted_at(calls, tmp_path / "broken", monkeypatch, **changes)
+    loader = tracked() if changes.pop("tracked", True) else Batches()
+    with pytest.warns(UserWarning, match=f"resuming after {done}"):
+        resumed, history = fit(tmp_path / "broken", loader=loader, **changes)
+    assert equal(resumed.state_dict(), whole.state_dict())
+    columns = ["epoch", "loss", "top1"]
+    assert history[columns].equals(expected[columns])
+    for name in ("last", "best"):
+        one, other = (loop.load_checkpoint(Small(), tmp_path / folder, name) for folder in ("whole", "broken"))
+        assert equal(one.state_dict(), other.state_dict())
+    if isinstance(loader, EpochLoader):  # no image of a batch that was trained on is read again
+        assert len(loader.dataset.read) == 8 * (36 - (step - step % 12 + {11: 11, 2: 1, 0: 0}[step % 12]))
+
+
 def test_nan_stops_early_and_keeps_the_epochs_before(tmp_path):
     with pytest.raises(TrainingError, match="loss is nan in epoch 2") as caught:
         fit(tmp_path, loader=Batches(poison=(1, 0)))
@@ -388,6 +460,100 @@ def test_out_of_memory_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(Small, "loss", out_of_memory)
     with pytest.raises(TrainingError, match="batch_size"):
         fit(tmp_path)
+
+
+def test_where_memory_runs_out_the_same_batches_go_on_in_parts(tmp_path, monkeypatch):
+    """The numbers are those of a training that had the parts from the start: 8 images as 2, 2, 2, 2."""
+    sizes, plain = [], Small.forward
+
+    def little_memory(self, images):
+        if len(images) > 3 and self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(images))
+        return plain(self, images)
+
+    expected, table = fit(tmp_path / "expected", accumulate=4)
+    monkeypatch.setattr(Small, "forward", little_memory)
+    with pytest.warns(UserWarning, match="out of memory on cpu with") as caught:
+        model, found = fit(tmp_path / "found")
+    told = [str(one.message) for one in caught]
+    assert "with 8 images at once: batches of 8 go on in 2 parts" in told[0]
+    assert "with 4 images at once: batches of 8 go on in 4 parts" in told[1]
+    assert len(told) == 2
+    assert equal(model.state_dict(), expected.state_dict())
+    assert list(found["loss"]) == list(table["loss"])
+    assert {size for size in sizes if size < 96} == {2}
+    assert not (tmp_path / "found" / loop.PARTS).exists()
+
+
+def test_a_training_that_is_started_again_knows_that_memory_ran_out(tmp_path):
+    (tmp_path / loop.PARTS).write_text("4\n")
+    again, _ = fit(tmp_path)
+    expected, _ = fit(tmp_path / "expected", accumulate=4)
+    assert equal(again.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path, parts):
+    """8 images in 3 parts are 3, 3 and 2: each counts by its images."""
+
+    class Still(Small):
+        def __init__(self):
+            super().__init__()
+            self.body[-1].p = 0.0
+
+    def learn(name, **changes):
+        loop.set_seed(0)
+        model = Still()
+        history = loop.train(model, Batches(), config(epochs=1, **changes), tmp_path / name, progress=False)
+        return model, history["loss"][0]
+
+    (whole, loss), (added, same) = learn("whole"), learn("added", accumulate=parts)
+    assert same == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(whole.parameters(), added.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_the_weights_is_what_is_scored_and_kept(tmp_path, monkeypatch):
+    steps, scored = [], []
+    plain_update = loop.update
+
+    def update(accelerator, model, *rest):
+        plain_update(accelerator, model, *rest)
+        steps.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    def evaluate(model):
+        scored.append({name: value.clone() for name, value in model.state_dict().items()})
+        return accuracy(model)
+
+    monkeypatch.setattr(loop, "update", update)
+    model, _ = fit(tmp_path, evaluate=evaluate, ema=0.9)
+    mean = dict(steps[0])
+    for index, weights in enumerate(steps[1:], start=1):
+        mean = {name: 0.9 * value + 0.1 * weights[name] for name, value in mean.items()}
+        if index == 11:
+            torch.testing.assert_close(scored[0], mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), mean, rtol=1e-5, atol=1e-6)
+    assert equal(loop.load_checkpoint(Small(), tmp_path, "last").state_dict(), model.state_dict())
+    assert not torch.allclose(mean["out.weight"], steps[-1]["out.weight"], atol=1e-3)
+
+
+def test_a_compiled_forward_is_the_one_that_is_trained(tmp_path, monkeypatch):
+    compiled, plain_compile = [], torch.compile
+
+    def compile_eagerly(model):
+        compiled.append(plain_compile(model, backend="eager"))
+        return compiled[-1]
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    used = []
+    monkeypatch.setattr(Small, "loss", lambda self, forward, batch, s: used.append(forward) or
+                        LocalizationModel.loss(self, forward, batch, s))  # fmt: skip
+    expected, _ = fit(tmp_path / "plain", epochs=1)
+    assert not compiled
+    model, _ = fit(tmp_path / "compiled", epochs=1, compile=True)
+    assert used[-1] is compiled[0]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def test_select_must_be_a_column(tmp_path):

@@ -14,16 +14,21 @@ returns; otherwise this loader counts epochs by itself, from 0.
 from __future__ import annotations
 
 import itertools
+import mmap
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.transforms import Transform
+from wsolnb.data.base import Derived, LocalizationDataset
+from wsolnb.data.sample import Sample
+from wsolnb.data.transforms import Transform, resize
 from wsolnb.errors import DataError, ParameterError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,6 +43,43 @@ def to_tensor(
     offset = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255 / scale
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3)))
     return pixels.float().div_(scale).sub_(offset)
+
+
+KEPT, KEPT_BYTES = 0.25, 16 * 2**30
+"""Share of the free memory that `Kept` may take, all processes of a launch together, and the most that it ever takes:
+a container may allow less than the machine has."""
+
+
+class Kept(Derived):
+    """A data set whose images are decoded and resized to side x side once, and then kept as they are, in uint8.
+
+    That is of images without truth (`read(index, truth=False)`); with truth they are read as ever. All workers share
+    the memory, which is taken page by page as images come. A transform that begins with a resize to the same side has
+    the same result as without.
+    """
+
+    def __init__(self, dataset: LocalizationDataset, side: int):
+        super().__init__(dataset)
+        self.side = side
+        shape = (len(dataset), side, side, 3)
+        self.pixels = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
+        self.there = np.frombuffer(mmap.mmap(-1, len(dataset)), bool)
+
+    @staticmethod
+    def fits(images: int, side: int, num_workers: int) -> bool:
+        """Return whether so many images fit into what `KEPT` allows, and workers would share it."""
+        shared = not num_workers or multiprocessing.get_start_method() == "fork"
+        allowed = min(KEPT * psutil.virtual_memory().available, KEPT_BYTES) / int(os.environ.get("WORLD_SIZE", 1))
+        return shared and images * side * side * 3 <= allowed
+
+    def read(self, index: int, truth: bool = True) -> Sample:
+        """Read the sample at `index`; without truth its image is side x side."""
+        if truth:
+            return self.dataset.read(index)
+        if not self.there[index]:
+            self.pixels[index] = resize(self.dataset.read(index, truth=False), (self.side, self.side)).image
+            self.there[index] = True
+        return Sample(self.pixels[index].copy(), self.image_ids[index], self.labels[index])
 
 
 class EpochSampler(Sampler):

@@ -9,6 +9,8 @@ The two test protocols of the papers are `Resize(224)` (SCM, TS-CAM) and `Resize
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -244,6 +246,40 @@ class RandomBrightnessContrast:
         mean = sample.image.mean()
         table = np.rint(gain * (mean + stretch * (np.arange(256) - mean))).clip(0, 255).astype(np.uint8)
         return replace(sample, image=cv2.LUT(sample.image, table))
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Two operations on light, colour or place, drawn as timm's `rand_augment_transform` draws them.
+
+    policy: as timm writes it: magnitude, its spread, which operations. mean: the colour, in [0, 1], of what comes into
+    the image from outside.
+    """
+
+    policy: str = "rand-m9-mstd0.5-inc1"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the sample with another image and no truth: timm does not tell where it has moved the image."""
+        before, seed = (random.getstate(), np.random.get_state()), int(rng.integers(2**32))  # noqa: NPY002
+        try:  # timm draws from the states of the process
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            image = _rand_augment(self.policy, min(sample.size), self.mean)(Image.fromarray(sample.image))
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+        return Sample(np.array(image), sample.image_id, sample.labels)
+
+
+@functools.cache
+def _rand_augment(policy: str, side: int, mean: tuple[float, float, float]) -> Callable[[Image.Image], Image.Image]:
+    """Return timm's transform for images whose shorter side is given, as its training on ImageNet sets it up."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    colour = tuple(min(255, round(255 * channel)) for channel in mean)
+    options = {"translate_const": int(0.45 * side), "img_mean": colour, "interpolation": Image.Resampling.BICUBIC}
+    return rand_augment_transform(policy, options)
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class Run:
         check_current(self.folder)
         write_atomically(self.folder / name, content)
 
-    def cached(self, name: str, build: Callable[[Path], Any], uses: Sequence[Any] = ()) -> Path:
+    def cached(self, name: str, build: Callable[[Path], Any], uses: Sequence[Any] = (), together: bool = False) -> Path:
         """Return the folder `checkpoints/<name>-<hash>`, filled by `build(folder)` unless it is complete already.
 
         The hash is that of `keys.key_of(build)`: of all that the builder captures (values, data sets, trained models,
@@ -219,26 +219,43 @@ class Run:
             name: start of the folder's name.
             build: called with the folder; fills it.
             uses: what the builder needs besides what it captures: classes that it finds by name.
+            together: of several processes of one launch all run the builder at once. The main one decides whether, and
+                writes the record.
 
         Raises:
             ParameterError: the builder captures a value of which no key can be made.
-            RunError: the folder cannot be written.
+            RunError: the folder cannot be written, or processes of one launch have different keys.
         """
         key = keys.key_of([build, *uses], HARMLESS)
         folder = self.checkpoints / f"{name}-{key.hash[:12]}"
         self.data |= key.data
+        launched = together and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        tell = _told_by_the_main_process if launched else str
+        if launched and os.environ["RANK"] != "0":
+            if wanted := tell():
+                if wanted != key.hash:
+                    problem = f"the processes of this launch want {name} of different things"
+                    raise RunError(problem, "start from pretrained weights: random ones that are frozen differ in each")
+                build(folder)
+                tell()  # the record is written
+            self.artefacts[folder.name] = key.hash
+            return folder
         if self._reuse(name, folder, key):  # before the lock, which a run folder that is only read could not give
+            tell("")
             return folder
         with locked(folder / ".lock", f"building {name}"):
             if self._reuse(name, folder, key):  # another process has built it meanwhile
+                tell("")
                 return folder
             why = self._clear(name, folder, key)
             clock = time.perf_counter()
+            tell(key.hash)
             build(folder)
             seconds = round(time.perf_counter() - clock, 1)
             done = {"name": name, "hash": key.hash, "key": _stored(key), "files": keys.hashes(folder)}
             done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **_made_on()}
             self._save(folder / keys.RECORD, to_json(done))
+            tell(key.hash)
         self.artefacts[folder.name] = key.hash
         print(f"built {name} in {seconds:.0f} s{why}", flush=True)
         return folder
@@ -319,6 +336,13 @@ class Run:
 
     def __cache_key__(self, _reading: Any) -> None:
         """Nothing: a run says where results lie, and not what they are."""
+
+
+def _told_by_the_main_process(word: str = "") -> str:
+    """Return in every process of a launch what the main one says; each waits for it."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([word])[0]
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

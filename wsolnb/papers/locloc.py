@@ -143,6 +143,7 @@ class Classifiers(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     drop_path: float
+    classifier_augment: Literal["none", "rand-m9-mstd0.5-inc1"]
     classifier_epochs: int
     classifier_lr: float
     classifier_head_lr: float
@@ -191,6 +192,8 @@ class Experiment(BaseModel):
         options |= {"config": self.config(**changes).model_dump(include=USED[part])} if part in USED else changes
         fields = self.masks.model_dump(include={"backbone", "pretrained", "image_size", "protocol"})
         fields |= {"checkpoint": self.masks.checkpoint or None, "images": images, "options": options}
+        if part == "classifier":
+            fields["augment"] = own.classifier_augment
         return decoders.recipe_of(loop, method="locloc" if part in USED else "ppd", **fields)
 
     def test_transform(self) -> Transform:

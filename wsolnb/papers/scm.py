@@ -155,6 +155,10 @@ class Pair(_Experiment):
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
         return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options, images=self.images)
 
+    def fit_literal(self, run: Run, seed: int, splits: Splits, epochs: int) -> Trained:
+        """Return SCM trained as the text alone reads: the paper's preset, without the residual of fig. 2."""
+        return self.changed(preset="paper", epochs=epochs).fit(run, "scm", seed, splits, residual=False)
+
     def start(self, seed: int, like: TSCAM) -> TSCAM:
         """Return TS-CAM as it is before any training, on the device of a trained model and with its classes."""
         start = self.recipe("tscam", seed).build(like.semantic.out_channels)

@@ -1,4 +1,4 @@
-"""The training loop of every classifier: Accelerate underneath, resumable, with a history that can be plotted.
+"""The training loop of every classifier: Accelerate underneath, resumable at any step, with a history to be plotted.
 
 Accelerate takes care of the device, of several processes (`accelerate launch` on a script, or `notebook_launcher` in a
 notebook) and of what these must exchange: gradients, losses, random states. The loop has its own autocast, because
@@ -8,23 +8,30 @@ precision, and one process could not train in two precisions.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import io
+import itertools
 import math
+import os
+import random
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate import Accelerator, PartialState, skip_first_batches
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object, set_seed
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -35,6 +42,13 @@ from wsolnb.methods.base import Trainable
 Scorer = Callable[[Trainable], dict[str, float]]
 """A function that is called after every epoch. It returns columns of the history for a model, from validation
 images."""
+
+LOOK = 10
+"""Steps between looks at the loss and at the clock: reading the loss waits for the device."""
+SAVE_EVERY = 120.0
+"""Seconds after which the state is kept inside an epoch, too."""
+PARTS = "parts.txt"
+"""The file beside the state that says in how many parts a batch went through the network since memory ran out."""
 
 
 class TrainingConfig(BaseModel):
@@ -48,6 +62,11 @@ class TrainingConfig(BaseModel):
     label_smoothing: of the cross-entropy. precision: `auto` = bf16 where the device computes it natively, else fp32.
     device: `auto` = CUDA, then MPS, then CPU. select: the column of the evaluation whose maximum picks the best epoch.
     seed: of dropout and stochastic depth. Data order and augmentation have a seed of their own.
+    accumulate: parts that a batch goes through the network in, one after the other; their gradients are added up.
+        Normalisation layers, and losses that compare the images of a batch, then see the images of a part only.
+    ema: share of the old in the running mean of the weights over the steps. That mean is then what is scored and kept;
+        0 = the weights themselves.
+    compile: whether `torch.compile` translates the forward pass: minutes at the start, for faster steps on CUDA.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +88,9 @@ class TrainingConfig(BaseModel):
     device: str = "auto"
     select: str = "top1"
     seed: int = 0
+    accumulate: int = Field(1, ge=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    compile: bool = False
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -95,6 +117,13 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def processes(device: torch.device) -> int:
+    """Return how many processes of one launch (`accelerate launch`, torchrun) train together; 1 where none did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # Accelerate's state is left to who trains
+        return 1
+    return PartialState(cpu=device.type == "cpu").num_processes
 
 
 def parameter_groups(model: Trainable, config: TrainingConfig) -> list[dict]:
@@ -136,21 +165,28 @@ def train(
     """Train `model` in place by its own `loss` and return the history, one row per epoch.
 
     loader: batches `{"image": (B, 3, H, W), "label": (B,) or (B, C)}`; `set_epoch(epoch)` is called if it has one.
-        Several processes divide the batches of a DataLoader; of anything else each goes through all.
+        Several processes divide the batches of a DataLoader; of anything else each goes through all. The batches of an
+        epoch depend on the epoch alone.
     folder: gets `last.safetensors` and, with `evaluate`, `best.safetensors` (weights), `history.csv`, and while the
-        training runs `state.pt`, from which a second call with the same arguments goes on after an interruption.
+        training runs `state.pt`, from which a second call with the same arguments goes on after an interruption. It is
+        kept after every epoch, and inside of one every `SAVE_EVERY` seconds.
     evaluate: called after every epoch with the model in evaluation mode; its numbers become columns of the history.
         Every process calls it, so that none waits for another longer than its communication allows.
 
     The best epoch is the first with the largest finite `config.select`; if none is finite, it is the last one.
 
-    Raises TrainingError when the loss is not finite (the last good epoch stays on disk), when memory runs out, or when
-    the interrupted training had another configuration or its state is damaged. Raises ParameterError when the loader
-    has no batch, or the evaluation lacks the column `config.select`.
+    Where memory runs out, batches go through the network in twice as many parts from then on: the same batches, rates
+    and steps. A warning says so. Several processes end instead, and do it when they are started again.
+
+    Raises TrainingError when the loss is not finite (the last good epoch stays on disk), when memory runs out for
+    single images, or when the interrupted training had another configuration or its state is damaged. Raises
+    ParameterError when the loader has no batch, or the evaluation lacks the column `config.select`.
     """
     folder = Path(folder)
     device = pick_device(config.device)
-    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    # Networks may have parts without a gradient, as LocLoc's generator as it was released.
+    unused = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=unused)
     batches = accelerator.prepare(loader)
     _require_batches(loader, batches, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -167,58 +203,83 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, config))
     plain = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    mean = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True) if config.ema else None
+    kept = mean.module if mean else plain
+    forward = torch.compile(model) if config.compile else model
     # A resumed training must have all of these unchanged. Device and precision count as what `auto` picks: both change
     # rounding, and the device also dropout. How they were asked for, and the index of a GPU, change nothing.
     settings = config.model_dump() | {"device": device.type, "precision": precision}
     settings |= {"steps of an epoch": len(batches), "processes": accelerator.num_processes}
-    state_file = folder / "state.pt"
-    rows = _resume(state_file, settings, plain, optimizer, schedule, accelerator) if state_file.exists() else []
-    hidden, done = not (progress and accelerator.is_main_process), len(rows) * len(batches)
+    state_file, parts_file = folder / "state.pt", folder / PARTS
+    noted = parts_file.read_text("utf-8", "replace").strip() if parts_file.exists() else ""
+    parts = max(config.accumulate, int(noted) if noted.isdecimal() else 1)
+    stateful = {"model": plain, "optimizer": optimizer, "schedule": schedule} | ({"mean": mean} if mean else {})
+    at = _resume(state_file, settings, stateful, accelerator) if state_file.exists() else _Progress([])
+    rows, hidden = at.rows, not (progress and accelerator.is_main_process)
     # Once a second: every refresh is a message of the kernel, and a client that reads none while a cell runs (nbval)
     # loses what its queue cannot hold, the word that the cell is done among it.
+    done = len(rows) * len(batches) + at.step
     bar = tqdm(total=steps, initial=done, disable=hidden, unit="step", leave=False, mininterval=1.0)
+    saved = time.perf_counter()
     for epoch in range(len(rows), config.epochs):
         # Accelerate's copy of a loader counts epochs by itself, from zero also when a training is resumed.
         for order in (loader, batches):
             if hasattr(order, "set_epoch"):
                 order.set_epoch(epoch)
-        started = time.perf_counter()
+        started = time.perf_counter() - at.seconds
         model.train()
-        total, seen = torch.zeros((), device=accelerator.device), 0
-        for step, batch in enumerate(batches):
-            loss = _step(accelerator, plain, model, optimizer, schedule, batch, config, precision)
-            total += loss.detach() * len(batch["image"])
+        total, seen = torch.tensor(at.total, device=accelerator.device), at.seen
+        for step, batch in enumerate(_from(batches, at.step), start=at.step):
+            if step and step == at.step and at.random:  # not before: to begin, a loader draws from these states
+                _set_random(at.random, accelerator.device)
+            before = _random(accelerator.device)
+            while (loss := gradients(accelerator, plain, forward, batch, parts, config, precision)) is None:
+                parts = _more_parts(parts, len(batch["image"]), parts_file, accelerator)
+                _set_random(before, accelerator.device)
+            update(accelerator, model, optimizer, schedule, config)
+            if mean:
+                mean.update_parameters(plain)
+            total += loss * len(batch["image"])
             seen += len(batch["image"])
-            # Reading the loss waits for the device, so it is read rarely; a NaN is still found within a few steps.
-            if step % 10 == 0 or step + 1 == len(batches):
-                value = _mean(accelerator, total, seen)
+            # A NaN is still found within a few steps.
+            if step % LOOK == 0 or step + 1 == len(batches):
+                value, due = _look(accelerator, total, seen, time.perf_counter() - saved > SAVE_EVERY)
                 if not math.isfinite(value):
                     bar.close()
                     remedy = f"lower lr ({config.lr}) or head_lr, raise warmup, or set precision='fp32'; "
                     remedy += f"the epochs before are kept in {folder}"
                     raise TrainingError(f"the loss is {value} in epoch {epoch + 1}, step {step + 1}", remedy)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
+                if due and step + 1 < len(batches):
+                    at = _Progress(rows, step + 1, time.perf_counter() - started, total.item(), seen)
+                    _save_state(state_file, at, settings, stateful, accelerator)
+                    saved = time.perf_counter()
             bar.update()
-        row = {"epoch": epoch + 1, "loss": _mean(accelerator, total, seen), "seconds": time.perf_counter() - started}
+        value, _ = _look(accelerator, total, seen)
+        row = {"epoch": epoch + 1, "loss": value, "seconds": time.perf_counter() - started}
         if accelerator.num_processes > 1:  # each has its own running means of normalisation layers
-            for buffer in plain.buffers():
+            for buffer in itertools.chain(plain.buffers(), mean.buffers() if mean else ()):
                 buffer.copy_(broadcast(buffer))
         if evaluate is not None:
-            plain.eval()
+            kept.eval()
             with torch.inference_mode():
-                row |= evaluate(plain)
+                row |= evaluate(kept)
             if config.select not in row:
                 raise ParameterError(f"no column {config.select!r} in {sorted(row)}", "set select to one of them")
         rows.append(row)
-        random_states = gather_object([[module.get_rng_state() for module in _generators(accelerator.device)]])
         if accelerator.is_main_process:
             scores = None if evaluate is None else [row[config.select] for row in rows]
-            _save_epoch(folder, plain, optimizer, schedule, rows, scores, settings, random_states)
-        accelerator.wait_for_everyone()
+            _save_weights(folder, kept, rows, scores)
+        at = _Progress(rows)
+        _save_state(state_file, at, settings, stateful, accelerator)
+        saved = time.perf_counter()
     bar.close()
+    if mean:
+        plain.load_state_dict(kept.state_dict())
     plain.eval()
     if accelerator.is_main_process:
-        state_file.unlink(missing_ok=True)
+        for file in (state_file, parts_file):
+            file.unlink(missing_ok=True)
         if evaluate is not None and not any(math.isfinite(row[config.select]) for row in rows):
             warnings.warn(f"{config.select} is finite in no epoch: the best is taken to be the last one", stacklevel=2)
     accelerator.wait_for_everyone()
@@ -276,33 +337,79 @@ def _require_batches(loader: Iterable[dict], batches: Iterable[dict], processes:
         raise ParameterError(problem + share, "lower batch_size")
 
 
-def _step(accelerator, plain, model, optimizer, schedule, batch, config, precision: str) -> Tensor:
+# Steps
+
+
+def _from(batches: Iterable[dict], first: int) -> Iterator[dict]:
+    """Return an epoch's batches from the first one that is to be trained on; no image of those before is read."""
+    if first and isinstance(batches, DataLoader):
+        return iter(skip_first_batches(batches, first))
+    return itertools.islice(batches, first, None)
+
+
+def gradients(
+    accelerator: Accelerator, plain: Trainable, forward: nn.Module, batch: dict, parts: int, config: TrainingConfig,
+    precision: str,
+) -> Tensor | None:  # fmt: skip
+    """Add up the gradients of a batch's parts; returns its mean loss, a scalar, or None where memory ran out.
+
+    forward: `plain`, wrapped for several processes, or compiled. precision: `bf16` or `fp32`.
+    """
+    losses, images = [], len(batch["image"])
+    size = -(-images // parts)
+    plain.zero_grad()
     try:
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            # The forward goes through `model`: around several processes' it has the wrapper that joins gradients.
-            loss = plain.loss(model, batch, config.label_smoothing)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
+        for first in range(0, images, size):
+            part = batch if parts == 1 else {name: values[first : first + size] for name, values in batch.items()}
+            last, share = first + size >= images, len(part["image"]) / images
+            with contextlib.nullcontext() if last else accelerator.no_sync(forward):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    # The forward of several processes is the wrapper that joins their gradients.
+                    loss = plain.loss(forward, part, config.label_smoothing) * share
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+    except torch.OutOfMemoryError:
+        pass  # what the error still holds is free only behind this block
+    plain.zero_grad()
+    torch.cuda.empty_cache()
+    return None
+
+
+def _more_parts(parts: int, images: int, file: Path, accelerator: Accelerator) -> int:
+    """Return twice as many parts, and note them for a training that is started again."""
+    size = -(-images // parts)
+    problem = f"out of memory on {accelerator.device} with {size} image{'s' * (size > 1)} at once"
+    if size == 1:
+        problem = f"{problem}, whatever the batch_size"
+        raise TrainingError(problem, "lower image_size, or choose a smaller network or device='cpu'")
+    write_atomically(file, f"{2 * parts}\n")
+    if accelerator.num_processes > 1:  # the others wait for gradients that do not come
+        raise TrainingError(problem, "run the same again: it goes on with half as many, and batches of the same images")
+    warnings.warn(f"{problem}: batches of {images} go on in {2 * parts} parts, their gradients added up", stacklevel=3)
+    return 2 * parts
+
+
+def update(accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule: Any, config: TrainingConfig) -> None:
+    """Clip the gradients and take a step with them, and one of the schedule.
+
+    Raises TrainingError when memory runs out.
+    """
+    try:
         if config.clip:
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        schedule.step()
     except torch.OutOfMemoryError as error:
-        problem = f"out of memory on {accelerator.device} with batches of {len(batch['image'])}"
-        remedy = "lower batch_size or image_size; run again to go on from the last finished epoch"
-        raise TrainingError(problem, remedy) from error
-    return loss
+        problem = f"out of memory on {accelerator.device} in the optimizer, whatever the size of a batch"
+        raise TrainingError(problem, "choose a smaller network, or device='cpu'") from error
+    schedule.step()
 
 
-def _mean(accelerator: Accelerator, total: Tensor, seen: int) -> float:
-    """Mean loss over the images of all processes."""
-    total, seen = accelerator.reduce(torch.stack([total, total.new_tensor(seen)]), "sum").tolist()
-    return total / seen
-
-
-def _generators(device: torch.device) -> list[Any]:
-    """The modules that hold the random states which a training draws from."""
-    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+def _look(accelerator: Accelerator, total: Tensor, seen: int, due: bool = False) -> tuple[float, bool]:
+    """Return the mean loss over the images of all processes, and whether the state is due in any of them."""
+    numbers = torch.stack([total, total.new_tensor(seen), total.new_tensor(due)])
+    total, seen, due = accelerator.reduce(numbers, "sum").tolist()
+    return total / seen, bool(due)
 
 
 def _is_best(scores: list[float]) -> bool:
@@ -322,32 +429,70 @@ def _checksum(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save_epoch(folder, model, optimizer, schedule, rows, scores, settings, random_states) -> None:
-    """Write the epoch's weights, table and state, each by rename, so an interruption leaves the epoch before."""
+# What is kept
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a training is: rows of finished epochs; of the running one steps, seconds, sum of losses, images seen.
+
+    total, seen and the random states are those of one process.
+    """
+
+    rows: list[dict[str, float]]
+    step: int = 0
+    seconds: float = 0.0
+    total: float = 0.0
+    seen: int = 0
+    random: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _random(device: torch.device) -> dict[str, Any]:
+    """Return every random state that a training can draw from, as plain values and tensors."""
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002  what a method may draw from
+    found = {"python": random.getstate(), "numpy": (kind, words.tolist(), *rest), "cpu": torch.get_rng_state()}
+    return found | ({} if device.type == "cpu" else {device.type: torch.get_device_module(device).get_rng_state()})
+
+
+def _set_random(states: dict[str, Any], device: torch.device) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+def _save_weights(folder: Path, model: nn.Module, rows: list[dict], scores: list[float] | None) -> None:
+    """Write the epoch's weights and the table, each by rename, so an interruption leaves the epoch before."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = save(weights, {"sha256": _checksum(weights)})
     for name in ("last", "best") if scores and _is_best(scores) else ("last",):
         write_atomically(folder / f"{name}.safetensors", content)
     write_atomically(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False))
-    state = {"settings": settings, "model": weights, "history": rows, "random": random_states}
-    state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    file = io.BytesIO()
-    torch.save(state, file)
-    write_atomically(folder / "state.pt", file.getvalue())
 
 
-def _resume(path: Path, settings, model, optimizer, schedule, accelerator) -> list[dict[str, float]]:
+def _save_state(path: Path, at: _Progress, settings, stateful: dict[str, Any], accelerator: Accelerator) -> None:
+    """Write all that the training goes on from, by rename; every process gives what is its own."""
+    own = gather_object([{"total": at.total, "seen": at.seen, "random": _random(accelerator.device)}])
+    if accelerator.is_main_process:
+        state = {"settings": settings, "history": at.rows, "step": at.step, "seconds": at.seconds, "processes": own}
+        file = io.BytesIO()
+        torch.save(state | {name: one.state_dict() for name, one in stateful.items()}, file)
+        write_atomically(path, file.getvalue())
+    accelerator.wait_for_everyone()
+
+
+def _resume(path: Path, settings, stateful: dict[str, Any], accelerator: Accelerator) -> _Progress:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if not names:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            states = state["random"][accelerator.process_index]
-            for module, random_state in zip(_generators(accelerator.device), states, strict=True):
-                module.set_rng_state(random_state)
+            for name, one in stateful.items():
+                one.load_state_dict(state[name])
+            own = state["processes"][accelerator.process_index]
+            _set_random(own["random"], accelerator.device)
+            found = _Progress(state["history"], state["step"], state["seconds"], **own)
     except Exception as error:
         problem = f"the interrupted training in {path} cannot be resumed: {type(error).__name__}: {error}"
         raise TrainingError(problem, f"delete {path} to start again") from error
@@ -356,6 +501,6 @@ def _resume(path: Path, settings, model, optimizer, schedule, accelerator) -> li
         remedy = f"delete {path} to start again, or go on with the settings that it was interrupted with"
         raise TrainingError(f"the training in {path} was interrupted with {changes}", remedy)
     if accelerator.is_main_process:
-        done = len(state["history"])
-        warnings.warn(f"resuming after epoch {done} of an interrupted training in {path}", stacklevel=3)
-    return state["history"]
+        done = f"epoch {len(found.rows)}" + (f" and {found.step} steps" if found.step else "")
+        warnings.warn(f"resuming after {done} of an interrupted training in {path}", stacklevel=3)
+    return found

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from wsolnb import weights
 from wsolnb.data import transforms
 from wsolnb.data.base import LocalizationDataset
-from wsolnb.data.loading import IMAGENET_MEAN, check_batches, make_loader
+from wsolnb.data.loading import IMAGENET_MEAN, Kept, check_batches, make_loader
 from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError, WeightsError
 from wsolnb.files import resolve, to_json, write_atomically
 from wsolnb.methods import create_method, get_method
 from wsolnb.methods.base import Trainable
 from wsolnb.notebook.runs import Run
-from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, set_seed, train
+from wsolnb.train.loop import Scorer, TrainingConfig, load_checkpoint, pick_device, processes, set_seed, train
 
 
 class Recipe(BaseModel):
@@ -44,7 +45,8 @@ class Recipe(BaseModel):
     scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
         other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
-        the spread around the mean. All three in training only.
+        the spread around the mean. All three in training only. augment: what stands in place of the last two:
+        `RandAugment` by this policy.
     images: training images that are seen, evenly spaced; 0 = all.
     tuned_layers: how many of a transformer's layers are trained, counted from the first. Patch embedding, final
         normalisation and head are trained as well; the other layers stay as they start. None = all.
@@ -67,6 +69,7 @@ class Recipe(BaseModel):
     shift: int = Field(8, ge=0)
     brightness: float = Field(0.2, ge=0, lt=1)
     contrast: float = Field(0.0, ge=0, lt=1)
+    augment: Literal["none", "rand-m9-mstd0.5-inc1"] = "none"
     images: int = Field(0, ge=0)
     num_workers: int = Field(0, ge=0)
     tuned_layers: int | None = Field(None, ge=0)
@@ -100,8 +103,17 @@ class Recipe(BaseModel):
             first = [transforms.ResizeRandomCrop(self._uncropped(), self.image_size)]
         else:
             first = [transforms.Resize(self.image_size), transforms.RandomShift(self.shift)]
-        light = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
+        light: Transform = transforms.RandomBrightnessContrast(self.brightness, self.contrast)
+        if self.augment != "none":
+            light = transforms.RandAugment(self.augment, mean)
         return transforms.Compose([*first, transforms.RandomHorizontalFlip(), light])
+
+    @property
+    def first_side(self) -> int | None:
+        """Side of the square that training images are resized to before anything is drawn; None where that is drawn."""
+        if self.long_side or self.scale:
+            return None
+        return self.image_size if self.protocol == "resize" else self._uncropped()
 
     @property
     def map_size(self) -> int | None:
@@ -198,26 +210,35 @@ def fit(
 ) -> tuple[Trainable, Path]:
     """Return the model trained by `recipe` on `data`, at its last epoch, and the folder of its checkpoints.
 
-    It is trained once per run folder; `Run.cached` says when a training is found again. name: the artefact's name in
-    the run folder.
+    It is trained once per run folder; `Run.cached` says when a training is found again. Several processes of one launch
+    divide the images of each batch among them. Their number changes only rounding, dropout, and what layers of batch
+    normalisation see: the images of their own process.
+    name: the artefact's name in the run folder.
     validate: gives the columns of the history after each epoch, from validation images; `recipe.training.select` names
         the one whose maximum is the best epoch. None: nothing is measured, and nothing selected.
-    Raises ParameterError for fewer images than a batch.
+    Raises ParameterError for fewer images than a batch, and for a batch that cannot be divided among the processes.
     """
     classes, seen = len(data.class_names), evenly(data, recipe.images or len(data))
     check_batches(len(seen), recipe.batch_size)  # before any weights are looked for
+    if recipe.batch_size % processes(pick_device(recipe.training.device)):
+        problem = f"a batch_size of {recipe.batch_size} cannot be divided among the processes of this launch"
+        raise ParameterError(problem, "launch another number of processes, or change batch_size")
 
     def build(folder: Path) -> None:
         model = recipe.build(classes)
         transform = transforms.Compose([*model.first_transforms(), recipe.train_transform(model.mean)])
         options = {"shuffle": True, "drop_last": True, "seed": recipe.training.seed, "num_workers": recipe.num_workers}
         options |= {"truth": model.learns_from_masks, "mean": model.mean, "std": model.std}
-        loader = make_loader(seen, transform, recipe.batch_size, **options)
-        train(model, loader, recipe.training, folder, validate, progress)
-        known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
-        write_atomically(folder / RECORD, to_json(known))
+        images, side = seen, None if model.first_transforms() else recipe.first_side
+        if side and recipe.training.epochs > 1 and Kept.fits(len(seen), side, recipe.num_workers):
+            images = Kept(seen, side)
+        share = recipe.batch_size // processes(pick_device(recipe.training.device))  # not in the key
+        train(model, make_loader(images, transform, share, **options), recipe.training, folder, validate, progress)
+        if PartialState().is_main_process:
+            known = {"recipe": recipe, "class_names": data.class_names, "multi_label": data.multi_label}
+            write_atomically(folder / RECORD, to_json(known))
 
-    folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()))
+    folder = run.cached(name, build, uses=(get_method(recipe.method), recipe.start()), together=True)
     # The trained model is always read back, so that a first run and a reuse give the same numbers.
     return load_checkpoint(recipe.empty(classes), folder, "last").to(pick_device(recipe.training.device)), folder
 
