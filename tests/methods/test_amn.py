@@ -74,18 +74,19 @@ def test_scores_equal_loops_over_channels_and_dilations():
     labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
     with torch.no_grad():
         found, features = model(images, labels), model.backbone(images)
-    v, b = model.condition.weight, model.condition.bias
+    v, b = model.condition.weight.detach(), model.condition.bias.detach()
     for n in range(2):
         factor = [float(b[d] + sum(v[d, c] for c in range(3) if labels[n, c])) for d in range(6)]
         for k, (y, x) in enumerate([(0, 0), (2, 3), (4, 1), (3, 2)]):
-            total = sum(float(branch.bias[k]) for branch in model.aspp)
+            total = sum(float(branch.bias.detach()[k]) for branch in model.aspp)
             for branch, r in zip(model.aspp, (1, 2), strict=True):
                 for i in range(3):
                     for j in range(3):
                         row, column = y + r * (i - 1), x + r * (j - 1)
                         if 0 <= row < 5 and 0 <= column < 4:
                             cell = features[n, :, row, column]
-                            total += sum(float(branch.weight[k, d, i, j] * cell[d]) * factor[d] for d in range(6))
+                            kernel = branch.weight.detach()
+                            total += sum(float(kernel[k, d, i, j] * cell[d]) * factor[d] for d in range(6))
             assert float(found.scores[n, k, y, x]) == pytest.approx(total)
     maps = model.localize(found, torch.tensor([2, 1]))
     assert tuple(maps) == model.maps == ("amn",)
