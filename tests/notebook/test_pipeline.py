@@ -118,6 +118,25 @@ def test_wrong_files_profiles_and_overrides(repository):
         pipeline.plan("mini", only=["05_x"])
 
 
+def test_a_profile_takes_the_files_that_it_lacks_from_its_base(repository):
+    repository.yaml("mini/03_cam", {"epochs": 5, "lr": 0.5})
+    repository.yaml("mini/01_data", {"epochs": 6})
+    own = repository.yaml("swin/01_data", {"lr": 0.25})
+    steps = [{"notebook": "01_data"}, {"notebook": "03_cam"}, {"notebook": "02_metrics"}]
+    repository.yaml("swin/pipeline", {"base": "mini", "steps": steps})
+    found = {step.notebook: step.parameters for step in pipeline.plan("swin", ["seed=4"])}
+    common = {"seed": 4, "run_folder": "outputs/swin"}
+    expected = {"01_data": {"lr": 0.25}, "03_cam": {"epochs": 5, "lr": 0.5}, "02_metrics": {}}
+    assert found == {name: own_values | common for name, own_values in expected.items()}
+    own.write_text("lr: many")
+    with pytest.raises(ParameterError, match=r"swin.01_data.yaml"):
+        pipeline.plan("swin")
+    own.unlink()
+    repository.yaml("swin/pipeline", {"base": "mimi", "steps": steps})
+    with pytest.raises(ParameterError, match=r"swin.pipeline.yaml: there is no profile 'mimi' \(did you mean 'mini'"):
+        pipeline.plan("swin")
+
+
 def test_an_override_has_to_reach_a_notebook_that_runs(repository):
     repository.notebook("02_metrics", parameters='run_folder: str = "outputs/mini"  # where results are')
     with pytest.raises(ParameterError, match="no notebook of this run has a parameter 'lr'"):

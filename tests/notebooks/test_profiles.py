@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,21 +28,38 @@ import numpy as np
 import pytest
 import trees
 from PIL import Image
+from test_notebooks import nbval
 
 from wsolnb.data.check import check
 from wsolnb.notebook import params, pipeline
 
+ROOT = Path(__file__).parents[2]
 EVERYWHERE = {"device": "cpu", "precision": "fp32", "num_workers": 0, "batch_size": 4, "image_size": 64}
-LPCAM = EVERYWHERE | {
-    "backbone": "resnet_mini", "long_side": [48, 80], "epochs": 2, "lr": 0.01, "head_lr": 0.1, "clusters": 2,
-    "images_per_class": 3, "features_per_class": 50, "scales": [1.0, 0.5], "crf_backend": "mean_field", "crf_side": 24,
-    "irn_backbone": "resnet_mini", "irn_width": 4, "irn_size": 64, "irn_epochs": 2, "irn_batch_size": 4,
-    "label_radius": 3, "walk_radius": 3, "steps": [2], "segmenter_backbone": "resnet_mini", "dilations": [1, 2],
-    "segmenter_size": 64, "segmenter_epochs": 1, "segmenter_batch_size": 4, "test_scales": [1.0, 0.5],
+SEEDS_TO_SEGMENTATION = {
+    "clusters": 2, "images_per_class": 3, "features_per_class": 50, "scales": [1.0, 0.5], "crf_backend": "mean_field",
+    "crf_side": 24, "irn_width": 4, "irn_size": 64, "irn_epochs": 2, "irn_batch_size": 4, "label_radius": 3,
+    "walk_radius": 3, "steps": [2], "dilations": [1, 2], "segmenter_size": 64, "segmenter_epochs": 1,
+    "segmenter_batch_size": 4, "test_scales": [1.0, 0.5],
+}  # fmt: skip
+LPCAM = EVERYWHERE | SEEDS_TO_SEGMENTATION | {
+    "backbone": "resnet_mini", "irn_backbone": "resnet_mini", "segmenter_backbone": "resnet_mini",
+    "long_side": [48, 80], "epochs": 2, "lr": 0.01, "head_lr": 0.1,
+}  # fmt: skip
+SINGLE = EVERYWHERE | {
+    "epochs": 2, "search_images": 4, "size": 64, "jobs": 1, "seeds": [0], "generator_epochs": 1, "decoder_epochs": 1,
+    "channels": 8, "ppd_hidden": 16, "ppd_channels": 8, "classifier_epochs": 1, "probe_epochs": 1, "batch": 4,
+    "repeats": 1, "cam_epochs": 1, "tscam_epochs": 1,
 }  # fmt: skip
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "voc": ("voc", LPCAM),
     "coco": ("coco", LPCAM),
+    "voc_swin": ("voc", LPCAM | {"pretrained": False, "segmenter_backbone": "swin_tiny_patch4_window7_224"}),
+    "coco_swin": ("coco", LPCAM | {"pretrained": False, "segmenter_backbone": "swin_tiny_patch4_window7_224"}),
+    "cub": ("cub", SINGLE | {"backbone": "vit_mini_dino"}),
+    "cub_conformer": ("cub", SINGLE | {"backbone": "conformer_tiny", "checkpoint": ""}),
+    "ilsvrc": ("ilsvrc", SINGLE | {"backbone": "vit_mini_dino"}),
+    "tiny": ("tiny_imagenet", SINGLE),
+    "pets": ("pets", SINGLE | SEEDS_TO_SEGMENTATION),
 }
 """By profile: its data set (`trees.WRITERS`), and what makes it small, in place of weights to be downloaded too."""
 LEARNT = {"the loss fell", "IRN's loss falls", "true masks teach better than pseudo masks"}
@@ -96,6 +116,12 @@ def test_a_tree_is_what_the_data_set_s_check_takes_for_a_part_of_it(name, tmp_pa
     assert {"RGB", "L", "CMYK"} <= kinds
 
 
+def test_every_profile_of_a_data_set_on_disk_is_small_here():
+    """Profiles of rendered images have tests of their own."""
+    profiles = {path.parent.name for path in ROOT.glob("params/*/pipeline.yaml")}
+    assert profiles - set(SMALL) == {"mini", "smoke", "seeds", "sweeps"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", SMALL)
 def test_a_profile_runs_to_its_end(profile, tmp_path, monkeypatch):
@@ -108,3 +134,18 @@ def test_a_profile_runs_to_its_end(profile, tmp_path, monkeypatch):
     found = {path.stem: list(faults(path, folder)) for path in (folder / "notebooks").glob("*.ipynb")}
     assert not any(found.values()), found
     assert set(found) == {step["notebook"] for step in summary["steps"]}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("profile", SMALL)
+def test_a_profile_runs_by_the_command_and_prints_the_same_again(profile, tmp_path):
+    texts = overrides(profile, trees.WRITERS[SMALL[profile][0]](tmp_path))
+    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", profile]
+    command += ["--outputs", str(tmp_path), *(word for text in texts for word in ("-p", text))]
+    environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    executed = sorted((tmp_path / profile / "notebooks").glob("*.ipynb"))
+    again = nbval(*executed, root=ROOT)
+    assert again.returncode == 0, "\n".join((again.stdout + again.stderr).splitlines()[-80:])

@@ -8,6 +8,7 @@ defaults of a notebook:
       - notebook: 03_cam_and_tscam
         needs: [01_data]
         parameters: {epochs: 3}  # optional, and stronger than the file
+    base: cub  # optional: a notebook without a file here takes that of this profile
 
 Everything is checked before the first notebook starts. Results go to `outputs/<profile>/`, the run folder.
 """
@@ -64,6 +65,7 @@ class Step(BaseModel, extra="forbid", strict=True):
 class _File(BaseModel, extra="forbid", strict=True):
     steps: list[Step]
     gpu: bool = False  # the profile is made for one
+    base: str = ""  # the profile whose parameter files stand in for those that this one does not have
 
 
 # What to run
@@ -98,6 +100,12 @@ def plan(
         raise ParameterError(problem, f"use one of: {', '.join(known) or '(params/ holds no pipeline.yaml)'}")
     folder = repository_root() / "params" / profile
     selected = _select(_ordered(folder), only)
+    folders = [folder]
+    if base := _read(folder).base:
+        if base not in known:
+            problem = f"{folder / 'pipeline.yaml'}: there is no profile {base!r}{nearest(base, known)}"
+            raise ParameterError(problem, f"use one of: {', '.join(known)}")
+        folders.append(folder.parent / base)
 
     place, root = run_folder(profile, outputs), repository_root()
     # Relative where it can be, so that a run folder that moves with its repository stays up to date.
@@ -115,7 +123,8 @@ def plan(
 
     steps = []
     for step in selected:
-        name, file = step.notebook, folder / f"{step.notebook}.yaml"
+        name = step.notebook
+        file = next((file for where in folders if (file := where / f"{name}.yaml").exists()), folder / f"{name}.yaml")
         values = params.check_parameters(name, params.load_parameter_file(file), str(file)) if file.exists() else {}
         values |= params.check_parameters(name, step.parameters, str(folder / "pipeline.yaml"))
         values |= {key: declared[name][key].parse(text) for key, text in texts.items() if key in declared[name]}

@@ -137,6 +137,7 @@ class Pair(_Experiment):
 
     prefix: ClassVar[str] = "pair-"
     backbone: str
+    checkpoint: str
     head_init: Literal["kaiming", "zeros"]
     preset: Literal["paper", "released"]
     epochs: int
@@ -145,12 +146,19 @@ class Pair(_Experiment):
     schedule: Literal["cosine", "constant"]
     betas: tuple[float, float]
 
+    def changed(self, **changes: Any) -> Self:
+        """Return the settings with other values of some fields; another backbone does not start from the checkpoint."""
+        if changes.get("backbone", self.backbone) != self.backbone:
+            changes = {"checkpoint": "", **changes}
+        return super().changed(**changes)
+
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
         """Return how `tscam` or `scm` is trained. changes: of the preset's `SCMConfig`."""
         options = self.model_dump(include={"padding", "head_init"})
         if method == "scm":
             options["config"] = getattr(SCMConfig, self.preset)(**changes).model_dump()
-        return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, options=options, images=self.images)
+        fields = {"options": options, "images": self.images, "checkpoint": self.checkpoint or None}
+        return self.recipe_of({"seed": seed, "select": "gt_known"}, method=method, **fields)
 
     def start(self, seed: int, like: TSCAM) -> TSCAM:
         """Return TS-CAM as it is before any training, on the device and with the classes of a trained model."""
