@@ -58,8 +58,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "cub": ("cub", SINGLE | {"backbone": "vit_mini_dino"}),
     "cub_conformer": ("cub", SINGLE | {"backbone": "conformer_tiny", "checkpoint": ""}),
     "ilsvrc": ("ilsvrc", SINGLE | {"backbone": "vit_mini_dino"}),
-    "tiny": ("tiny_imagenet", SINGLE),
-    "pets": ("pets", SINGLE | SEEDS_TO_SEGMENTATION),
+    "tiny": ("tiny_imagenet", SINGLE | {"image_size": 128}),
+    "pets": ("pets", SINGLE | SEEDS_TO_SEGMENTATION | {"image_size": 128}),
 }
 """By profile: its data set (`trees.WRITERS`), and what makes it small, in place of weights to be downloaded too."""
 LEARNT = {"the loss fell", "IRN's loss falls", "true masks teach better than pseudo masks"}

@@ -638,8 +638,8 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     found = {}
     for path in sorted((resolve(folder) / "metrics").glob("*.json")):
         try:
-            rows = json.loads(path.read_text("utf-8"))["table"]
-            found[path.stem] = pd.DataFrame(rows)
+            if rows := json.loads(path.read_text("utf-8"))["table"]:  # none where a truth is missing that scores them
+                found[path.stem] = pd.DataFrame(rows)
         except KeyError:
             continue  # a notebook without numbers to compare
         except (OSError, ValueError, TypeError, AttributeError) as error:
