@@ -59,7 +59,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "cub_conformer": ("cub", SINGLE | {"backbone": "conformer_tiny", "checkpoint": ""}),
     "ilsvrc": ("ilsvrc", SINGLE | {"backbone": "vit_mini_dino"}),
     "tiny": ("tiny_imagenet", SINGLE | {"image_size": 128}),
-    "pets": ("pets", SINGLE | SEEDS_TO_SEGMENTATION | {"image_size": 128}),
+    "pets": ("pets", SINGLE | SEEDS_TO_SEGMENTATION | {"image_size": 128, "test_scales": [1.0]}),
 }
 """By profile: its data set (`trees.WRITERS`), and what makes it small, in place of weights to be downloaded too."""
 LEARNT = {"the loss fell", "IRN's loss falls", "true masks teach better than pseudo masks"}
@@ -122,8 +122,13 @@ def test_every_profile_of_a_data_set_on_disk_is_small_here():
     assert profiles - set(SMALL) == {"mini", "smoke", "seeds", "sweeps"}
 
 
+def marked(profile: str):
+    """Mark `coco_swin` as long: it is `coco` and `voc_swin` over again."""
+    return pytest.param(profile, marks=pytest.mark.long if profile == "coco_swin" else ())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", SMALL)
+@pytest.mark.parametrize("profile", map(marked, SMALL))
 def test_a_profile_runs_to_its_end(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline._Workers, "execute", inprocess.execute)
     summary = pipeline.reproduce(

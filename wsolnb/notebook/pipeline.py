@@ -137,11 +137,11 @@ def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
     """Return what the steps of a profile (`plan`) need and is not there, as `preflight.look`."""
-    declared = {step.notebook: params.notebook_parameters(step.notebook) for step in steps}
-    values = {
-        step.notebook: {name: one.default for name, one in declared[step.notebook].items()} | step.parameters
-        for step in steps
-    }
+    values: dict[str, dict[str, Any]] = {}
+    for step in steps:  # after those it needs, whose settings it goes on from: whether networks start from weights
+        values[step.notebook] = {name: value for need in step.needs for name, value in values[need].items()}
+        declared = params.notebook_parameters(step.notebook)
+        values[step.notebook] |= {name: one.default for name, one in declared.items()} | step.parameters
     return preflight.look(values, run_folder(profile, outputs), _read(repository_root() / "params" / profile).gpu)
 
 
