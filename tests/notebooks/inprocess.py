@@ -11,16 +11,18 @@ import contextlib
 import json
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib_inline.backend_inline import configure_inline_support
 from nbformat.v4 import new_output
 from papermill.engines import Engine, papermill_engines
+from traitlets.config import Config
 
 from wsolnb.notebook import pipeline
 
@@ -28,25 +30,39 @@ ENGINE = "in this process"
 
 
 class InProcess(Engine):
-    """papermill's engine on one IPython shell, emptied for every notebook."""
+    """papermill's engine on an IPython shell in this process, a new one for every notebook."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_options: Any) -> None:
         """Run the cells in their order, up to the first that raises."""
-        shell = InteractiveShell.instance(colors="nocolor")
-        shell.reset(new_session=True)
-        mpl.use("module://matplotlib_inline.backend_inline")
-        configure_inline_support(shell, "inline")
-        mpl.interactive(True)  # else no figure is shown behind its cell
-        for index, cell in enumerate(nb_man.nb.cells):
-            if cell.cell_type == "code":
-                nb_man.cell_start(cell, index)
-                cell.outputs, raised = run_cell(shell, cell.source)
-                cell.execution_count = shell.execution_count - 1
-                if raised:
-                    nb_man.cell_exception(cell, index)
-                    return
-                nb_man.cell_complete(cell, index)
+        with started() as shell:
+            for index, cell in enumerate(nb_man.nb.cells):
+                if cell.cell_type == "code":
+                    nb_man.cell_start(cell, index)
+                    cell.outputs, raised = run_cell(shell, cell.source)
+                    cell.execution_count = shell.execution_count - 1
+                    if raised:
+                        nb_man.cell_exception(cell, index)
+                        return
+                    nb_man.cell_complete(cell, index)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[InteractiveShell]:
+    """Give a shell that shows figures as a kernel does; afterwards the process is as it was."""
+    backend = mpl.get_backend()
+    shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}), colors="nocolor")
+    plt.switch_backend("module://matplotlib_inline.backend_inline")
+    configure_inline_support(shell, "inline")
+    try:
+        with mpl.rc_context({"interactive": True}):  # else no figure is shown behind its cell
+            yield shell
+    finally:
+        plt.close("all")
+        configure_inline_support(shell, backend)
+        plt.switch_backend(backend)
+        shell.restore_sys_module_state()
+        InteractiveShell.clear_instance()
 
 
 papermill_engines.register(ENGINE, InProcess)
@@ -73,5 +89,5 @@ def execute(
 ) -> None:
     """Execute a notebook as a worker of `wsolnb reproduce` does, in this process."""
     as_sent = json.loads(json.dumps(dict(parameters)))  # a tuple comes to a worker as a list
-    with contextlib.chdir(source.parent), mpl.rc_context():
+    with contextlib.chdir(source.parent):
         pipeline._execute(source, output, as_sent, progress, engine_name=ENGINE)
