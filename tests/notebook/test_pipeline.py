@@ -409,6 +409,7 @@ def test_the_table_shows_gaps_and_damage_is_named(repository, capsys):
     run = runs.start("03_cam", {})
     run.save_metrics({"table": [{"method": "cam", "top1": 0.12345}, {"method": "grabcut", "top1": None}]})
     runs.start("01_data", {}).save_metrics({"images": 3})
+    runs.start("02_metrics", {}).save_metrics({"table": []})
     pipeline.show_tables(pipeline.tables(run.folder))
     assert capsys.readouterr().out == "\n03_cam\n method  top1\n    cam 0.123\ngrabcut     -\n"
     (run.folder / "metrics" / "01_data.json").write_text("{")

@@ -108,6 +108,17 @@ def test_packages_device_disk_and_memory(tmp_path, monkeypatch):
     assert texts(look({}, tmp_path))[-1].startswith("0.5 GB of memory are free")
 
 
+@pytest.mark.parametrize(("pretrained", "expected"), [("true", {"resnet50", "swin"}), ("false", set())])
+def test_networks_start_as_the_notebook_says_that_a_step_goes_on_from(tmp_path, monkeypatch, pretrained, expected):
+    monkeypatch.setenv("WSOLNB_ROOT", str(ROOT))
+    monkeypatch.setattr(preflight, "_weights", lambda network: preflight.Finding("", f"weights {network}"))
+    steps = pipeline.plan("voc_swin", [f"data_root={tmp_path}", f"pretrained={pretrained}"])
+    found = {
+        one.text.split()[1].partition("_")[0] for one in pipeline.missing(steps, "voc_swin") if "weights" in one.text
+    }
+    assert found == expected
+
+
 def test_the_profiles_of_the_papers_say_what_they_lack(tmp_path, monkeypatch):
     monkeypatch.setenv("WSOLNB_ROOT", str(ROOT))
     for profile in ("cub", "ilsvrc", "voc", "coco"):

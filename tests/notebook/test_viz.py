@@ -26,6 +26,16 @@ def test_maps_keep_the_fixed_scale(samples):
     assert all(image.get_clim() == (0, 1) for image in drawn)
 
 
+def test_ten_colours_keep_the_background_apart():
+    mask = np.array([[0, 1, 9, 10, 18, 19, 254, 255]], np.uint8)
+    assert viz.ten_colours(mask).tolist() == [[0, 1, 9, 1, 9, 1, 2, 0]]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(600, [20, 160, 300, 440, 580]), (12, [3, 4, 6, 7, 9]), (1, [0] * 5)])
+def test_spaced_positions_are_of_the_list(length, expected):
+    assert viz.spaced(length, 5, margin=20).tolist() == expected
+
+
 def test_boxes_are_drawn_at_pixel_edges(samples):
     _, axes = viz.grid(1, 1)
     viz.draw_boxes(axes[0, 0], np.array([[2, 3, 10, 8]]))

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trees
 
 from wsolnb.data import aviary, open_dataset
 from wsolnb.data.store import ClassMaps, Store, WithMasks
@@ -13,7 +14,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.maps import upsample
 from wsolnb.methods.irn import IRNConfig, irn_labels
 from wsolnb.methods.lpcam import LPCAMConfig
-from wsolnb.methods.prototypes import directions_by_kind, variant_maps
+from wsolnb.methods.prototypes import ClassPrototypes, directions_by_kind, variant_maps
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam
 from wsolnb.train.seeds import evaluate, region_features, scored
@@ -86,6 +87,47 @@ def test_voc_s_seeds_are_judged_on_training_images_and_segmentation_on_val(tmp_p
     enlarged = classifier.changed(train_list=str(listed)).splits()  # what is for choices is never trained on
     assert enlarged.train.image_ids == (found.train.image_ids[3],)
     assert enlarged.val.image_ids == found.val.image_ids
+
+
+def test_coco_is_evaluated_on_the_published_val_images(tmp_path):
+    settings = defaults("20_lpcam_classifier", dataset="coco", data_root=str(trees.coco(tmp_path)))
+    classifier = lpcam.Classifier(**settings)
+    found = classifier.splits()
+    published = open_dataset("coco", settings["data_root"], "trainval").image_ids
+    assert sorted(found.train.image_ids + found.val.image_ids) == sorted(published)
+    assert len(published) == 24  # all but the one without an object
+    evaluated = classifier.evaluation(found).image_ids
+    assert len(evaluated) == 8
+    assert all(name.startswith("COCO_val2014") for name in evaluated)
+
+
+def test_only_what_the_released_programs_leave_undilated_is(tmp_path):
+    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation"))
+    for dilate in (True, False):
+        classifier = lpcam.Classifier(**defaults("20_lpcam_classifier", output_stride=16, dilate=dilate))
+        models = [classifier.recipe(), settings.recipe("irn", classifier), settings.recipe("segmenter", classifier)]
+        backbones = [recipe.empty(3).backbone for recipe in models]
+        assert [one.dilated for one in backbones] == [dilate, dilate, True]
+        assert [one.stride for one in backbones] == [16, 16, 8]
+
+
+def test_pictures_show_a_class_with_clusters_and_an_image(host):
+    def of(*sizes):
+        """Prototypes of classes with so many foreground and context centres."""
+        return [ClassPrototypes(torch.zeros(f, 4), torch.zeros(c, 4), 1, (f, c)) for f, c in sizes]
+
+    dataset = host.splits.test.subset([i for i, own in enumerate(host.splits.test.labels) if 0 not in own])
+    assert dataset.labels
+    shown = next(label for own in dataset.labels for label in own)
+    assert lpcam.shown_class(of((2, 2), (2, 2), (2, 2)), dataset, shown) == shown
+    assert lpcam.shown_class(of((2, 2), (2, 2), (2, 2)), dataset, 0) in {
+        label for own in dataset.labels for label in own
+    }
+    without = [(2, 2), (2, 2), (2, 2)]
+    without[shown] = (0, 2)
+    assert lpcam.shown_class(of(*without), host.splits.test, shown) == 0
+    with pytest.raises(ParameterError, match=r"no class of .* has centres"):
+        lpcam.shown_class(of((0, 2), (2, 0), (0, 0)), host.splits.test, 0)
 
 
 def test_prototypes_are_shared_by_what_selects_differently(run, host, base, capsys):

@@ -51,6 +51,15 @@ def test_the_recipes_of_a_pair_differ_in_the_module_only():
         pair.changed(preset="released_code")
 
 
+def test_a_checkpoint_is_that_of_the_backbone_it_was_given_for():
+    start = {"backbone": "conformer_tiny", "pretrained": False, "checkpoint": "conformer.pth"}
+    pair = scm.Pair(**defaults("11_scm_training", **start))
+    assert [pair.recipe(method, 0).checkpoint for method in scm.PAIR] == ["conformer.pth"] * 2
+    assert pair.changed(epochs=3, backbone="conformer_tiny").recipe("scm", 0).checkpoint == "conformer.pth"
+    assert pair.changed(backbone="vit_mini").recipe("scm", 0).checkpoint is None
+    assert scm.Pair(**defaults("11_scm_training")).recipe("scm", 0).checkpoint is None
+
+
 def test_baselines_train_each_method_on_the_backbone_that_its_class_takes():
     baselines = scm.Baselines(**defaults("03_cam_and_tscam", method_options={"acol": {"hidden": 128}}))
     for method in ("cam", "has", "cutmix", "adl", "acol", "grad_cam"):

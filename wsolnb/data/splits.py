@@ -22,6 +22,17 @@ class Splits(NamedTuple):
     test: LocalizationDataset
 
 
+class Published(NamedTuple):
+    """What a reader calls the published train images and the published val images."""
+
+    train: str
+    val: str
+
+
+PUBLISHED = {"voc": Published("train", "val"), "coco": Published("trainval", "test")}
+"""Data sets whose val images papers report on. COCO's reader calls `val` what it holds out from the train images."""
+
+
 class DataSettings(BaseModel):
     """Which data set, by the names of the notebooks' parameters; their other parameters are passed over.
 

@@ -8,8 +8,7 @@ defaults of a notebook:
       - notebook: 03_cam_and_tscam
         needs: [01_data]
         parameters: {epochs: 3}  # optional, and stronger than the file
-
-A profile with `extends: voc` has the files of that profile for the notebooks that it has no file of.
+    extends: cub  # optional: a notebook without a file here takes that of this profile
 
 Everything is checked before the first notebook starts. Results go to `outputs/<profile>/`, the run folder.
 """
@@ -137,8 +136,7 @@ def missing(
     steps: Sequence[Step], profile: str, outputs: str | os.PathLike[str] = "outputs"
 ) -> list[preflight.Finding]:
     """Return, as `preflight.look`, what the steps of a profile (`plan`) need and do not find."""
-    values = {step.notebook: _all_parameters(step) for step in steps}
-    return preflight.look(values, run_folder(profile, outputs), made_for_gpu(profile))
+    return preflight.look(resolved(steps), run_folder(profile, outputs), made_for_gpu(profile))
 
 
 def resolved(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
@@ -652,8 +650,8 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     found = {}
     for path in sorted((resolve(folder) / "metrics").glob("*.json")):
         try:
-            rows = json.loads(path.read_text("utf-8"))["table"]
-            found[path.stem] = pd.DataFrame(rows)
+            if rows := json.loads(path.read_text("utf-8"))["table"]:  # none where a truth is missing that scores them
+                found[path.stem] = pd.DataFrame(rows)
         except KeyError:
             continue  # a notebook without numbers to compare
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -106,11 +106,11 @@ def is_download(network: str) -> bool:
 def _data(dataset: str, root: str, seed: int) -> Finding | None:
     """Open the splits, and read one image of each."""
     from wsolnb.data.readers import open_dataset
-    from wsolnb.data.splits import load_splits
+    from wsolnb.data.splits import PUBLISHED, load_splits
 
     try:
-        if dataset in ("voc", "coco"):  # their `test` has no labels
-            splits = [open_dataset(dataset, resolve(root) if root else None, split) for split in ("train", "val")]
+        if dataset in PUBLISHED:  # the published test images have no labels
+            splits = [open_dataset(dataset, resolve(root) if root else None, split) for split in PUBLISHED[dataset]]
         else:
             splits = list(load_splits(dataset, root, seed))
         for split in splits:

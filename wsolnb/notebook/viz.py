@@ -88,6 +88,14 @@ def mask_colours(mask: np.ndarray) -> np.ndarray:
     return table[mask]
 
 
+def ten_colours(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (H, W) of classes as places 0 to 9 in a map of ten colours; background and unknown (255) are 0.
+
+    From the tenth class on the places 1 to 9 repeat.
+    """
+    return np.where((mask == 0) | (mask == IGNORE), 0, (mask.astype(int) - 1) % 9 + 1)
+
+
 def box_legend(figure: Figure, predicted: bool = True) -> None:
     """Put the legend of box styles under a figure."""
     handles = [Line2D([], [], color=TRUTH, lw=2, label="truth")]
@@ -100,6 +108,15 @@ def part_legend(figure: Figure) -> None:
     """Put the legend of part colours under a figure."""
     handles = [Patch(color=PART_COLOURS[value], label=name) for value, name in PART_NAMES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def spaced(length: int, count: int, margin: int) -> np.ndarray:
+    """Return `count` evenly spaced positions (count,) in a list of `length`, which leave out `margin` at either end.
+
+    Of a list shorter than four margins a quarter is left out at either end. Positions of a short list come twice.
+    """
+    edge = min(margin, length // 4)
+    return np.linspace(edge, length - max(edge, 1), count).astype(int)
 
 
 def grid(rows: int, columns: int, side: float = 1.7) -> tuple[Figure, np.ndarray]:

@@ -32,7 +32,7 @@ from wsolnb.backbones import ConvBackbone, create_backbone
 from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.base import hold_out
 from wsolnb.data.loading import to_tensor
-from wsolnb.data.splits import DataSettings, Splits
+from wsolnb.data.splits import PUBLISHED, DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
 from wsolnb.data.transforms import resize, resize_map
 from wsolnb.errors import ParameterError
@@ -87,6 +87,8 @@ class Classifier(TrainingSettings, DataSettings):
 
     method: of `cam`, `mctformer` and `edam` one network learns image labels; for `amn` that of `cam` comes first, whose
         seeds it learns (`taught`). dilations: of AMN's convolutions.
+    dilate: as of `create_backbone`, and of IRN's backbone too (notebook 23); the released programs of IRN and LPCAM
+        dilate neither.
     frozen: the backbone stays as it starts, and the classifier is logistic regression (`multilabel.frozen_maker`).
     """
 
@@ -99,6 +101,7 @@ class Classifier(TrainingSettings, DataSettings):
     checkpoint: str
     output_stride: int
     dilations: tuple[int, ...]
+    dilate: bool
     frozen: bool
     epochs: int
     optimizer: Literal["adamw", "sgd"]
@@ -109,14 +112,14 @@ class Classifier(TrainingSettings, DataSettings):
     def splits(self, variant: Literal["single", "scenes"] = "scenes") -> Splits:
         """Open the data set.
 
-        With VOC and COCO a share (`HELD_OUT`) of the published `train` serves for choices. Training uses the rest of
-        it, or the part of `train_list` (VOC's enlarged set) that does not serve for choices. The third split is this
-        rest of `train` again, because published programs judge seed masks there. Classes and segmentation are scored on
-        `evaluation`.
+        With VOC and COCO a share (`HELD_OUT`) of the published train images serves for choices. Training uses the rest
+        of it, or the part of `train_list` (VOC's enlarged set) that does not serve for choices. The third split is this
+        rest of the train images again, because published programs judge seed masks there. Classes and segmentation are
+        scored on `evaluation`.
         """
-        if not self._has_val:
+        if self.dataset not in PUBLISHED:
             return super().splits(variant)
-        published = self._open("train")
+        published = self._open(PUBLISHED[self.dataset].train)
         rest, chosen = hold_out(published.labels, HELD_OUT, self.seed)
         val = published.subset(chosen)
         train = self._open("train", sbd_list=within(self.data_root, self.train_list)) if self.train_list else published
@@ -124,15 +127,11 @@ class Classifier(TrainingSettings, DataSettings):
         return Splits(train.subset(kept), val, published.subset(rest))
 
     def evaluation(self, splits: Splits) -> LocalizationDataset:
-        """Return the images that classes and segmentation are scored on: the published `val` of VOC and COCO, or test.
+        """Return the images that classes and segmentation are scored on: published val images of VOC and COCO, or test.
 
         No network sees them, and nothing is chosen on them.
         """
-        return self._open("val") if self._has_val else splits.test
-
-    @property
-    def _has_val(self) -> bool:
-        return self.dataset in ("voc", "coco")
+        return self._open(PUBLISHED[self.dataset].val) if self.dataset in PUBLISHED else splits.test
 
     def _open(self, split: str, **options: Any) -> LocalizationDataset:
         return open_dataset(self.dataset, resolve(self.data_root) if self.data_root else None, split, **options)
@@ -160,7 +159,7 @@ class Classifier(TrainingSettings, DataSettings):
 
     def _frozen(self, run: Run, name: str, splits: Splits) -> tuple[LocalizationModel, Path]:
         set_seed(self.train_seed)  # of random features, where nothing is pretrained
-        options = self.model_dump(include={"pretrained", "output_stride"})
+        options = self.model_dump(include={"pretrained", "output_stride", "dilate"})
         options["checkpoint"] = resolve(self.checkpoint) if self.checkpoint else None
         backbone = create_backbone(self.backbone, **options).to(pick_device(self.device))
         if self.method != "cam" or not isinstance(backbone, ConvBackbone):
@@ -299,6 +298,19 @@ def cached_prototypes(run: Run, host: Host, config: LPCAMConfig) -> tuple[list[C
     source, asked = host.sources.train, clustering(config)
     folder = run.cached(f"prototypes-{host.number}", partial(fit_prototypes, source, asked))
     return fit_prototypes(source, asked, folder), folder
+
+
+def shown_class(prototypes: Sequence[ClassPrototypes], dataset: LocalizationDataset, asked: int) -> int:
+    """Return the class that pictures can show: `asked`, or else the first one.
+
+    It has centres of foreground and of context, and an image of the data set. Raises ParameterError where no class has.
+    """
+    present = {label for own in dataset.labels for label in own}
+    found = [c for c, own in enumerate(prototypes) if len(own.foreground) and len(own.context) and c in present]
+    if not found:
+        problem = f"no class of {dataset} has centres of foreground and of context: its maps are zero"
+        raise ParameterError(problem, "train the classifier for longer, or lower `tau`")
+    return asked if asked in found else found[0]
 
 
 def weight_overlap(host: Host, top: int = 10) -> pd.DataFrame:
@@ -825,7 +837,8 @@ class Segmentation(BaseModel):
             return classifier.recipe_of(loop, method="irn", options=options, output_stride=16, **own)
         loop |= {name: getattr(self, f"segmenter_{name}") for name in ("lr", "head_lr", "power", "weight_decay")}
         options = {"dilations": self.dilations} if self.segmenter == "deeplabv2" else {}
-        return classifier.recipe_of(loop, method=self.segmenter, options=options, output_stride=8, **own)
+        own |= {"output_stride": 8, "dilate": True}
+        return classifier.recipe_of(loop, method=self.segmenter, options=options, **own)
 
 
 def _first(dataset: LocalizationDataset, count: int) -> LocalizationDataset:

@@ -148,6 +148,12 @@ class Pair(_Experiment):
     schedule: Literal["cosine", "constant"]
     betas: tuple[float, float]
 
+    def changed(self, **changes: Any) -> Self:
+        """Return the settings with other values of some fields; another backbone does not start from the checkpoint."""
+        if changes.get("backbone", self.backbone) != self.backbone:
+            changes = {"checkpoint": "", **changes}
+        return super().changed(**changes)
+
     def recipe(self, method: str, seed: int, **changes: Any) -> Recipe:
         """Return the recipe of `tscam` or `scm`. changes: of the preset's `SCMConfig`."""
         options = self.model_dump(include={"padding", "head_init"})

@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     """How one model is built and trained, apart from its data.
 
     method: a name of `wsolnb.methods`. options: of the method. backbone: a name that `create_backbone` knows.
-    pretrained, checkpoint, output_stride: as there; a relative checkpoint starts at the root of the repository.
+    pretrained, checkpoint, output_stride, dilate: as there; a relative checkpoint starts at the root of the repository.
     image_size: side of the input in pixels.
     protocol: `resize` takes the whole image. `crop_resize` takes in training a random crop of the image resized to 8/7
         of the side, and at test the whole image (SCM and TS-CAM). `crop` has the same training; at test the shorter
@@ -61,6 +61,7 @@ class Recipe(BaseModel):
     pretrained: bool = False
     checkpoint: str | None = None
     output_stride: Literal[8, 16, 32] = 16
+    dilate: bool = True
     image_size: int = Field(112, ge=32)
     protocol: Literal["resize", "crop_resize", "crop"] = "resize"
     long_side: tuple[int, int] | None = None
@@ -138,7 +139,7 @@ class Recipe(BaseModel):
         """
         method = get_method(self.method)  # an unknown one is an error before any weights are looked for
         set_seed(self.training.seed)
-        options = self.model_dump(include={"pretrained", "image_size", "output_stride"})
+        options = self.model_dump(include={"pretrained", "image_size", "output_stride", "dilate"})
         options["checkpoint"] = resolve(self.checkpoint) if self.checkpoint else None
         backbone = method.make_backbone(self.backbone, **options)
         if self.tuned_layers is not None:
@@ -187,7 +188,8 @@ class TrainingSettings(BaseModel):
 
 OF_THE_LOOP = {"epochs", "lr", "head_lr", "schedule", "betas", "optimizer", "weight_decay", "precision", "device"}
 OF_THE_RECIPE = {
-    "method", "backbone", "pretrained", "checkpoint", "output_stride", "image_size", "protocol", "batch_size", "shift",
+    "method", "backbone", "pretrained", "checkpoint", "output_stride", "dilate", "image_size", "protocol", "batch_size",
+    "shift",
     "num_workers",
 }  # fmt: skip
 """What settings and recipes call by the same name."""
