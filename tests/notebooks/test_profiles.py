@@ -129,7 +129,7 @@ def marked(profile: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", map(marked, SMALL))
+@pytest.mark.parametrize("profile", [marked(profile) for profile in SMALL])
 def test_a_profile_runs_to_its_end(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline._Workers, "execute", inprocess.execute)
     summary = pipeline.reproduce(
