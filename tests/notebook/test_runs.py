@@ -331,6 +331,13 @@ def test_what_another_notebook_was_run_with(run):
             after.used("03_cam")
 
 
+def test_a_result_of_an_older_version_is_told(tmp_path):
+    older = runs.start("11_scm_training", {"run_folder": str(tmp_path), "seed": 0, "epochs": 2})
+    older.save_metrics({"table": []})
+    with pytest.raises(runs.RunError, match=r"11_scm_training in .* is of an older version, without dataset, "):
+        runs.start("12_scm_results", {"run_folder": str(tmp_path), "seed": 0}).used("11_scm_training")
+
+
 def test_recorded_studies_count_as_data(run, root):
     assert list(run.recorded("long", ["a", "b"]).columns) == ["a", "b"]
     path = root / "outputs" / "reference" / "long.csv"

@@ -34,6 +34,7 @@ import psutil
 from wsolnb import keys
 from wsolnb.errors import RunError
 from wsolnb.files import repository_root, resolve, to_json, write_atomically
+from wsolnb.notebook import params
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -307,7 +308,8 @@ class Run:
         expected: values of some of them that this notebook relies on.
 
         Raises:
-            RunError: the notebook has no result here, or was run with other values than expected.
+            RunError: the notebook has no result here, or one of an older version that lacks a parameter; or it was run
+                with other values than expected.
         """
         command = f"`wsolnb reproduce --only {notebook}`, or open {notebook} and run it"
         path = self.folder / "metrics" / f"{notebook}.json"
@@ -317,6 +319,10 @@ class Run:
         if used is None:
             problem = f"{self.notebook} goes on from {notebook}, which has no result in {self.folder}"
             raise RunError(problem, f"make it first: {command}")
+        there = (repository_root() / "notebooks" / f"{notebook}.ipynb").is_file()
+        if lacks := [name for name in (params.notebook_parameters(notebook) if there else ()) if name not in used]:
+            problem = f"the result of {notebook} in {self.folder} is of an older version, without {', '.join(lacks)}"
+            raise RunError(problem, f"make it again: {command}")
         for name, value in expected.items():
             if used.get(name) != value:
                 problem = f"{notebook} was run with {name}={used.get(name)!r}, {self.notebook} with {value!r}"
