@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,18 @@ def test_cached_by_configuration_and_independent_of_workers(tmp_path):
             assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
     assert AviaryConfig(train=101, val=2, test=2, body_cue=0.5).key != config.key
     assert AviaryConfig(train=2400).key == AviaryConfig().key
+
+
+def test_rendering_does_not_hang_where_opencv_has_threads(tmp_path):
+    program = f"""
+import cv2, numpy as np
+from wsolnb.data import aviary
+cv2.setNumThreads(2)
+cv2.GaussianBlur(np.zeros((3000, 3000, 3), np.uint8), (31, 31), 5)
+aviary.ensure(aviary.AviaryConfig(train=120, val=60, test=30, classes=2, size=64), {str(tmp_path)!r}, workers=2)
+assert cv2.getNumThreads() == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_interrupted_rendering_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -511,14 +511,18 @@ def _write(config: AviaryConfig, root: Path, workers: int | None) -> None:
     jobs = [(split, index) for split in SPLITS for index in range(getattr(config, split))]
     chunks = [jobs[start : start + 100] for start in range(0, len(jobs), 100)]
     parallel = Parallel(min(workers or cpu_count(), len(chunks)), backend="multiprocessing")
-    made = parallel(delayed(_write_chunk)(config, root, chunk) for chunk in chunks)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # ends OpenCV's threads: a forked process that inherits their locks without them hangs
+    try:
+        made = parallel(delayed(_write_chunk)(config, root, chunk) for chunk in chunks)
+    finally:
+        cv2.setNumThreads(threads)
     records = [record for chunk in made for record in chunk]
     (_index_cub if config.variant == "single" else _index_voc)(config, root, records)
     (root / "config.json").write_text(json.dumps(config.model_dump(), indent=1))
 
 
 def _write_chunk(config: AviaryConfig, root: Path, jobs: list[tuple[str, int]]) -> list[tuple]:
-    cv2.setNumThreads(1)
     single, records = config.variant == "single", []
     folders = ("images", "segmentations", "part_maps") if single else ("JPEGImages", "SegmentationClass", "PartMaps")
     for split, index in jobs:
