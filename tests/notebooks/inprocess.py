@@ -51,6 +51,7 @@ class InProcess(Engine):
 def started() -> Iterator[InteractiveShell]:
     """Give a shell that shows figures as a kernel does; afterwards the process is as it was."""
     backend = mpl.get_backend()
+    plt.close("all")  # figures that others left open would be shown behind the first cell
     shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}), colors="nocolor")
     plt.switch_backend("module://matplotlib_inline.backend_inline")
     configure_inline_support(shell, "inline")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import inprocess
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -106,6 +107,14 @@ def faults(notebook: Path, folder: Path) -> Iterator[str]:
         for name in SHARES:
             if (value := row.get(name)) is not None and not 0 <= value <= 1:
                 yield f"{name} is {value} in {row}"
+
+
+def test_a_notebook_in_this_process_shows_its_own_figures_only():
+    plt.subplots()
+    with inprocess.started() as shell:
+        cells = ("1 + 1", "import matplotlib.pyplot as plt\n_ = plt.subplots()")
+        told = [inprocess.run_cell(shell, source)[0] for source in cells]
+    assert [any("image/png" in output.get("data", {}) for output in outputs) for outputs in told] == [False, True]
 
 
 @pytest.mark.parametrize("name", trees.WRITERS)
