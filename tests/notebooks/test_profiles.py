@@ -40,7 +40,7 @@ SEEDS_TO_SEGMENTATION = {
     "clusters": 2, "images_per_class": 3, "features_per_class": 50, "scales": [1.0, 0.5], "crf_backend": "mean_field",
     "crf_side": 24, "irn_width": 4, "irn_size": 64, "irn_epochs": 2, "irn_batch_size": 4, "label_radius": 3,
     "walk_radius": 3, "steps": [2], "dilations": [1, 2], "segmenter_size": 64, "segmenter_epochs": 1,
-    "segmenter_batch_size": 4, "test_scales": [1.0, 0.5],
+    "segmenter_batch_size": 4, "test_scales": [1.0, 0.5], "workers": 1,
 }  # fmt: skip
 LPCAM = EVERYWHERE | SEEDS_TO_SEGMENTATION | {
     "backbone": "resnet_mini", "irn_backbone": "resnet_mini", "segmenter_backbone": "resnet_mini",
