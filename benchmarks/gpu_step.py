@@ -13,9 +13,7 @@ is that of the rate which the device reaches in one large matrix product of the 
 from __future__ import annotations
 
 import io
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wsolnb.data.sample import Sample
 from wsolnb.data.transforms import Compose
 from wsolnb.methods.scm import SCMConfig
+from wsolnb.papers import locloc
 from wsolnb.train.loop import TrainingConfig, gradients, parameter_groups, pick_device, pick_precision, update
 from wsolnb.train.recipe import Recipe
 
@@ -58,17 +57,6 @@ def batch_of(images: int, device: torch.device) -> dict:
     return {"image": torch.randn(images, 3, SIDE, SIDE, device=device), "label": labels, "samples": samples}
 
 
-def median(task: Callable[[], object], repeats: int, device: torch.device) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        task()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
 def step_of(name: str, images: int, device: torch.device, precision: str, compiled: bool) -> Callable[[], object]:
     recipe = recipe_of(name)
     config, accelerator = recipe.training, Accelerator(mixed_precision="no", cpu=device.type == "cpu")
@@ -97,14 +85,14 @@ def loaded(images: int = 32) -> float:
             sample = Sample(np.asarray(Image.open(file)), "", (0,))
             transform(sample, np.random.default_rng(index))
 
-    return images / median(load, 3, torch.device("cpu"))
+    return images / locloc.seconds(load, torch.device("cpu"), 3)
 
 
 def reached(device: torch.device, precision: str) -> float:
     """Return the FLOPs a second of one large matrix product."""
     side = 8192 if device.type == "cuda" else 1024
     left = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * side**3 / median(lambda: left @ left, 10, device)
+    return 2 * side**3 / locloc.seconds(lambda: left @ left, device, 10)
 
 
 def main(images: int = 0, compiled: bool = False) -> dict:
@@ -117,7 +105,7 @@ def main(images: int = 0, compiled: bool = False) -> dict:
     repeats = 20 if device.type == "cuda" else 2
     for name in MODELS:
         step = step_of(name, images, device, precision, compiled)
-        seconds = median(step, repeats, device)
+        seconds = locloc.seconds(step, device, repeats, learns=True)
         with FlopCounterMode(display=False) as counter:
             step()
         hours = CUB * EPOCHS[name] / images * seconds / 3600

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from trees import save_values as write_mask
+from trees import write
 
 from wsolnb.data import DATASETS, open_dataset, tight_box
 from wsolnb.data.base import read_image
@@ -29,19 +31,6 @@ def write_image(path: Path, height: int = HEIGHT, width: int = WIDTH, seed: int 
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, format="JPEG")
     return pixels
-
-
-def write_mask(path: Path, values: np.ndarray, palette: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(values.astype(np.uint8))
-    if palette:
-        picture.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    picture.save(path)
-
-
-def write(path: Path, *lines: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def block(y0: int, y1: int, x0: int, x1: int, value: int = 1) -> np.ndarray:

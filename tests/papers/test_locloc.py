@@ -37,15 +37,6 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One repository for all tests: its data are rendered once, and equal trainings found again."""
-    root = tmp_path_factory.mktemp("repository")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WSOLNB_ROOT", str(root))
-        yield root
-
-
-@pytest.fixture(scope="module")
 def splits(root):
     return small().masks.splits()
 

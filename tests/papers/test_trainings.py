@@ -1,7 +1,5 @@
 """What `python -m wsolnb.train` trains is what the notebooks then find."""
 
-import pytest
-
 from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.papers import locloc, lpcam, scm
@@ -19,15 +17,6 @@ SMALL = {
 SMALL |= {"ppd_hidden": 8, "ppd_channels": 4, "generator_images": 8, "device": "cpu", "precision": "fp32", "jobs": 1}
 SMALL |= {f"{part}_epochs": 1 for part in ("generator", "decoder", "classifier", "probe", "cam", "tscam", "literal")}
 SMALL |= {"backbone": "vit_mini_dino", "compared": ["has"], "probe": "sgd", "transformer": "vit_mini_plain"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One repository for all tests: its data are rendered once, and equal trainings found again."""
-    root = tmp_path_factory.mktemp("repository")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WSOLNB_ROOT", str(root))
-        yield root
 
 
 DECLARED = {notebook: notebook_parameters(notebook) for notebook in (*TRAININGS, "30_locloc_grabcut")}

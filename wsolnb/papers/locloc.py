@@ -644,10 +644,13 @@ def computations(models: Models, load: Task, load_for_class: Task | None = None)
     }
 
 
-def seconds(task: Task, device: torch.device, repeats: int) -> float:
-    """Return the median time of a computation over `repeats` runs, after one that is not counted."""
+def seconds(task: Task, device: torch.device, repeats: int, learns: bool = False) -> float:
+    """Return the median time of a computation over `repeats` runs, after one that is not counted.
+
+    learns: whether it takes gradients, as a step of a training does.
+    """
     times = []
-    with torch.inference_mode():
+    with torch.inference_mode(not learns):
         for _ in range(repeats + 1):
             started = time.perf_counter()
             task()
