@@ -26,9 +26,10 @@ def test_maps_keep_the_fixed_scale(samples):
     assert all(image.get_clim() == (0, 1) for image in drawn)
 
 
-def test_ten_colours_keep_the_background_apart():
-    mask = np.array([[0, 1, 9, 10, 18, 19, 254, 255]], np.uint8)
-    assert viz.ten_colours(mask).tolist() == [[0, 1, 9, 1, 9, 1, 2, 0]]
+def test_figures_are_drawn_for_dense_screens_and_shown_at_their_own_size():
+    figure, _ = viz.grid(1, 2, side=1.0)
+    drawn, size = viz.shown(figure)
+    assert Image.open(io.BytesIO(drawn)).size == (2 * size["width"], 2 * size["height"]) == (320, 208)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(600, [20, 160, 300, 440, 580]), (12, [3, 4, 6, 7, 9]), (1, [0] * 5)])
