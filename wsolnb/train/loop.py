@@ -369,11 +369,18 @@ def gradients(
                 accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-    except torch.OutOfMemoryError:
-        pass  # what the error still holds is free only behind this block
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        # What the error still holds is free only behind this block.
     plain.zero_grad()
     torch.cuda.empty_cache()
     return None
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out; of the main memory torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def _more_parts(parts: int, images: int, file: Path, accelerator: Accelerator) -> int:
@@ -399,7 +406,9 @@ def update(accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule:
         if config.clip:
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         problem = f"out of memory on {accelerator.device} in the optimizer, whatever the size of a batch"
         raise TrainingError(problem, "choose a smaller network, or device='cpu'") from error
     schedule.step()
