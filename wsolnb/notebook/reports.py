@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve
@@ -152,7 +152,7 @@ def boards(path: str = "outputs/reference/leaderboard.yaml") -> tuple[list[Board
     try:
         content = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
         return [Board.model_validate(board) for board in content["boards"]], content["protocols"]
-    except (OSError, yaml.YAMLError, KeyError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise ParameterError(f"{path} is not in order: {error}", "mend the entry that is named") from error
 
 
