@@ -35,6 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from wsolnb.backbones.checkpoints import load_archive
 from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
@@ -493,7 +494,7 @@ def _save_state(path: Path, at: _Progress, settings, stateful: dict[str, Any], a
 
 def _resume(path: Path, settings, stateful: dict[str, Any], accelerator: Accelerator) -> _Progress:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_archive(path)
         before = state["settings"]
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if not names:
