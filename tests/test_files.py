@@ -1,5 +1,6 @@
 """Names and writes of files: what a name may be, what a full disk leaves, which modes files have."""
 
+import ast
 import os
 import resource
 import subprocess
@@ -349,3 +350,25 @@ def test_the_limit_of_the_fixture_ends_with_it(tmp_path):
         with pytest.raises(OSError, match="File too large"):
             (tmp_path / "a").write_bytes(BIG)
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
+HIDDEN = {"aviary.py", "scenes.py", "rendered.py", "downloads.py", "files.py"}
+"""They write into a hidden folder, or a part of a download, which takes its name when it is whole."""
+
+
+def test_everything_else_is_written_by_one_function():
+    package = Path(files.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if path.name in HIDDEN or not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            writes = name in ("write_text", "write_bytes", "save_file", "savetxt", "imsave", "imwrite", "tofile")
+            writes |= name == "to_csv" and bool(node.args)
+            modes = [word.value for word in node.keywords if word.arg == "mode"] + node.args[1:]
+            if name == "open":
+                writes |= any(isinstance(mode, ast.Constant) and str(mode.value)[:1] in "wx" for mode in modes)
+            if writes:
+                found.append(f"{path.relative_to(package)}, line {node.lineno}: {ast.unparse(node)[:80]}")
+    assert not found, "\n".join(found)
