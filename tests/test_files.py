@@ -25,7 +25,21 @@ from wsolnb.notebook import runs
 from wsolnb.train import loop
 
 BIG = bytes(range(256)) * 100
-OUTSIDE = ["", "..", "../x", "a/../../x", "/etc/x", "a//x", "./x", "a/.", "a\0b", "a\nb", "x" * 300, "a/" + "ü" * 130]
+OUTSIDE = [
+    "",
+    "..",
+    "../x",
+    "a/../../x",
+    "/etc/x",
+    "a//x",
+    "./x",
+    "a/.",
+    "a\0b",
+    "a\nb",
+    "x" * 300,
+    "a/" + "ü" * 130,
+    "\ud800",
+]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -256,14 +270,17 @@ def test_no_damage_of_a_state_goes_unseen(tmp_path, monkeypatch):
 # What is left, and what is damaged
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
+def test_what_killed_processes_of_this_machine_left_is_removed(tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    for number in (ended.stdout.strip(), psutil.Process().pid):
-        (tmp_path / f".set-{number}-{'0' * 32}").mkdir()
-        (tmp_path / f".set-{number}-{'0' * 32}" / "image.png").write_bytes(BIG)
-        (tmp_path / f".file-{number}-{'0' * 32}").write_bytes(BIG)
+    left = []
+    for machine in (files.MACHINE, "0" * 12):
+        for number in (ended.stdout.strip(), str(psutil.Process().pid)):
+            left += [tmp_path / f".{name}-{number}-{machine}{'0' * 20}" for name in ("set", "file")]
+            left[-2].mkdir()
+            (left[-2] / "image.png").write_bytes(BIG)
+            left[-1].write_bytes(BIG)
     assert files.sweep(tmp_path) == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(tmp_path.iterdir()) == sorted(left[2:])
 
 
 def test_a_record_that_names_files_elsewhere_removes_none(tmp_path):

@@ -23,6 +23,8 @@ from wsolnb.errors import DataError, RunError
 
 LONGEST = 255
 """Bytes of a file's name: the limit of Linux and macOS."""
+MACHINE = f"{uuid.getnode():012x}"
+"""What tells this machine (or container) from others that share its disk."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a disk or a quota is full, or a file as large as it may be."""
 
@@ -77,7 +79,7 @@ def inside(folder: str | os.PathLike[str], name: str, suffix: str = "", links: b
     path, parts = Path(folder) / f"{name}{suffix}", name.split("/")
     if not name or name.startswith("/"):
         wrong = "leads out of the folder" if name else "is empty"
-    elif any(ord(letter) < 32 for letter in name):
+    elif any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xDC80 for letter in name):  # NUL; halves of a character
         wrong = "holds a control character"
     elif not {"", ".", ".."}.isdisjoint(parts):
         wrong = "leads out of the folder" if ".." in parts else "has a part '' or '.'"
@@ -93,7 +95,7 @@ def inside(folder: str | os.PathLike[str], name: str, suffix: str = "", links: b
 
 def temporary_of(path: Path) -> Path:
     """Return a name beside `path` that only this process uses; `sweep` knows what is left under such names."""
-    return path.with_name(f".{path.name[:40]}-{os.getpid()}-{uuid.uuid4().hex}")
+    return path.with_name(f".{path.name[:40]}-{os.getpid()}-{MACHINE}{uuid.uuid4().hex[:20]}")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str, lasting: bool = True) -> Path:
@@ -170,12 +172,15 @@ def open_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 
 def sweep(folder: str | os.PathLike[str]) -> int:
-    """Remove what `temporary_of` has named under `folder` and whose process has ended; returns how many files."""
+    """Remove what processes of this machine that have ended left under names of `temporary_of`; returns how many.
+
+    Other machines, which may share the disk, have processes of their own.
+    """
     import psutil
 
     removed = 0
     for path in list(Path(folder).rglob(".*-*-*")):
-        named = re.fullmatch(r"\..+-(\d+)-[0-9a-f]{32}", path.name)
+        named = re.fullmatch(rf"\..+-(\d+)-{MACHINE}[0-9a-f]{{20}}", path.name)
         if named and not psutil.pid_exists(int(named[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

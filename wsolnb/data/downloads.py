@@ -183,10 +183,8 @@ def download(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
                 if not source.by_hand:
                     archive.unlink()
     except OSError as error:
-        kept = f"; what has come is kept in {store}, and the same command goes on from there"
-        raise DataError(
-            f"cannot write to {root}: {error}", f"free space there, or choose another --root{kept}"
-        ) from error
+        remedy = f"free space there, or choose another --root; the next call goes on from what {store} holds"
+        raise DataError(f"cannot write to {root}: {error}", remedy) from error
     say(f"{target} is there")
     return target
 

@@ -252,6 +252,8 @@ class FeatureDump(FeatureSource):
             self.scales, self.flip = tuple(index["scales"]), bool(index["flip"])
             if self.weight.ndim != 2 or len(self.weight) != len(self.class_names):
                 raise ValueError(f"weights of shape {tuple(self.weight.shape)} for {len(self.class_names)} classes")
+            if unknown := {label for own in self.labels for label in own}.difference(range(len(self.class_names))):
+                raise ValueError(f"the labels {unknown} of {len(self.class_names)} classes")
         except Exception as error:  # a file of another program may hold anything
             problem = f"{self.folder} is no feature dump: {type(error).__name__}: {error}"
             raise DataError(problem, self.REMEDY) from error
@@ -270,9 +272,10 @@ class FeatureDump(FeatureSource):
             path = inside(self.folder, self.image_ids[index], ".npz")
             arrays = []
             for name, values in zip(names, read_arrays(path, names, self.REMEDY), strict=True):
-                if values.ndim != 4 or len(values) < 1 + flip or values.shape[1] != self.weight.shape[1]:
-                    problem = f"{path} holds {name} of shape {values.shape}, not (views, {self.weight.shape[1]}, h, w)"
-                    raise DataError(problem, self.REMEDY)
+                numbers = values.dtype.kind in "fiu" and values.ndim == 4
+                if not numbers or len(values) < 1 + flip or values.shape[1] != self.weight.shape[1]:
+                    wanted = f"not numbers ({1 + flip} or more views, {self.weight.shape[1]}, h, w)"
+                    raise DataError(f"{path} holds {name}: {values.dtype} {values.shape}, {wanted}", self.REMEDY)
                 arrays.append(torch.from_numpy(values[: 2 if flip else 1]).float())
             named = self.image_ids[index], self.labels[index], self._sizes[index]
             return ImageFeatures(*named, arrays, self._areas[index])
