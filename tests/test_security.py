@@ -38,8 +38,8 @@ FORBIDDEN = {
     "os.system", "os.popen", "shutil.unpack_archive", "torch.hub.load", "torch.package", "yaml.unsafe_load",
     "yaml.full_load", "yaml.load_all", "yaml.full_load_all", "yaml.unsafe_load_all", "tempfile.mktemp",
 }  # fmt: skip
-METHODS = {"extractall", "extract", "query", "load_state"}
-"""Methods that unpack wherever an archive says, or that run an expression."""
+METHODS = (".extractall", ".extract", ".load_state")
+"""Methods that unpack wherever an archive says, or unpickle."""
 KNOWN = {("workers.py", "pickle.loads")}
 """A worker process gets its task as a pickle from the process that has started it, by a pipe of its own."""
 
@@ -65,11 +65,13 @@ def faults(tree: ast.AST, name: str) -> list[str]:
         off = {arg: isinstance(value, ast.Constant) and value.value is False for arg, value in options.items()}
         bad = called in FORBIDDEN and (name, called) not in KNOWN
         bad |= called == "torch.load" and not on.get("weights_only")
-        bad |= called in ("np.load", "numpy.load") and not off.get("allow_pickle")
+        silent = "allow_pickle" not in options and name.endswith(".ipynb")  # a lesson relies on NumPy's default
+        bad |= called in ("np.load", "numpy.load") and not silent and not off.get("allow_pickle")
         bad |= called == "yaml.load" and not {*given[1:], dotted(options.get("Loader"))} & safe
         bad |= "shell" in options and not off.get("shell")
-        bad |= called.endswith(".eval") and bool(node.args)  # of pandas; a network's has no argument
-        bad |= isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
+        written = bool(node.args) and isinstance(node.args[0], ast.Constant)  # an expression in the program itself
+        bad |= called.endswith((".eval", ".query")) and bool(node.args) and not written  # a network's has no argument
+        bad |= called.endswith(METHODS) and not called.endswith(".str.extract")
         bad |= called == "Image.open" and name in ("base.py", "store.py") and "formats" not in options
         if bad:
             found.append(f"{name}, line {node.lineno}: {ast.unparse(node)[:80]}")
