@@ -19,10 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wsolnb.errors import DataError, RunError
 
 LONGEST = 255
 """Bytes of a file's name: the limit of Linux and macOS."""
+VALUES = 1_000_000
+"""Most values that a YAML file may hold."""
 MACHINE = f"{uuid.getnode():012x}"
 """What tells this machine (or container) from others that share its disk."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -169,6 +173,26 @@ def open_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
             path.unlink()
         raise cannot_write(path, error) from error
     return array
+
+
+def read_yaml(path: str | os.PathLike[str], loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Return the plain values of a YAML file; no tag of Python is followed.
+
+    Raises OSError, and ValueError for what is no YAML, or makes more than `VALUES` values of itself by its aliases
+    (`*name`): a few of them in each other would fill the memory.
+    """
+    try:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    count, left = 0, [found]
+    while left:
+        one = left.pop()
+        count += 1
+        if count > VALUES:
+            raise ValueError(f"its aliases make more than {VALUES} values of it")
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple, set)) else ()
+    return found
 
 
 def sweep(folder: str | os.PathLike[str]) -> int:

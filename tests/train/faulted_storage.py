@@ -1,6 +1,6 @@
 """Break the storage below short trainings and cached runs, at random moments and places, and start them again.
 
-    python tests/train/faulted_storage.py 10                     # only some: ... 10 "masks and maps" "training, disk full"
+    python tests/train/faulted_storage.py 10             # only some: ... 10 "masks and maps" "training, disk full"
 
 Prints a table: the fault; how often it was tried; how often it gave a clear message (an error of this package, or the
 line that says what is made again, with the file's name); how often nothing was lost (what was whole before is as it

@@ -19,12 +19,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from scipy import stats
 
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.files import resolve
+from wsolnb.files import read_yaml, resolve
 from wsolnb.notebook.studies import interval
 
 VERDICTS = {"reproduced": "R", "partly": "P", "contradicted": "C", "undecided": "U", "not in this regime": "N",
@@ -136,8 +135,8 @@ class Judged(NamedTuple):
 def load(path: str = "outputs/reference/claims.yaml") -> list[Claim]:
     """Read and check a file of claims. Raises ParameterError for what is missing, unknown, or there twice."""
     try:
-        found = _File.model_validate(yaml.safe_load(resolve(path).read_text(encoding="utf-8"))).claims
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        found = _File.model_validate(read_yaml(resolve(path))).claims
+    except (OSError, ValueError) as error:
         raise ParameterError(f"{path} is not in order: {error}", "mend the entry that is named") from error
     names = [claim.id for claim in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -28,7 +28,7 @@ import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.files import repository_root
+from wsolnb.files import read_yaml, repository_root
 
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
@@ -283,12 +283,12 @@ def load_parameter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Unique)
+        values = read_yaml(path, _Unique)
     except OSError as error:
         raise ParameterError(f"{path} cannot be read: {error.strerror}", "check the name of the file") from None
     except UnicodeDecodeError:
         raise ParameterError(f"{path} is no UTF-8 text", "save it as UTF-8") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers that are none, nests without end
+    except ValueError as error:
         raise ParameterError(f"{path} is no YAML: {error}", "write one `name: value` per line") from None
     if values is None:
         return {}
@@ -298,15 +298,7 @@ def load_parameter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _Unique(yaml.SafeLoader):
-    """YAML in which a name that is written twice is an error, not a silent choice.
-
-    So is an alias (`*name`): a few of them in each other make a list of a billion items.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "write the value itself", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    """YAML in which a name that is written twice is an error, not a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value]
