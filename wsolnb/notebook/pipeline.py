@@ -263,7 +263,8 @@ def reproduce(
         profile: name of a folder in `params/`.
         overrides: `name=value` texts. Each goes to every notebook that declares the name.
         only: notebooks to run, with the steps that they need; all of them where it is empty.
-        force: run the notebooks (those of `start`, else of `only`) even if they are up to date, and train anew what they use.
+        force: run the notebooks (those of `start`, else of `only`) even if they are up to date, and train anew what
+            they use.
         outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
         jobs: notebooks that run at once, each with its share of the cores; at most one a core. A GPU has at most one
             of them that trains, or passes many images through a network.

@@ -118,7 +118,8 @@ class Display:
 
     def _line(self) -> str:
         clock = time.monotonic()
-        runs = [f"{n} {self._cells.get(n, '')} {duration(clock - began)}" for n, began in self._running.items()]
+        parts = ((name, self._cells.get(name), duration(clock - began)) for name, began in self._running.items())
+        runs = (" ".join(filter(None, part)) for part in parts)
         over = f"{len(self._heads) - len(self._open)} of {len(self._heads)} over"
         return "; ".join(filter(None, [f"running {', '.join(runs)}", self._epochs(), over, self._left(clock)]))
 
