@@ -317,7 +317,7 @@ def test_sweeps_that_differ_do_not_merge(repository, reproduced):
 def test_a_worker_with_other_code_refuses(repository, reproduced, monkeypatch):
     point = sweeps.points(sweeps.read("pairs")[1])[0]
     monkeypatch.setattr(sweeps.keys, "versions", lambda: {"numpy": "0.1"})
-    with pytest.raises(RunError, match="would make another run: .*numpy"):
+    with pytest.raises(RunError, match=r"would make another run: .*numpy"):
         sweeps.execute(point, str(repository.root / "folder"))
     assert reproduced[0] == []
 
