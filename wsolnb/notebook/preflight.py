@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import psutil
 
 from wsolnb import weights
-from wsolnb.backbones.wheels import WHEELS, installed
 from wsolnb.errors import WsolnbError
 from wsolnb.files import resolve, within
 
@@ -127,7 +126,12 @@ def _file(name: str, path: str, root: str) -> Finding | None:
 
 
 def _weights(network: str) -> Finding | None:
-    if network in weights.embedded() or (network in WHEELS and installed(network)):
+    if network in weights.embedded():
+        return None
+    # Not above: every process that runs a notebook imports this module, and PyTorch takes seconds.
+    from wsolnb.backbones.wheels import WHEELS, installed
+
+    if network in WHEELS and installed(network):
         return None
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
