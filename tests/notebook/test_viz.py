@@ -73,6 +73,19 @@ def test_masks_have_a_colour_per_class():
     assert picture[0, 2].tolist() != picture[0, 1].tolist()
 
 
+def test_the_legend_of_classes_has_the_colours_of_the_masks():
+    names = [f"kind_{index}" for index in range(7)]
+    figure, _ = viz.grid(1, 1)
+    viz.class_legend(figure, names, unknown=True)
+    handles = figure.legends[0].get_patches()
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["background", "kind 0"]
+    drawn = [np.round(np.array(handle.get_facecolor()[:3]) * 255).tolist() for handle in handles]
+    assert drawn == viz.mask_colours(np.array([[*range(8), 255]]))[0].tolist()
+    repeated, _ = viz.grid(1, 1)
+    viz.class_legend(repeated, [*names, "kind_7"])
+    assert not repeated.legends
+
+
 def test_a_contact_sheet_names_what_it_shows():
     samples = [aviary.render(AviaryConfig(variant="scenes"), "val", index) for index in range(4)]
     names = [f"kind_{index}" for index in range(30)]

@@ -26,6 +26,7 @@ TRUTH, PREDICTION = "#E69F00", "#56B4E9"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
 METHODS = ("#0072B2", "#56B4E9", "#000000", "#D55E00", "#CC79A7", "#009E73")
 """Colours of up to six maps and scores in one figure."""
+MASK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 MAP_COLOURS = "viridis"
 PART_COLOURS = {CONTEXT: "#DDDDDD", DISCRIMINATIVE: "#D55E00", REST: "#0072B2", IGNORE: "#FFFFFF"}
 PART_NAMES = {DISCRIMINATIVE: "discriminative part", REST: "rest of the object", CONTEXT: "context"}
@@ -91,9 +92,8 @@ def mask_colours(mask: np.ndarray) -> np.ndarray:
 
     The first seven classes have colours that are told apart with any colour vision; from the eighth on they repeat.
     """
-    names = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
     table = np.zeros((256, 3), np.uint8)
-    table[1:IGNORE] = np.resize([to_rgba_array(names)[:, :3] * 255], (IGNORE - 1, 3)).round()
+    table[1:IGNORE] = np.resize([to_rgba_array(MASK_COLOURS)[:, :3] * 255], (IGNORE - 1, 3)).round()
     table[IGNORE] = 255
     return table[mask]
 
@@ -110,6 +110,19 @@ def part_legend(figure: Figure) -> None:
     """Put the legend of part colours under a figure."""
     handles = [Patch(color=PART_COLOURS[value], label=name) for value, name in PART_NAMES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
+
+
+def class_legend(figure: Figure, class_names: Sequence[str], unknown: bool = False) -> None:
+    """Put the legend of `mask_colours` under a figure: background, each class, and if asked the white of 255.
+
+    More than seven classes share colours: then there is no legend.
+    """
+    if len(class_names) > len(MASK_COLOURS):
+        return
+    named = {"black": "background"} | dict(zip(MASK_COLOURS, class_names, strict=False))
+    named |= {"white": "unknown"} if unknown else {}
+    handles = [Patch(fc=colour, ec="#888888", label=name.replace("_", " ")) for colour, name in named.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def spaced(length: int, count: int, margin: int) -> np.ndarray:
