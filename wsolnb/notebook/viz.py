@@ -143,6 +143,27 @@ def grid(rows: int, columns: int, side: float = 1.7) -> tuple[Figure, np.ndarray
     return figure, axes
 
 
+def draw_flow(
+    axes: Axes, boxes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tuple[str, str, str]], size: float = 9
+) -> None:
+    """Draw a diagram of boxes and of arrows between them.
+
+    boxes: by the text of a box the place (x, y) of its middle, in data coordinates, and its colour. arrows: from, to,
+    and what flows, which stands at the middle of the arrow. size: of the letters, in points.
+    """
+    axes.set_axis_off()
+    drawn = {}
+    for text, (x, y, colour) in boxes.items():
+        shape = {"boxstyle": "round,pad=0.4", "fc": colour, "ec": "black", "lw": 0.8}
+        drawn[text] = axes.text(x, y, text, ha="center", va="center", fontsize=size, bbox=shape).get_bbox_patch()
+    for start, end, what in arrows:
+        (x0, y0, _), (x1, y1, _) = boxes[start], boxes[end]
+        line = {"arrowstyle": "-|>", "color": "black", "lw": 0.9, "patchA": drawn[start], "patchB": drawn[end]}
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops=line)
+        plain = {"fc": "white", "ec": "none", "pad": 0.8}
+        axes.text((x0 + x1) / 2, (y0 + y1) / 2, what, ha="center", va="center", fontsize=size - 1, bbox=plain)
+
+
 def png(figure: Figure) -> bytes:
     """Draw a figure into the bytes of a PNG file of 256 colours: a quarter of the size, so notebooks stay small."""
     drawn, small = io.BytesIO(), io.BytesIO()
