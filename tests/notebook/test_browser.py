@@ -108,7 +108,7 @@ def test_the_launcher_shows_links_to_the_lessons_at_once(opened):
 
 def test_a_slider_of_notebook_02_draws_another_picture(opened):
     page = opened("02_metrics")
-    until(lambda: page.says("window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel !== null"))
+    until(lambda: page.says("!!window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel"))
     page.says("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     handle = "document.querySelector('.jp-OutputArea .widget-slider .noUi-handle')"
     until(lambda: page.says(f"!!{handle} && !!document.querySelector('.jp-OutputArea .widget-image')"))
