@@ -128,7 +128,7 @@ def test_a_tree_is_what_the_data_set_s_check_takes_for_a_part_of_it(name, tmp_pa
 def test_every_profile_of_a_data_set_on_disk_is_small_here():
     """Profiles of rendered images have tests of their own."""
     profiles = {path.parent.name for path in ROOT.glob("params/*/pipeline.yaml")}
-    assert profiles - set(SMALL) == {"mini", "smoke", "seeds", "sweeps"}
+    assert profiles - set(SMALL) == {"mini", "smoke", "seeds", "studies"}
 
 
 def marked(profile: str):

@@ -48,6 +48,12 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="run also what is up to date, and train anew")] = False,
     outputs: Outputs = "outputs",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at once, each with its share of the cores")] = 1,
+    start: Annotated[
+        list[str] | None, typer.Option("--from", metavar="NOTEBOOK", help="run this again, and all that depends on it")
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going/--stop-at-failure", "-k/-S", help="go on with what needs no failed notebook")
+    ] = True,
 ) -> None:
     """Run the notebooks of a profile that are out of date, and print the metrics.
 
@@ -58,8 +64,10 @@ def reproduce(
     try:
         from wsolnb.notebook import pipeline
 
-        summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
+        what = (profile, parameter or (), only or (), force, outputs, jobs, start or (), keep_going)
+        summary = pipeline.reproduce(*what)
     except KeyboardInterrupt:
+        typer.echo("Interrupted before a notebook was run; nothing was changed.", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
@@ -99,6 +107,48 @@ def plan(
     if not found:
         typer.echo("nothing is missing")
     raise typer.Exit(int(any(one.fatal for one in found)))
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="a sweep of params/sweeps/, or a YAML file")],
+    outputs: Outputs = "outputs",
+    workers: Annotated[int, typer.Option(min=1, help="runs at once on this machine, each with one thread")] = 1,
+    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="of Dask, whose workers make the runs")] = "",
+    slurm: Annotated[bool, typer.Option("--slurm", help="start the workers with Slurm, as the sweep says")] = False,
+    part: Annotated[str, typer.Option(metavar="K/N", help="make part K of N; `wsolnb merge` joins the parts")] = "1/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and estimate their hours only")] = False,
+    device: Annotated[str, typer.Option(help="what --dry-run estimates hours for: cpu, a100, ...")] = "cpu",
+) -> None:
+    """Run notebooks over a grid of parameters and seeds: one table with means, paired 95 % intervals, a picture.
+
+    What is done is not done again, so the same command goes on after an interruption. Ends with 0 when all runs are
+    made, with 1 when one failed (the others are made), with 2 when an entry is wrong (then nothing was run), with 130
+    when interrupted.
+    """
+    from wsolnb.notebook import sweeps
+
+    if dry_run:
+        for line in sweeps.plan(name, outputs, part, device):
+            typer.echo(line)
+        return
+    summary = sweeps.run(name, outputs, scheduler, workers, slurm, part)
+    raise typer.Exit(130 if summary["interrupted"] else 1 if summary["failed"] else 0)
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="folders of one sweep, of several machines")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="the folder that gets the results of all, and their table")],
+) -> None:
+    """Join the results of a sweep that several machines have made. Relative paths start at the repository.
+
+    The same run with equal numbers counts once. With other numbers it is an error, unless code or versions differ: then
+    no mean is taken over both.
+    """
+    from wsolnb.notebook import sweeps
+
+    sweeps.merge(folders, out)
 
 
 @app.command()
