@@ -22,10 +22,9 @@ from wsolnb.notebook import params, pipeline
 LESSONS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
 SOLUTIONS = {path.stem: path for path in sorted((ROOT / "notebooks/solutions").glob("*.ipynb"))}
 NOT_WRITTEN = {
-    "00_overview", "01_data", "02_metrics", "03_cam_and_tscam", "05_your_images",
-    "04_pretraining", "10_scm_diffusion", "11_scm_training", "12_scm_results", "20_lpcam_classifier",
-    "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation", "30_locloc_grabcut", "31_locloc_generator",
-    "32_locloc_classifier", "33_locloc_results", "90_leaderboard", "91_claims",
+    "10_scm_diffusion", "11_scm_training", "12_scm_results", "20_lpcam_classifier", "21_lpcam_prototypes",
+    "22_lpcam_results", "23_lpcam_segmentation", "30_locloc_grabcut", "31_locloc_generator", "32_locloc_classifier",
+    "33_locloc_results", "90_leaderboard", "91_claims",
 }  # fmt: skip
 """Lessons whose exercises have no solutions yet."""
 NOT_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
