@@ -35,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # `rich` alone takes longer to import than all else that `--help` needs
 )
 
 
@@ -182,7 +183,9 @@ def _show(rows: list[tuple[str, ...]]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- data sets
 
-data = typer.Typer(help="Get data sets, check copies of them, look at them.", no_args_is_help=True)
+data = typer.Typer(
+    help="Get data sets, check copies of them, look at them.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data, name="data")
 
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="a data set: `wsolnb data list` names them")]
