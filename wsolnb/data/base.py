@@ -336,7 +336,7 @@ def number(text: str) -> float:
 
 
 # What Pillow raises on damaged files of the formats that data sets use (UnidentifiedImageError is an OSError).
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 ORIENTATION = 0x0112
@@ -353,6 +353,8 @@ def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np
     try:
         with Image.open(path, formats=_formats()) as image:
             return np.array(convert(image))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"cannot decode {path}: {error}", "give a smaller copy of it") from error
     except _DECODING_ERRORS as error:
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
