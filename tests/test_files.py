@@ -370,7 +370,7 @@ def test_the_limit_of_the_fixture_ends_with_it(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
-HIDDEN = {"aviary.py", "scenes.py", "rendered.py", "downloads.py", "files.py"}
+HIDDEN = {"aviary.py", "base.py", "scenes.py", "rendered.py", "downloads.py", "files.py"}
 """They write into a hidden folder, or a part of a download, which takes its name when it is whole."""
 LOGS = {"sweeps.py"}
 """They write the lines of a run as it prints them."""
