@@ -116,12 +116,11 @@ class Faults:
     def _child(self, world: World, word: str) -> bool:
         """Kill the kernel or the worker at a random moment of the run."""
         process = world.start()
-        self._wait(process)
         while process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 try:
                     if any(word in part for part in child.cmdline()):
-                        time.sleep(self.draw.uniform(0, 2))
+                        time.sleep(self.draw.uniform(0, self.seconds / 2))
                         child.kill()
                         told, _ = process.communicate(timeout=600)
                         if process.returncode == 0:
@@ -173,7 +172,7 @@ class Faults:
 
     def _interrupted(self, process: subprocess.Popen) -> bool:
         self.told, _ = process.communicate(timeout=600)
-        if process.returncode == 0:
+        if process.returncode == 0 or re.search(r"(?m)^1 up to date, 1 done\.$", self.told):
             raise Missed
         early = not self.told and process.returncode == -signal.SIGINT  # Python itself was not ready
         said = re.search(r"(?m)^(Interrupted|Stopped at once)", self.told) and "Traceback" not in self.told

@@ -702,7 +702,7 @@ def test_an_interruption_before_or_behind_the_notebooks(repository, executed, mo
                 patch.setattr(pipeline, name, lambda *_: send_interrupt())
                 done = CliRunner().invoke(app, ["reproduce"])
                 assert (done.exit_code, executed) == (130, [])
-                assert "Interrupted before a notebook was run; nothing was changed." in done.output
+                assert "Interrupted; no notebook was running. The same command goes on from here." in done.output
                 assert not (repository.root / "outputs").exists()
         for name in ("tables", "show_tables", "_show_steps"):
             usual = getattr(pipeline, name)
