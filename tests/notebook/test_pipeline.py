@@ -704,6 +704,12 @@ def test_an_interruption_before_or_behind_the_notebooks(repository, executed, mo
                 assert (done.exit_code, executed) == (130, [])
                 assert "Interrupted; no notebook was running. The same command goes on from here." in done.output
                 assert not (repository.root / "outputs").exists()
+        lock = repository.root / "outputs/mini/.lock"
+        with runs.locked(lock, "x"):
+            threading.Timer(0.3, send_interrupt).start()
+            done = CliRunner().invoke(app, ["reproduce"])
+        assert (done.exit_code, executed) == (130, [])
+        assert f"waiting for process {os.getpid()}, which is running in {lock.parent}" in done.output
         for name in ("tables", "show_tables", "_show_steps"):
             usual = getattr(pipeline, name)
             with monkeypatch.context() as patch:
