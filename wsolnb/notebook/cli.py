@@ -68,7 +68,7 @@ def reproduce(
         what = (profile, parameter or (), only or (), force, outputs, jobs, start or (), keep_going)
         summary = pipeline.reproduce(*what)
     except KeyboardInterrupt:
-        typer.echo("Interrupted before a notebook was run; nothing was changed.", err=True)
+        typer.echo("Interrupted; no notebook was running. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
