@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -364,9 +365,9 @@ def killed_in_the_middle(cluster, folder: Path, after: int):
     from distributed import Client
 
     with Client(cluster) as client:
-        processes = client.run(os.getpid)
         while len(list(folder.glob("results/*.json"))) < after:
             time.sleep(0.2)
+        processes = client.run(os.getpid)
         while True:
             for address, busy in client.processing().items():
                 made = [key.split("-")[1] for key in busy]
@@ -381,8 +382,12 @@ def on_a_cluster_that_loses_a_worker(folder: Path, workers: int, after: int):
     from distributed import LocalCluster
 
     killed = []
-    options = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": None}
-    with LocalCluster(n_workers=workers, **options) as cluster:
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, contextlib.ExitStack() as stack:
+        for _ in range(workers):
+            process = subprocess.Popen([*worker, cluster.scheduler_address], stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         thread = threading.Thread(target=lambda: killed.extend(killed_in_the_middle(cluster, folder, after)))
         thread.start()
         done = CliRunner().invoke(app, ["sweep", "pairs", "--scheduler", cluster.scheduler_address])
