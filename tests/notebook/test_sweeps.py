@@ -33,9 +33,9 @@ def score(method, lr, seed):
 """
 PARTS = """
     import time
-    from pathlib import Path
 
-    Path(run.folder / "started").touch()
+    with open(run.folder / "started", "a") as file:
+        print(seed, file=file)
     time.sleep(wait)
     rows = [
         {"method": m, "map": k, "gt_known": score(m + k, lr, seed), "pxap": lr * seed}
@@ -360,40 +360,45 @@ def test_the_job_script_asks_slurm_for_what_the_sweep_says(tmp_path, monkeypatch
 # A cluster
 
 
-def killed_in_the_middle(cluster, folder: Path, after: int):
-    """Kill with SIGKILL a worker of the cluster that makes a run, once `after` results are there; returns its runs."""
+def killed_in_the_middle(thread, cluster, folder: Path, after: int):
+    """Kill with SIGKILL a worker that makes a run, once `after` results are there; returns the runs that it had.
+
+    thread: of the sweep; nothing is killed where it has ended before.
+    """
     from distributed import Client
 
     with Client(cluster) as client:
-        while len(list(folder.glob("results/*.json"))) < after:
+        while thread.is_alive() and len(list(folder.glob("results/*.json"))) < after:
             time.sleep(0.2)
         processes = client.run(os.getpid)
-        while True:
+        while thread.is_alive():
             for address, busy in client.processing().items():
                 made = [key.split("-")[1] for key in busy]
-                if made and (folder / "runs" / made[0] / "mini" / "started").exists():
+                if any((folder / "runs" / run / "mini" / "started").exists() for run in made):
                     os.kill(processes[address], signal.SIGKILL)
                     return made
             time.sleep(0.1)
+    return []
 
 
 def on_a_cluster_that_loses_a_worker(folder: Path, workers: int, after: int):
-    """Make the sweep `pairs` on a local cluster, one worker of which is killed; returns what the thread has killed."""
+    """Make the sweep `pairs` on a local cluster, one worker of which is killed; returns its runs, and the output."""
     from distributed import LocalCluster
 
-    killed = []
+    done = []
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
     with LocalCluster(n_workers=0, dashboard_address=None) as cluster, contextlib.ExitStack() as stack:
         for _ in range(workers):
             process = subprocess.Popen([*worker, cluster.scheduler_address], stderr=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)
-        thread = threading.Thread(target=lambda: killed.extend(killed_in_the_middle(cluster, folder, after)))
+        arguments = ["sweep", "pairs", "--scheduler", cluster.scheduler_address]
+        thread = threading.Thread(target=lambda: done.append(CliRunner().invoke(app, arguments)))
         thread.start()
-        done = CliRunner().invoke(app, ["sweep", "pairs", "--scheduler", cluster.scheduler_address])
+        killed = killed_in_the_middle(thread, cluster, folder, after)
         thread.join()
-    assert done.exit_code == 0, done.output
-    return killed, done.output
+    assert done[0].exit_code == 0, done[0].output
+    return killed, done[0].output
 
 
 def check_table(folder: Path, sweep: dict):
@@ -415,7 +420,9 @@ def test_the_runs_of_a_lost_worker_are_made_again_and_nothing_counts_twice(repos
     folder = repository.root / "outputs/sweeps/pairs"
     killed, output = on_a_cluster_that_loses_a_worker(folder, workers=2, after=1)
     assert "All 4 runs are in the table" in output
-    assert len(killed) >= 1
+    starts = [path.read_text().split() for path in folder.glob("runs/*/mini/started")]
+    assert killed
+    assert sorted(map(len, starts)) == [1, 1, 1, 2]  # one was made again
     check_table(folder, sweep)
     assert len(list((folder / "results").iterdir())) == 4
 
@@ -427,7 +434,9 @@ def test_24_runs_on_three_workers_one_of_which_is_killed_equal_those_of_one_proc
     repository.yaml("sweeps/pairs", sweep)
     folder = repository.root / "outputs/sweeps/pairs"
     killed, output = on_a_cluster_that_loses_a_worker(folder, workers=3, after=8)
-    print(f"killed while it made {killed}\n{output}")
+    starts = [path.read_text().split() for path in folder.glob("runs/*/mini/started")]
+    print(f"killed while it made {killed}; {sum(map(len, starts))} notebooks were started\n{output}")
+    assert killed
     assert "All 24 runs are in the table" in output
     check_table(folder, sweep)
     assert len(list((folder / "results").iterdir())) == 24

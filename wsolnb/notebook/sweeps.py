@@ -406,6 +406,7 @@ def _executed(todo: list[Point], folder: Path, scheduler: str, workers: int, slu
         except (OSError, ValueError) as error:
             problem = f"the scheduler {scheduler or place.scheduler_address} cannot be reached: {error}"
             raise RunError(problem, "start one with `dask scheduler`, and give the address that it prints") from None
+        print(f"{len(client.nthreads())} workers at {client.scheduler.address}; later ones take part, too", flush=True)
         yield _as_completed(client, todo, folder)
 
 
