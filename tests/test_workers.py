@@ -77,7 +77,7 @@ def test_an_error_of_any_kind_names_the_image(tmp_path):
 
 
 def test_a_killed_worker_is_told(tmp_path):
-    with pytest.raises(RunError, match=r"killed; it worked on one of .*image 17(.|\n)*fewer workers"):
+    with pytest.raises(RunError, match=r"killed by SIGKILL; it worked on one of .*image 17(.|\n)*fewer workers"):
         list(workers.results(partial(square, tmp_path), named(1, 2, 3, 17), 2))
     assert not children()
 

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from wsolnb import files
-from wsolnb.errors import ParameterError, RunError
+from wsolnb.errors import DataError, ParameterError, RunError
 
 PACKAGE = __name__.partition(".")[0]
 LIBRARIES = (
@@ -629,7 +629,9 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text("utf-8"))
         whole = all(isinstance(record[name], kind) for name, kind in kinds.items())
         whole = whole and all(isinstance(record["key"][name], dict) for name in ("code", "versions", "data"))
-    except (OSError, ValueError, LookupError, TypeError):
+        for name in record["files"]:  # what is damaged is removed: a record of a stranger must not name other files
+            files.inside(path.parent, name, links=True)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, DataError):
         return {}
     return record if whole else {}
 

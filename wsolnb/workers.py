@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections import deque
@@ -77,9 +78,11 @@ def results(task: Callable[[Item], Result], named: Iterable[tuple[str, Item]], w
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(min(processes, len(first)), context, _start, (sent,))
     waiting: deque[tuple[str, Future]] = deque()
+    started: dict[int, Any] = {}
     try:
         for name, item in named:
             waiting.append((name, pool.submit(_work, name, item)))
+            started = pool._processes or started  # the pool forgets them when it breaks
             if len(waiting) == AHEAD * processes:
                 yield waiting[0][1].result()
                 waiting.popleft()
@@ -87,8 +90,16 @@ def results(task: Callable[[Item], Result], named: Iterable[tuple[str, Item]], w
             yield future.result()
     except BrokenProcessPool as error:
         lost = [name for name, future in waiting if not future.done() or future.exception()]
-        remedy = "use fewer workers: it has most often run out of memory; a script needs `if __name__ == '__main__':`"
-        raise RunError(f"a worker process was killed; it worked on one of {', '.join(lost)}", remedy) from error
+        pool.shutdown(cancel_futures=True)  # all have ended then, those by SIGTERM whom the pool has ended
+        codes = [process.exitcode or 0 for process in started.values()]
+        code = next((code for code in codes if code not in (0, -signal.SIGTERM)), 0)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        remedy = "run again with `workers=1`, which shows what is wrong"
+        if code == -signal.SIGKILL:
+            remedy = "use fewer workers: what the system kills has most often run out of memory"
+        elif code > 0:
+            remedy += "; a script needs `if __name__ == '__main__':`"
+        raise RunError(f"a worker process {how}; it worked on one of {', '.join(lost)}", remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -82,7 +82,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(store, image_id):
         lambda: store.write_maps(ClassMaps(image_id, (), np.zeros((0, 2, 2)))),
         lambda: store.read_maps(image_id),
     ):
-        with pytest.raises(ParameterError, match="leads out"):
+        with pytest.raises(DataError, match="leads out"):
             use()
 
 

@@ -301,7 +301,7 @@ def test_an_unreadable_image_in_the_middle(kind, tmp_path):
     config = LPCAMConfig(clusters=2, **ONE)
     with pytest.raises(DataError, match="im_2"):
         list(seeds.all_seed_maps(source, ("cam",), config))
-    with pytest.warns(UserWarning, match="left out im_2: cannot"):
+    with pytest.warns(UserWarning, match="left out im_2: .*im_2.npz cannot be read"):
         found = list(seeds.all_seed_maps(source, ("cam",), config, unreadable="skip"))
     assert [f["cam"].image_id for f in found] == ["im_0", "im_1", "im_3"]
     with pytest.warns(UserWarning, match="left out im_2"):
@@ -323,7 +323,7 @@ def test_a_dump_gives_what_the_network_gave(tmp_path):
         next(dump.images(scales=(3.0,)))
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "images"}))
-    with pytest.raises(DataError, match="no feature dump: 'images'"):
+    with pytest.raises(DataError, match="no feature dump: KeyError: 'images'"):
         seeds.FeatureDump(tmp_path)
     with pytest.raises(DataError, match="nowhere"):
         seeds.FeatureDump(tmp_path / "nowhere")

@@ -90,8 +90,9 @@ def test_the_exit_code_tells_how_it_ended(repository, monkeypatch, complete, int
 
     monkeypatch.setattr(pipeline, "reproduce", reproduce)
     arguments = ["reproduce", "-p", "a=1", "-p", "b=2", "--only", "01_data", "--force", "--outputs", "x", "-j", "2"]
+    arguments += ["--from", "02_metrics", "--stop-at-failure"]
     assert wsolnb(*arguments).exit_code == code
-    assert calls == [("mini", ["a=1", "b=2"], ["01_data"], True, "x", 2)]
+    assert calls == [("mini", ["a=1", "b=2"], ["01_data"], True, "x", 2, ["02_metrics"], False)]
 
 
 def test_metrics_are_printed_again(repository):

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from wsolnb.errors import ParameterError
 from wsolnb.notebook import pipeline, runs
 
 sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
-from sample import Repository
+import faulted_runs
+from sample import PARAMETERS, Repository
 
 SAVE = 'run.save_metrics({"table": [{"method": "cam", "gt_known": 0.5, "epochs": epochs}]})'
 
@@ -355,7 +357,7 @@ def test_files_that_are_not_as_they_were_left_are_made_again(repository, execute
     assert pipeline.reproduce("mini", only=["03_cam"])["complete"]
     assert executed.take() == ["03_cam"]
     told = capsys.readouterr().out
-    assert (f"; again: {name} {reason}" in told) if reason else ("again" not in told)
+    assert f"; again: {f'{name} {reason}' if reason else 'the record of its last run is damaged'}" in told
     assert json.loads((folder / "summary.json").read_text())["tables"]["03_cam"] == [{"epochs": 3}]
     pipeline.reproduce("mini", only=["03_cam"])
     assert executed.take() == []
@@ -419,6 +421,330 @@ def test_the_table_shows_gaps_and_damage_is_named(repository, capsys):
     assert "01_data.json is damaged" in told.err
 
 
+def test_from_a_step_on_all_that_depends_on_it_runs_again(repository, executed):
+    pipeline.reproduce("mini")
+    executed.take()
+    summary = pipeline.reproduce("mini", start=["04_table"])
+    assert executed.take() == ["04_table", "90_leaderboard"]
+    assert status(summary)["03_cam"] == "up to date"
+    assert "02_metrics" not in status(summary)
+    (repository.root / "outputs/mini/metrics/01_data.json").unlink()
+    pipeline.reproduce("mini", start=["notebooks/03_cam.ipynb"])
+    assert executed.take() == ["01_data", "03_cam", "04_table", "90_leaderboard"]
+    pipeline.reproduce("mini", start=["90_leaderboard"], force=True)
+    assert executed.take() == ["90_leaderboard"]
+    with pytest.raises(ParameterError, match=r"'04_tabel' is no step .*did you mean '04_table'"):
+        pipeline.reproduce("mini", start=["04_tabel"])
+
+
+def test_after_a_failure_the_rest_goes_on_or_does_not(repository, executed, capsys):
+    executed.failing = ("02_metrics",)  # nothing needs it
+    summary = pipeline.reproduce("mini", keep_going=False)
+    assert executed.take() == ["02_metrics"]
+    assert set(status(summary).values()) == {"failed", "not run"}
+    assert not summary["complete"]
+    told = capsys.readouterr().out
+    assert "1 failed, 4 not run." in told
+    executed.failing = ("02_metrics", "03_cam")
+    summary = pipeline.reproduce("mini")
+    assert executed.take() == ["02_metrics", "01_data", "03_cam"]
+    assert [step.get("lacks") for step in summary["steps"]] == [None, None, None, ["03_cam"], ["03_cam", "04_table"]]
+    told = capsys.readouterr().out
+    end = told[told.index("\nnotebook ") :]
+    assert "2 failed, 1 done, 2 not run." in end
+    assert "not run: it needs 03_cam, 04_table" in end
+    place = repository.root / "outputs/mini/notebooks/03_cam.ipynb"
+    assert f"  03_cam: broken\n    {place}\nFailed: 02_metrics, 03_cam. The same command" in end
+
+
+# What goes wrong around a run
+
+
+def test_a_run_folder_can_be_moved(repository, executed):
+    pipeline.reproduce("mini")
+    executed.take()
+    before = json.loads((repository.root / "outputs/mini/summary.json").read_text())["tables"]
+    (repository.root / "outputs").rename(repository.root / "elsewhere")
+    summary = pipeline.reproduce("mini", outputs="elsewhere")
+    assert executed.take() == []
+    assert summary["tables"] == before
+    assert not any(pipeline.status("mini", outputs="elsewhere")[0].values())
+    assert not (repository.root / "outputs").exists()
+
+
+@pytest.mark.parametrize("place", ["outputs", "outputs/mini", "outputs/mini/metrics"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(repository, executed, place, monkeypatch):
+    path = repository.root / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a file: permissions would not keep root out
+    with pytest.raises((pipeline.preflight.Missing, runs.RunError), match="--outputs DIR"):
+        pipeline.reproduce("mini")
+    path.unlink()
+    path.mkdir()
+    refused = os.access
+    monkeypatch.setattr(os, "access", lambda name, mode: Path(name) != path and refused(name, mode))
+    with pytest.raises((pipeline.preflight.Missing, runs.RunError), match=r"cannot be written\n[^\0]*--outputs DIR"):
+        pipeline.reproduce("mini")
+    assert executed == []
+
+
+def of_another_version(record, case):
+    match case:
+        case "fields":
+            return {"version": 2, **{name: value for name, value in record.items() if name != "files"}}
+        case "key":
+            return record | {"key": {name: value for name, value in record["key"].items() if name != "parameters"}}
+        case "types":
+            return record | {"key": record["key"] | {"parameters": None, "needs": [1]}}
+        case "list":
+            return [record]
+
+
+@pytest.mark.parametrize("case", ["fields", "key", "types", "list"])
+def test_a_record_of_another_version_makes_a_step_run_again(repository, executed, capsys, case):
+    pipeline.reproduce("mini", only=["03_cam"])
+    executed.take()
+    path = repository.root / "outputs/mini/notebooks/01_data.json"
+    path.write_text(json.dumps(of_another_version(json.loads(path.read_text()), case)))
+    assert pipeline.status("mini")[0]["01_data"].startswith("the record of its last run is damaged, or of another")
+    assert pipeline.reproduce("mini", only=["03_cam"])["complete"]
+    assert executed.take() == ["01_data", "03_cam"]
+    assert "; again: the record of its last run is damaged, or of another version" in capsys.readouterr().out
+
+
+def test_a_damaged_file_costs_no_more_than_its_step(repository, executed):
+    draw = random.Random(0)
+    whole = pipeline.reproduce("mini", only=["03_cam"])
+    folder = repository.root / "outputs/mini"
+    for _ in range(12):
+        path = folder / draw.choice(["metrics/03_cam.json", "notebooks/03_cam.json", "notebooks/03_cam.ipynb"])
+        content = bytearray(path.read_bytes())
+        where = draw.randrange(len(content))
+        content[where] ^= 1 << draw.randrange(8)
+        path.write_bytes(content if draw.random() < 0.5 else content[:where])
+        executed.take()
+        summary = pipeline.reproduce("mini", only=["03_cam"])
+        assert summary["complete"]
+        assert summary["tables"] == whole["tables"]
+        assert executed in ([], ["03_cam"])
+
+
+WEIRD = [
+    "5", "[]", "null", '"a"', '{"table": 5}', '{"table": "a"}', '{"table": [1, {"a": 2}]}', '{"table": {"a": 1}}',
+    "[" * 200_000,
+    '{"table": [{"a": "\\ud83d"}]}', '{"table": [[[1], 2]]}', '{"table": true}', '{"table": [{"a": {"b": [null]}}]}',
+]  # fmt: skip
+
+
+def test_no_content_of_a_metrics_file_stops_the_summary(repository, executed, capsys):
+    folder = repository.root / "outputs/mini/metrics"
+    (folder / "60_folder.json").mkdir(parents=True)
+    for number, text in enumerate(WEIRD):
+        (folder / f"{70 + number}_other.json").write_text(text)
+    summary = pipeline.reproduce("mini", only=["01_data"])
+    assert summary["complete"]
+    assert summary["tables"]["01_data"] == [{"epochs": 2}]
+    assert json.loads((folder.parent / "summary.json").read_text()) == json.loads(files.to_json(summary))
+    assert capsys.readouterr().err.count("is damaged and left out") >= 9
+
+
+@pytest.mark.parametrize("years", [-10, 10])
+def test_no_clock_decides_what_is_up_to_date(repository, executed, monkeypatch, years):
+    pipeline.reproduce("mini")
+    executed.take()
+    real, shift = time.time, years * 3.2e7
+    monkeypatch.setattr(time, "time", lambda: real() + shift)
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (real() + shift)))
+    monkeypatch.setattr(runs, "now", lambda: f"{2026 + years}-01-01T00:00:00+00:00")
+    for path in (repository.root / "outputs").rglob("*"):
+        os.utime(path, (real() - shift, real() - shift))
+    assert pipeline.reproduce("mini")["complete"]
+    assert executed == []
+    path = repository.root / "outputs/mini/metrics/03_cam.json"
+    before = path.stat()
+    path.write_text(path.read_text().replace("3", "4", 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and time as before
+    summary = pipeline.reproduce("mini", only=["03_cam"])
+    assert executed == ["03_cam"]
+    assert all(step["seconds"] >= 0 for step in summary["steps"])
+
+
+def test_what_cannot_be_written_at_the_end_is_still_told(repository, executed, capsys, monkeypatch):
+    def full(path, content):
+        if Path(path).name == "summary.json":
+            raise runs.RunError(f"{path} cannot be written: No space left on device")
+        return files.write_atomically(path, content)
+
+    monkeypatch.setattr(pipeline, "write_atomically", full)
+    with pytest.raises(runs.RunError, match="No space left"):
+        pipeline.reproduce("mini", only=["01_data"])
+    told = capsys.readouterr().out
+    assert "\n epochs\n      2\n" in told
+    assert "1 done." in told
+
+
+# Notebooks at once
+
+
+@pytest.fixture
+def crowded(repository, monkeypatch):
+    """Three notebooks that train and two that do not; returns what ran together, and on which GPU, for some GPUs."""
+    names = ["03_cam_and_tscam", "11_scm_training", "20_lpcam_classifier", "01_data", "02_metrics"]
+    for name in names:
+        repository.notebook(name, parameters=f"{PARAMETERS}\ndevice: str = 'auto'  # where")
+    repository.pipeline(*map(step, names))
+    monkeypatch.setattr(runs, "cores", lambda: 8)
+
+    def run(gpus, device="auto", jobs=5):
+        together, found, lock = set(), [], threading.Lock()
+
+        def execute(_, source, output, parameters, progress, environment=None):
+            with lock:
+                together.add(source.stem)
+                found.append((frozenset(together), source.stem, (environment or {}).get("CUDA_VISIBLE_DEVICES")))
+            time.sleep(0.15)
+            with lock:
+                found.append((frozenset(together), source.stem, (environment or {}).get("CUDA_VISIBLE_DEVICES")))
+                together.discard(source.stem)
+            output.write_text("{}")
+            runs.start(source.stem, parameters).save_metrics({})
+
+        monkeypatch.setattr(pipeline._Workers, "execute", execute)
+        monkeypatch.setattr(pipeline.preflight, "gpus", lambda: gpus)
+        assert pipeline.reproduce("mini", [f"device={device}"], force=True, jobs=jobs)["complete"]
+        heavy = max(sum(name in names[:3] for name in group) for group, *_ in found)
+        return heavy, max(len(group) for group, *_ in found), {name: gpu for _, name, gpu in found}
+
+    return run
+
+
+def test_a_gpu_has_one_notebook_that_trains_at_a_time(crowded):
+    heavy, most, on = crowded(["0"])
+    assert heavy == 1
+    assert most > 1, "others run beside it"
+    assert set(on.values()) == {None}
+    heavy, most, on = crowded(["3", "GPU-5"])
+    assert heavy == 2
+    assert {on["03_cam_and_tscam"], on["11_scm_training"]} == {"3", "GPU-5"}
+    assert on["20_lpcam_classifier"] in ("3", "GPU-5")
+    assert on["01_data"] is None
+    for gpus, device in (([], "auto"), (["0"], "cpu")):
+        assert crowded(gpus, device)[0] > 1, "cores are shared out, and enough of them"
+
+
+def test_gpus_are_those_that_can_be_seen(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pipeline.preflight.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-a")
+    assert pipeline.preflight.gpus() == ["4", "GPU-a"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pipeline.preflight.gpus() == []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pipeline.preflight.gpus() == ["mps"]
+
+
+def test_cores_are_shared_out(repository, executed, monkeypatch, capsys):
+    for name in pipeline._THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runs, "cores", lambda: 8)
+    assert pipeline._shares(1) == {}
+    assert set(pipeline._shares(3).values()) == {"2"}
+    assert set(pipeline._shares(9).values()) == {"1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "16")
+    shares = pipeline._shares(2)
+    assert (shares["OMP_NUM_THREADS"], shares["NUMBA_NUM_THREADS"], shares["LOKY_MAX_CPU_COUNT"]) == ("1", "4", "4")
+    code = "import cv2, joblib, os; print(cv2.getNumThreads(), joblib.cpu_count())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **pipeline._shares(8)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["1", "1"]
+    monkeypatch.setattr(runs, "cores", lambda: 2)
+    pipeline.reproduce("mini", jobs=7)
+    told = capsys.readouterr().out
+    assert "note: 7 notebooks at once would share 2 cores; 2 run at once" in told
+    assert "5 notebooks, 2 at once" in told
+
+
+# Ctrl-C, wherever it comes
+
+
+def send_interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def listening():
+    """Handle SIGINT as Python does, also in a test run that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_before_or_behind_the_notebooks(repository, executed, monkeypatch, capsys):
+    from typer.testing import CliRunner
+
+    from wsolnb.notebook.cli import app
+
+    with listening():
+        for name in ("plan", "missing"):
+            with monkeypatch.context() as patch:
+                patch.setattr(pipeline, name, lambda *_: send_interrupt())
+                done = CliRunner().invoke(app, ["reproduce"])
+                assert (done.exit_code, executed) == (130, [])
+                assert "Interrupted before a notebook was run; nothing was changed." in done.output
+                assert not (repository.root / "outputs").exists()
+        for name in ("tables", "show_tables", "_show_steps"):
+            usual = getattr(pipeline, name)
+            with monkeypatch.context() as patch:
+                patch.setattr(pipeline, name, lambda *a, usual=usual: (send_interrupt(), usual(*a))[1])
+                summary = pipeline.reproduce("mini")
+                assert summary["complete"], "it came when nothing was left to be stopped"
+                assert json.loads((repository.root / "outputs/mini/summary.json").read_text()) == summary
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_second_interruption_ends_what_hangs_while_the_tables_are_written(repository):
+    code = """
+    import signal, time
+    from wsolnb.notebook import pipeline, runs
+
+    def execute(_, source, output, parameters, progress):
+        output.write_text("{}")
+        runs.start(source.stem, parameters).save_metrics({})
+
+    def hang(folder):
+        print("hanging", flush=True)
+        time.sleep(100)
+        time.sleep(100)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pipeline._Workers.execute, pipeline.tables = execute, hang
+    from wsolnb.notebook.cli import app
+    app(["reproduce"])
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    while "hanging" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(pipeline._AGAIN + 0.2)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped at once. What is finished is kept; the same command goes on" in told
+    assert not any(pipeline.status("mini")[0].values())
+
+
 # Notebooks that do run
 
 
@@ -451,8 +777,9 @@ def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, cap
 
     assert status(summary) == {"01_data": "done", "02_metrics": "failed", "03_cam": "failed"}
     out = capsys.readouterr().out
-    assert "02_metrics, cell 6 of 6: DeadKernelError" in out
-    assert "03_cam, cell In [5] `# reads one too many`: IndexError: list index out of range" in out
+    assert "02_metrics, cell 6 of 6 `os._exit(9)`: DeadKernelError" in out
+    assert "03_cam, cell In [5], line 2 `values[seed]`: IndexError: list index out of range" in out
+    assert out.count(str(folder / "notebooks" / "03_cam.ipynb")) == 2, "where it failed, and at the end"
     partial = json.loads((folder / "notebooks" / "03_cam.ipynb").read_text())
     assert any("IndexError" in str(cell.get("outputs")) for cell in partial["cells"])
     assert Path.cwd() == repository.root
@@ -460,7 +787,9 @@ def test_notebooks_run_in_this_interpreter_with_their_parameters(repository, cap
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, capsys):
+def test_notebooks_run_side_by_side_in_the_order_of_their_needs(repository, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "cores", lambda: 2)
+
     def meets(own, other):
         return f"""
         place = runs.resolve(run_folder)
@@ -522,7 +851,7 @@ def test_an_interruption_keeps_what_is_done(repository, jobs, number):
     process = start(repository, "--jobs", jobs)
     until((folder / "started").exists)
     process.send_signal(getattr(signal, number))
-    process.send_signal(signal.SIGINT)  # a second one changes nothing
+    process.send_signal(signal.SIGINT)  # one that follows at once is no second one
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "Interrupted. What is finished is kept" in out
@@ -545,6 +874,7 @@ def of_run(mark):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.skipif(runs.cores() < 2, reason="on one core one notebook runs at once")
 @pytest.mark.parametrize(("number", "count"), [("SIGHUP", 1), ("SIGTERM", 1), ("SIGKILL", 2)])
 def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, count):
     names = ["01_data", "02_metrics"][:count]
@@ -573,6 +903,21 @@ def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, 
     again = pipeline.reproduce("mini", ["seed=1"], jobs=2)
     assert status(again) == {name: "up to date" for name in names}
     assert again["tables"] == summary["tables"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["kernel", "twice"])
+def test_after_a_fault_the_same_command_goes_on(tmp_path, name):
+    template = faulted_runs.build(tmp_path / "template")
+    attempt = faulted_runs.Faults(random.Random(1), seconds=1.0)
+    expected = [[{"images": 7}], [{"last": 0}], ""]
+    numbers = [1]
+    while len(numbers) <= faulted_runs.EPOCHS:
+        numbers.append(numbers[-1] * 7919 % 1000003)
+    expected[1][0]["last"], expected[2] = numbers[-1], " ".join(map(str, numbers))
+    outcome = faulted_runs.attempt(name, template, attempt, expected, tmp_path / "world")
+    assert outcome == (True, True, True)
 
 
 @pytest.mark.slow

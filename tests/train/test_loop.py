@@ -15,6 +15,7 @@ from torch import nn
 
 from wsolnb.data.loading import EpochLoader, EpochSampler
 from wsolnb.errors import ParameterError, TrainingError
+from wsolnb.files import MACHINE
 from wsolnb.methods.base import LocalizationModel, classification_loss
 from wsolnb.methods.cam import CAMOutput
 from wsolnb.train import loop
@@ -369,7 +370,7 @@ def test_a_loader_without_a_batch_is_named_before_anything_is_written(tmp_path, 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for name in ("last.safetensors", "best.safetensors", "history.csv", "state.pt"):
-        (tmp_path / f".{name}-{ended.stdout.strip()}-{'0' * 32}").write_bytes(b"half")
+        (tmp_path / f".{name}-{ended.stdout.strip()}-{MACHINE}{'0' * 20}").write_bytes(b"half")
     (tmp_path / ".lock").write_text("somebody else's")
     fit(tmp_path, evaluate=None)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "history.csv", "last.safetensors"]

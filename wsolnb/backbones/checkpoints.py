@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_archive(path)
     except Exception as error:
         refused = re.search(r"[Uu]nsupported (?:global|class|operand|GLOBAL)\W+(?:GLOBAL )?([\w.]+)", str(error))
         told = f"{type(error).__name__} {str(error).partition(chr(10))[0]}"
@@ -127,6 +128,20 @@ def _read(path: Path) -> Any:
             if "." not in refused[1] or "is blocked" in str(error):  # such as eval, os.system
                 remedy = "do not load this file in any way: no checkpoint needs such an object"
         raise WeightsError(f"cannot read weights from {path}: {told}", remedy) from error
+
+
+def load_archive(path: Path) -> Any:
+    """Return what `torch.save` has written, tensors and plain values, on the CPU, without running code.
+
+    An archive's checksums are compared, which torch leaves out: a changed bit would be a changed weight. Raises what
+    zip and torch raise, ValueError for a checksum that differs.
+    """
+    if zipfile.is_zipfile(path):  # torch's format since version 1.6
+        with zipfile.ZipFile(path) as archive:
+            summed = any(info.CRC for info in archive.infolist())  # who writes the file may leave them out
+            if summed and (damaged := archive.testzip()):
+                raise ValueError(f"{damaged} in it differs from its checksum, the file is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _tensors(content: Any, before: str = "") -> Iterator[tuple[str, Tensor]]:

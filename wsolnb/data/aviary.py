@@ -504,6 +504,7 @@ def load(config: AviaryConfig, split: str, cache: str | Path) -> LocalizationDat
     root = ensure(config, cache)
     dataset = CUB(root, split) if config.variant == "single" else VOC(root, split)
     dataset.name = "aviary"
+    dataset.remedy = f"run again: what is damaged in {root} is found at the start, and rendered anew"
     return dataset
 
 

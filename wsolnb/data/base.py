@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import math
 import struct
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample
 from wsolnb.errors import DataError, ParameterError, check_choice
+from wsolnb.files import inside
 
 Columns = Mapping[str, Callable[[str], Any]]
 """Name and converter of each column of a table."""
@@ -175,7 +177,9 @@ class FolderDataset(LocalizationDataset):
         Among private attributes only numbers and text count. All others are assumed to be read from the files.
         """
         plain = (bool, int, float, str)
-        named = {n: v for n, v in vars(self).items() if n != "root" and (n[0] != "_" or isinstance(v, plain))}
+        named = {
+            n: v for n, v in vars(self).items() if n not in ("root", "remedy") and (n[0] != "_" or isinstance(v, plain))
+        }
         described = {name: reading.describe(value, f"{self.name}.{name}") for name, value in named.items()}
         return {**described, "files": [reading.files(path) for path in self.sources()]}
 
@@ -207,6 +211,13 @@ class FolderDataset(LocalizationDataset):
         if self.split in ("train", "val"):
             return hold_out(labels, fraction, seed)[self.split == "val"]
         return range(len(labels))
+
+    def listed(self, folder: Path, name: str, suffix: str = "") -> Path:
+        """Return the file below `folder` that a list of the data set names; DataError for a name that leads out of it.
+
+        Folders may be linked from elsewhere.
+        """
+        return inside(folder, name, suffix, links=True)
 
     def require(self, path: Path) -> Path:
         """Return `path` if it exists, else raise DataError naming it."""
@@ -340,10 +351,17 @@ def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np
     if not path.exists():
         raise DataError(f"missing: {path}{_other_ending(path)}", remedy)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             return np.array(convert(image))
     except _DECODING_ERRORS as error:
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Return the formats that Pillow reads by itself: PostScript it hands to another program, which runs it."""
+    Image.init()
+    return sorted(set(Image.OPEN) - {"EPS"})
 
 
 def _other_ending(path: Path) -> str:

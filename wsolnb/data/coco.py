@@ -95,7 +95,7 @@ class COCO(FolderDataset):
     def _read(self) -> dict[str, list[dict]]:
         try:
             content = json.loads(self._file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self.problem(f"cannot read {self._file}: {error}") from error
         for name in ("images", "annotations", "categories"):
             if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -120,7 +120,7 @@ class COCO(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        return self._images / self._names[index]
+        return self.listed(self._images, self._names[index])
 
     def stated(self, index: int) -> Stated | None:
         """Return the size that the annotations give for image `index`."""

@@ -93,15 +93,15 @@ class CUB(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        return self.root / "images" / self.image_ids[index]
+        return self.listed(self.root / "images", self.image_ids[index])
 
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the box, and the mask and parts where their folders exist."""
         sample.boxes = self._boxes[index : index + 1].copy()
         sample.box_labels = np.array(self.labels[index])
-        picture = Path(sample.image_id).with_suffix(".png")
+        picture = Path(sample.image_id).with_suffix(".png").as_posix()
         if self._has_masks:
-            soft = read_mask(self.root / "segmentations" / picture, REMEDY, sample.size)
+            soft = read_mask(self.listed(self.root / "segmentations", picture), self.remedy, sample.size)
             sample.mask = (soft > 127).astype(np.uint8)
         if self._has_parts:
-            sample.parts = self.label_map(self.root / "part_maps" / picture, sample.size)
+            sample.parts = self.label_map(self.listed(self.root / "part_maps", picture), sample.size)

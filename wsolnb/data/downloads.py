@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.readers import open_dataset
 from wsolnb.errors import DataError, check_choice
+from wsolnb.files import inside
 
 TIMEOUT = 30
 """Seconds that a server may be silent."""
@@ -182,7 +183,8 @@ def download(name: str, root: Path, say: Callable[[str], None] = print) -> Path:
                 if not source.by_hand:
                     archive.unlink()
     except OSError as error:
-        raise DataError(f"cannot write to {root}: {error}", "free space there, or choose another --root") from error
+        remedy = f"free space there, or choose another --root; the next call goes on from what {store} holds"
+        raise DataError(f"cannot write to {root}: {error}", remedy) from error
     say(f"{target} is there")
     return target
 
@@ -266,7 +268,7 @@ def _transfer(source: Source, store: Path, part: Path, say: Callable[[str], None
     best = failures = 0
     while True:
         try:
-            with part.open("ab") as file:
+            with _named(part), part.open("ab") as file:
                 _request(source, store, file)
             return
         except requests.RequestException as error:
@@ -337,9 +339,10 @@ def unpack(archive: Path, folder: Path, take: Mapping[str, str]) -> None:
             if stream is None:
                 raise DataError(f"{archive} has the member {name!r}, which is a link or a device", remedy)
             lacking.discard(part)
-            place = folder / take[part] / path.relative_to(part)
+            below = path.relative_to(part).as_posix()  # `.` where the part is a file
+            place = folder / take[part] if below == "." else inside(folder / take[part], below, links=True)
             place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("wb") as file:
+            with place.open("wb") as file, _named(place):
                 shutil.copyfileobj(stream, file)
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         archive.unlink()
@@ -347,6 +350,16 @@ def unpack(archive: Path, folder: Path, take: Mapping[str, str]) -> None:
         raise DataError(problem, "run the command again: it fetches the file anew") from error
     if lacking:
         raise DataError(f"{archive} lacks {', '.join(map(repr, sorted(lacking)))}", remedy)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file, which it does not where a write fails."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 _Members = Iterator[tuple[str, IO[bytes] | None]]

@@ -129,7 +129,7 @@ class MetadataFolder(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        return self.root / self.image_ids[index]
+        return self.listed(self.root, self.image_ids[index])
 
     def read(self, index: int, truth: bool = True) -> Sample:
         """Read sample `index`; where it has mask files, at the size `square`."""
@@ -158,8 +158,8 @@ class MetadataFolder(FolderDataset):
         """Return where any of the mask files is not zero, (H, W) bool at the size of the image, or at `square`."""
         union = np.zeros((self.square, self.square) if self.square else size, bool)
         for name in filter(None, files):
-            path = self.root / name
-            values = read_mask(path, REMEDY)
+            path = self.listed(self.root, name)
+            values = read_mask(path, self.remedy)
             stretch = (values.shape[1] / size[1]) / (values.shape[0] / size[0])
             if abs(stretch - 1) > 0.02:
                 shapes = f"{values.shape[1]}x{values.shape[0]}, its image {size[1]}x{size[0]}"

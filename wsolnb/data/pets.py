@@ -64,11 +64,11 @@ class OxfordPets(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        return self.root / "images" / f"{self.image_ids[index]}.jpg"
+        return self.listed(self.root / "images", self.image_ids[index], ".jpg")
 
     def annotate(self, index: int, sample: Sample) -> None:
         """Add mask and box from the trimap."""
-        path = self.root / "annotations" / "trimaps" / f"{sample.image_id}.png"
+        path = self.listed(self.root / "annotations" / "trimaps", sample.image_id, ".png")
         trimap = self.label_map(path, sample.size, (FOREGROUND, BACKGROUND, BORDER))
         mask_value = np.zeros(BORDER + 1, np.uint8)
         mask_value[[FOREGROUND, BORDER]] = 1, IGNORE

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from wsolnb import keys
-from wsolnb.errors import DataError
+from wsolnb.errors import DataError, RunError
+from wsolnb.files import sweep, temporary_of
 
 SEAL = ".tree"
 """The hidden file that holds the fingerprint of a folder as it was rendered."""
@@ -45,17 +45,21 @@ def ensure_rendered(target: Path, write: Callable[[Path], None], what: str) -> P
     """
     if is_whole(target):
         return target
+    remedy = "free space there and run again, or choose another cache folder"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        sweep(target.parent)  # what a killed rendering has left
+        temporary = temporary_of(target)
+        temporary.mkdir()
         try:
             write(temporary)
             (temporary / SEAL).write_text(keys.tree(temporary))
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    except RunError as error:
+        raise DataError(f"cannot write {what}: {error.problem}", remedy) from error
     except OSError as error:
         if not target.is_dir():  # else: another process has finished the same one first
-            problem = f"cannot write {what} to {target.parent}: {error}"
-            raise DataError(problem, "free space there and run again, or choose another cache folder") from error
+            raise DataError(f"cannot write {what} to {target.parent}: {error}", remedy) from error
     return target

@@ -17,8 +17,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,9 +28,11 @@ from wsolnb.data.base import Derived, LocalizationDataset
 from wsolnb.data.sample import IGNORE, Sample
 from wsolnb.data.transforms import resize_map
 from wsolnb.errors import DataError, ParameterError
-from wsolnb.files import write_atomically
+from wsolnb.files import inside, write_atomically
 
 REMEDY = "make it again: the stage that wrote it keeps what is whole in the folder"
+MOST = 2**31
+"""Bytes that an image's arrays may unpack to: a few kilobytes of a file could fill the memory otherwise."""
 
 
 class ClassMaps(NamedTuple):
@@ -57,11 +59,8 @@ class Store:
         return reading.describe(self.folder, "store")
 
     def path(self, image_id: str, suffix: str) -> Path:
-        """Return the file of an image; ParameterError for a name that leads out of the folder."""
-        name = PurePosixPath(image_id)
-        if name.is_absolute() or ".." in name.parts:
-            raise ParameterError(f"the image id {image_id!r} leads out of {self.folder}", "rename the image")
-        return self.folder / f"{image_id}{suffix}"
+        """Return the file of an image; DataError for a name that leads out of the folder (`files.inside`)."""
+        return inside(self.folder, image_id, suffix)
 
     def write_mask(self, image_id: str, mask: np.ndarray, **facts: str) -> None:
         """Store the mask of an image, with facts about it.
@@ -76,7 +75,7 @@ class Store:
         picture = Image.fromarray(mask.astype(np.uint8) * (255 if mask.dtype == bool else 1))
         file = io.BytesIO()
         (picture.convert("1") if mask.dtype == bool else picture).save(file, "png", pnginfo=text)
-        write_atomically(self.path(image_id, ".png"), file.getvalue())
+        write_atomically(self.path(image_id, ".png"), file.getvalue(), lasting=False)
 
     def read_mask(self, image_id: str) -> tuple[np.ndarray, dict[str, str]]:
         """Return the mask of an image and the facts about it.
@@ -85,7 +84,7 @@ class Store:
         """
         path = self.path(image_id, ".png")
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 image.load()
                 facts, mask = dict(getattr(image, "text", {})), np.array(image)
         except Exception as error:  # Pillow reports damage through many types
@@ -101,14 +100,14 @@ class Store:
         """Store the maps of an image."""
         file = io.BytesIO()
         np.savez_compressed(file, maps=found.maps.astype(np.float16), classes=np.array(found.classes, np.int64))
-        write_atomically(self.path(found.image_id, ".npz"), file.getvalue())
+        write_atomically(self.path(found.image_id, ".npz"), file.getvalue(), lasting=False)
 
     def read_maps(self, image_id: str) -> ClassMaps:
         """Return the maps of an image; DataError when they are missing or damaged."""
         path = self.path(image_id, ".npz")
+        classes, maps = read_arrays(path, ("classes", "maps"), REMEDY)
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                found = ClassMaps(image_id, tuple(stored["classes"].tolist()), stored["maps"].astype(np.float32))
+            found = ClassMaps(image_id, tuple(classes.tolist()), maps.astype(np.float32))
             if found.maps.ndim != 3 or len(found.maps) != len(found.classes):
                 raise ValueError(f"maps of shape {found.maps.shape} for {len(found.classes)} classes")
             if len(set(found.classes)) < len(found.classes):
@@ -116,19 +115,19 @@ class Store:
             if found.maps.size and not 0 <= found.maps.min() <= found.maps.max() <= 1:  # false for NaN
                 raise ValueError(f"values from {found.maps.min():g} to {found.maps.max():g}, not in [0, 1]")
             return found
-        except Exception as error:  # zip and NumPy report damage through many types
-            raise DataError(f"the maps {path} cannot be read: {type(error).__name__}: {error}", REMEDY) from error
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the maps {path} cannot be read: {error}", REMEDY) from error
 
     def all_maps(self, image_ids: Iterable[str]) -> Iterator[ClassMaps]:
         """Yield the maps of some images, one at a time."""
         return map(self.read_maps, image_ids)
 
-    def to_do(self, image_ids: Sequence[str]) -> list[int]:
-        """Return the positions of images whose mask is missing or damaged; every file is read."""
-        left = []
+    def to_do(self, image_ids: Sequence[str], kind: Literal["mask", "maps"] = "mask") -> list[int]:
+        """Return the positions of images whose mask is missing or damaged, or whose maps are; every file is read."""
+        read, left = self.read_mask if kind == "mask" else self.read_maps, []
         for index, image_id in enumerate(image_ids):
             try:
-                self.read_mask(image_id)
+                read(image_id)
             except DataError:
                 left.append(index)
         return left
@@ -136,6 +135,22 @@ class Store:
     def count(self, image_ids: Iterable[str], fact: str) -> Counter[str]:
         """Count the masks of some images by a fact; masks without it count under an empty text."""
         return Counter(self.read_mask(image_id)[1].get(fact, "") for image_id in image_ids)
+
+
+def read_arrays(path: Path, names: Sequence[str], remedy: str) -> list[np.ndarray]:
+    """Return arrays of an `.npz` file by name; nothing in it can run code.
+
+    Raises DataError, with the remedy, when the file is missing or damaged, lacks an array, or unpacks to more than
+    `MOST` bytes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            size = sum(info.file_size for info in stored.zip.infolist())
+            if size > MOST:
+                raise ValueError(f"it unpacks to {size / 2**30:.1f} GiB, where {MOST / 2**30:.0f} are the most")
+            return [stored[name] for name in names]
+    except Exception as error:  # zip and NumPy report damage through many types
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}", remedy) from error
 
 
 def _digest(image_id: str, mask: np.ndarray, facts: dict[str, str]) -> str:

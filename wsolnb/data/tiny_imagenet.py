@@ -43,7 +43,7 @@ class TinyImageNet(FolderDataset):
         wnids = list(self.records(self.root / "wnids.txt", {"wnid": str}))
         words = self.records(self.root / "words.txt", {"wnid": str, "words": str}, separator="\t")
         self.class_names = tuple(words.get(wnid, (wnid,))[0].split(",")[0] for wnid in wnids)
-        self._folders = tuple(self.root / "train" / wnid / "images" for wnid in wnids)
+        self._folders = tuple(self.listed(self.root / "train", wnid) / "images" for wnid in wnids)
 
         index = {wnid: label for label, wnid in enumerate(wnids)}
         rows = self._read_train(wnids) if split.startswith("train") else []
@@ -80,7 +80,7 @@ class TinyImageNet(FolderDataset):
         """Return the file of image `index`."""
         train = index < self._published
         folder = self._folders[self.labels[index][0]] if train else self.root / "val" / "images"
-        return folder / self.image_ids[index]
+        return self.listed(folder, self.image_ids[index])
 
     def annotate(self, index: int, sample: Sample) -> None:
         """Add the box."""

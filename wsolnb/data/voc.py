@@ -76,7 +76,7 @@ class VOC(FolderDataset):
             listed = lists / image_set / f"{split}.txt"
             ids = self.records(listed, {"image_id": str})
             self._check_ids(listed, ids)
-            masks = {name: folder / f"{name}.png" for name in ids}
+            masks = {name: self.listed(folder, name, ".png") for name in ids}
             if image_set == "Main" or not folder.is_dir():
                 masks = {name: path if path.exists() else None for name, path in masks.items()}
         self.image_ids, self._masks = tuple(masks), tuple(masks.values())
@@ -106,7 +106,7 @@ class VOC(FolderDataset):
         folder = self.root / "ImageSets" / "Main"
         present: dict[str, set[int]] = {}
         for label, name in enumerate(self.class_names):
-            paths = [folder / f"{name}_{split}.txt" for split in ("train", "val", "trainval", "test")]
+            paths = [self.listed(folder, name, f"_{split}.txt") for split in ("train", "val", "trainval", "test")]
             paths = [path for path in paths if path.exists()]
             if not paths:
                 alone = f"for labels alone {folder / f'{name}_{self.split}.txt'}"
@@ -130,13 +130,13 @@ class VOC(FolderDataset):
                 raise DataError(f"{path}: cannot take {line!r} for an image and a mask", remedy)
             name = PurePosixPath(image).stem
             if mask:
-                masks[name] = self.root / mask[0].lstrip("/")
+                masks[name] = self.listed(self.root, mask[0].lstrip("/"))
             else:
-                masks[name] = folder / f"{name}.png" if folder.is_dir() else None
+                masks[name] = self.listed(folder, name, ".png") if folder.is_dir() else None
         return masks
 
     def _annotations(self, name: str) -> Path:
-        return self.root / "Annotations" / f"{name}.xml"
+        return self.listed(self.root / "Annotations", name, ".xml")
 
     def _read_objects(self, path: Path) -> list[tuple[int, float, float, float, float]]:
         """Return (class index, x0, y0, x1, y1) of every object of an image; some published corners are fractions.
@@ -183,7 +183,7 @@ class VOC(FolderDataset):
 
     def image_path(self, index: int) -> Path:
         """Return the file of image `index`."""
-        return self.root / "JPEGImages" / f"{self.image_ids[index]}.jpg"
+        return self.listed(self.root / "JPEGImages", self.image_ids[index], ".jpg")
 
     def stated(self, index: int) -> Stated | None:
         """Return the size that the annotations give for image `index`."""
@@ -200,7 +200,7 @@ class VOC(FolderDataset):
             if mask.parent.name == "SegmentationClass":  # the enlarged set's masks have other annotators
                 self._check_classes(mask, sample.mask, index)
         if self._has_parts:
-            sample.parts = self.label_map(self.root / "PartMaps" / f"{sample.image_id}.png", sample.size)
+            sample.parts = self.label_map(self.listed(self.root / "PartMaps", sample.image_id, ".png"), sample.size)
 
     def _check_classes(self, path: Path, mask: np.ndarray, index: int) -> None:
         """Raise DataError when no class of a mask is named by the image's annotations: they are of something else."""

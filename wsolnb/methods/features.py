@@ -10,6 +10,7 @@ in with an extractor of a few lines, or with its features dumped to disk.
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -25,9 +26,10 @@ from torch import Tensor
 from wsolnb.backbones import normalisation
 from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from wsolnb.data.store import read_arrays
 from wsolnb.data.transforms import resize
 from wsolnb.errors import DataError, ParameterError
-from wsolnb.files import write_atomically
+from wsolnb.files import inside, write_atomically
 from wsolnb.maps import seen_area
 from wsolnb.methods.base import LocalizationModel
 
@@ -232,7 +234,7 @@ class FeatureDump(FeatureSource):
     each image with its "area" where the cells see more than the image; `weight.npy` (C, D), and of each image
     `<id>.npz` with one array (F, D, h, w) per scale, named `scale_0`, ...
 
-    Raises DataError when index or weights are missing or damaged.
+    Raises DataError when index or weights are missing or damaged, and for an id that leads out of the folder.
     """
 
     REMEDY = "write the folder with `write_dump`, or as its documentation says"
@@ -248,8 +250,15 @@ class FeatureDump(FeatureSource):
             self._sizes = [tuple(image["size"]) for image in index["images"]]
             self._areas = [tuple(image.get("area") or image["size"]) for image in index["images"]]
             self.scales, self.flip = tuple(index["scales"]), bool(index["flip"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.folder} is no feature dump: {error}", self.REMEDY) from error
+            if self.weight.ndim != 2 or len(self.weight) != len(self.class_names):
+                raise ValueError(f"weights of shape {tuple(self.weight.shape)} for {len(self.class_names)} classes")
+            if unknown := {label for own in self.labels for label in own}.difference(range(len(self.class_names))):
+                raise ValueError(f"the labels {unknown} of {len(self.class_names)} classes")
+        except Exception as error:  # a file of another program may hold anything
+            problem = f"{self.folder} is no feature dump: {type(error).__name__}: {error}"
+            raise DataError(problem, self.REMEDY) from error
+        for image_id in self.image_ids:
+            inside(self.folder, image_id, ".npz")
 
     def images(self, indices=None, scales=(1.0,), flip=False, unreadable="stop"):
         """Yield the dumped features; ParameterError when a scale or mirror image was not dumped."""
@@ -260,12 +269,14 @@ class FeatureDump(FeatureSource):
         names = [f"scale_{self.scales.index(scale)}" for scale in scales]
 
         def read(index: int) -> ImageFeatures:
-            path = self.folder / f"{self.image_ids[index]}.npz"
-            try:
-                with np.load(path, allow_pickle=False) as stored:
-                    arrays = [torch.from_numpy(stored[name]).float()[: 2 if flip else 1] for name in names]
-            except (OSError, ValueError, KeyError, EOFError) as error:
-                raise DataError(f"cannot read {path}: {error}", self.REMEDY) from error
+            path = inside(self.folder, self.image_ids[index], ".npz")
+            arrays = []
+            for name, values in zip(names, read_arrays(path, names, self.REMEDY), strict=True):
+                numbers = values.dtype.kind in "fiu" and values.ndim == 4
+                if not numbers or len(values) < 1 + flip or values.shape[1] != self.weight.shape[1]:
+                    wanted = f"not numbers ({1 + flip} or more views, {self.weight.shape[1]}, h, w)"
+                    raise DataError(f"{path} holds {name}: {values.dtype} {values.shape}, {wanted}", self.REMEDY)
+                arrays.append(torch.from_numpy(values[: 2 if flip else 1]).float())
             named = self.image_ids[index], self.labels[index], self._sizes[index]
             return ImageFeatures(*named, arrays, self._areas[index])
 
@@ -277,17 +288,15 @@ def write_dump(
     dtype: np.typing.DTypeLike = np.float16, unreadable: Unreadable = "stop",
 ) -> FeatureDump:  # fmt: skip
     """Write the features of a source to a folder and return it as a source; images left out are not in its index."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    folder, written = Path(folder), []
     for found in source.images(None, scales, flip, unreadable):
         arrays = {f"scale_{i}": values.cpu().numpy().astype(dtype) for i, values in enumerate(found.scales)}
-        path = folder / f"{found.image_id}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
+        np.savez(file := io.BytesIO(), **arrays)
+        write_atomically(inside(folder, found.image_id, ".npz"), file.getvalue(), lasting=False)
         facts = {"id": found.image_id, "labels": list(found.labels), "size": list(found.size)}
         written.append(facts | ({"area": list(found.area)} if found.area else {}))
-    np.save(folder / "weight.npy", source.weight.cpu().numpy())
+    np.save(file := io.BytesIO(), source.weight.cpu().numpy())
+    write_atomically(folder / "weight.npy", file.getvalue())
     index = {"class_names": source.class_names, "scales": list(scales), "flip": flip, "images": written}
     write_atomically(folder / "index.json", json.dumps(index))
     return FeatureDump(folder)

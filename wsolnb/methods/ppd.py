@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Transform
 from wsolnb.errors import ParameterError
+from wsolnb.files import write_atomically
 from wsolnb.maps import normalise
 from wsolnb.methods import register
 from wsolnb.methods.frozen import FrozenBackbone, OnFrozen, deconvolutions, half_squared_error
@@ -247,8 +248,9 @@ def probe_maker(
     def make(folder: Path) -> None:
         model = PPD.create(backbone, len(train.class_names), "probe")
         best, rows = fit_probe(model, train, val, transform)
-        save_file({name: value.contiguous() for name, value in best.items()}, folder / "probe.safetensors")
-        rows.to_csv(folder / "choice.csv", index=False)
+        content = save({name: value.contiguous() for name, value in best.items()})
+        write_atomically(folder / "probe.safetensors", content)
+        write_atomically(folder / "choice.csv", rows.to_csv(index=False))
 
     return make
 

@@ -262,14 +262,10 @@ def write_maps(
 ) -> None:
     """Write `variant_maps` of every image, a `Store` below the folder for each name; images already there are left out.
 
-    A file is written by rename, so that one that is there is whole. Memory as of `variant_maps`.
+    What is damaged is written again. Memory as of `variant_maps`.
     """
     stores = {name: Store(folder / name) for name in by_name}
-
-    def lacks(image_id: str) -> bool:
-        return not all(store.path(image_id, ".npz").is_file() for store in stores.values())
-
-    left = [index for index, image_id in enumerate(source.image_ids) if lacks(image_id)]
+    left = sorted({index for store in stores.values() for index in store.to_do(source.image_ids, "maps")})
     for found in variant_maps(source, by_name, config, left):
         for name, image in found.items():
             stores[name].write_maps(image)

@@ -10,18 +10,20 @@ with a 95 % interval, and is judged by `row_verdict`. `combined` makes one verdi
 
 from __future__ import annotations
 
+import ast
 import json
+import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from scipy import stats
 
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.files import resolve
+from wsolnb.files import read_yaml, resolve
 from wsolnb.notebook.studies import interval
 
 VERDICTS = {"reproduced": "R", "partly": "P", "contradicted": "C", "undecided": "U", "not in this regime": "N",
@@ -40,7 +42,7 @@ class Test(BaseModel):
     rule: `difference` of two groups; `value` of the rows; `trend`, Spearman's correlation with the number in `over`;
     `best`, the lead of one variant over the strongest of the others.
     where: the rows that count. without: rows that agree with all of its values do not count.
-    measure: a column, or an expression of columns as pandas reads it. rows: columns; each combination is a row.
+    measure: a column, or an expression of columns (`measured`). rows: columns; each combination is a row.
     pair_by: the columns that pair two numbers; empty for a count, which has no spread.
     of, less: the two groups of a difference; for `best`, `of` is the variant that is said to be best. relative: take
     `of / less - 1` instead.
@@ -133,8 +135,8 @@ class Judged(NamedTuple):
 def load(path: str = "outputs/reference/claims.yaml") -> list[Claim]:
     """Read and check a file of claims. Raises ParameterError for what is missing, unknown, or there twice."""
     try:
-        found = _File.model_validate(yaml.safe_load(resolve(path).read_text(encoding="utf-8"))).claims
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        found = _File.model_validate(read_yaml(resolve(path))).claims
+    except (OSError, ValueError) as error:
         raise ParameterError(f"{path} is not in order: {error}", "mend the entry that is named") from error
     names = [claim.id for claim in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -163,6 +165,45 @@ def select(table: pd.DataFrame, by: Filter) -> pd.DataFrame:
             raise ParameterError(f"no row has {values} in {column!r}", f"choose among what is there: {there}")
         table = chosen
     return table
+
+
+_ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: operator.pow, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.USub: operator.neg,
+}  # fmt: skip
+
+
+def measured(expression: str, data: pd.DataFrame) -> Any:
+    """Return a column of a table, or what an expression of columns, numbers and texts says: + - * / ** == !=.
+
+    A column whose name is no word stands in backticks. Nothing else of Python is known, because pandas' own `eval` lets
+    an expression call functions of the whole program. Raises SyntaxError or ValueError for anything else.
+    """
+    if expression in data:
+        return data[expression]
+    quoted = re.findall("`([^`]+)`", expression)
+    places = iter(range(len(quoted)))
+    tree = ast.parse(re.sub("`[^`]+`", lambda _: f"_column_{next(places)}", expression), mode="eval")
+
+    def value(node: ast.AST) -> Any:
+        match node:
+            case ast.Constant(value=float() | int() as number):
+                return float(number)  # a power of whole numbers could grow without end
+            case ast.Constant(value=str() as text):
+                return text
+            case ast.Name(id=name):
+                name = quoted[int(name.removeprefix("_column_"))] if name.startswith("_column_") else name
+                if name not in data:
+                    raise ValueError(f"there is no column {name!r}{nearest(name, data)}")
+                return data[name]
+            case ast.UnaryOp(op=sign, operand=one) if type(sign) in _ARITHMETIC:
+                return _ARITHMETIC[type(sign)](value(one))
+            case ast.BinOp(left=one, op=sign, right=other) | ast.Compare(left=one, ops=[sign], comparators=[other]):
+                if type(sign) in _ARITHMETIC:
+                    return _ARITHMETIC[type(sign)](value(one), value(other))
+        raise ValueError(f"`{ast.unparse(node)}` is no arithmetic of columns")
+
+    return value(tree.body)
 
 
 def _together(_: Any) -> str:
@@ -236,8 +277,8 @@ def estimate(test: Test, table: pd.DataFrame) -> list[Estimate]:
     if missing := [name for name in columns if name not in data]:
         raise ParameterError(f"no column {missing[0]!r}{nearest(missing[0], data)}", "name a column of the table")
     try:
-        data = data.assign(_=(data[test.measure] if test.measure in data else data.eval(test.measure)).astype(float))
-    except Exception as error:  # pandas raises what its parser, its names and its arithmetic raise
+        data = data.assign(_=measured(test.measure, data)).astype({"_": float})
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise ParameterError(f"the measure {test.measure!r} fails: {error}", "write an expression of columns") from None
     found = []
     for key, group in data.groupby(test.rows or _together, sort=False, dropna=False):

@@ -48,6 +48,12 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="run also what is up to date, and train anew")] = False,
     outputs: Outputs = "outputs",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at once, each with its share of the cores")] = 1,
+    start: Annotated[
+        list[str] | None, typer.Option("--from", metavar="NOTEBOOK", help="run this again, and all that depends on it")
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going/--stop-at-failure", "-k/-S", help="go on with what needs no failed notebook")
+    ] = True,
 ) -> None:
     """Run the notebooks of a profile that are out of date, and print the metrics.
 
@@ -58,8 +64,10 @@ def reproduce(
     try:
         from wsolnb.notebook import pipeline
 
-        summary = pipeline.reproduce(profile, parameter or (), only or (), force, outputs, jobs)
+        what = (profile, parameter or (), only or (), force, outputs, jobs, start or (), keep_going)
+        summary = pipeline.reproduce(*what)
     except KeyboardInterrupt:
+        typer.echo("Interrupted before a notebook was run; nothing was changed.", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 

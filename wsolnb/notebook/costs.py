@@ -170,6 +170,11 @@ def _cost(notebook: str, values: Mapping[str, Any], device: Device) -> Cost:
     return Cost(notebook, seconds / 3600, memory, disk / 1e9, note)
 
 
+def is_heavy(notebook: str) -> bool:
+    """Return whether a notebook trains, or passes many images through a network."""
+    return notebook in _WORKS
+
+
 def downloads(steps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return what is still to be fetched, by name: data sets and published weights, each with its size in words.
 

@@ -164,7 +164,7 @@ class Writer:
             self.names[self.indices[index]] = label
         path, own = Path(found.name), [self.indices[index] for index in found.classes]
         objects = [(n, box) for n, boxes in zip(found.names, found.boxes, strict=True) for box in boxes.tolist()]
-        write_atomically(self.folder / "voc" / f"{name}.xml", voc_xml(path, found.mask.shape, objects))
+        write_atomically(self.folder / "voc" / f"{name}.xml", voc_xml(path, found.mask.shape, objects), lasting=False)
         image = self.coco.add(path.as_posix(), found.mask.shape)
         for place, (number, boxes) in enumerate(zip(own, found.boxes, strict=True)):
             for box in boxes:
@@ -178,7 +178,7 @@ class Writer:
             problem = f"the mask of {found.name}: class {max(own)} of this folder has no colour, a palette ends at 254"
             raise RunError(problem, "ask for fewer classes by --class, or for fewer images")
         values = np.array([0, *own], np.uint8)
-        write_atomically(self.folder / "masks" / f"{name}.png", palette_png(values[found.mask]))
+        write_atomically(self.folder / "masks" / f"{name}.png", palette_png(values[found.mask]), lasting=False)
         while len(self.rows) >= ROWS:  # a page at a time: memory does not grow with the number of images
             self._draw()
 
@@ -240,6 +240,8 @@ def run(
             try:
                 writer.add(one, called[one.name])
             except WsolnbError as error:
+                if isinstance(error.__cause__, OSError):  # the disk: the next image fares no better
+                    raise
                 fail(error)
             for name, probability, boxes in zip(one.names, one.probabilities, one.boxes, strict=True):
                 box = " ".join(map(str, boxes[0])) if len(boxes) else "none"

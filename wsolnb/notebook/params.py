@@ -28,7 +28,7 @@ import yaml
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 
 from wsolnb.errors import ParameterError, nearest
-from wsolnb.files import repository_root
+from wsolnb.files import read_yaml, repository_root
 
 _SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 _VOCABULARY = "int, float, str, bool, list[...], tuple[...], dict[str, ...], Literal[...] and unions of them with |"
@@ -283,12 +283,12 @@ def load_parameter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Unique)
+        values = read_yaml(path, _Unique)
     except OSError as error:
         raise ParameterError(f"{path} cannot be read: {error.strerror}", "check the name of the file") from None
     except UnicodeDecodeError:
         raise ParameterError(f"{path} is no UTF-8 text", "save it as UTF-8") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ParameterError(f"{path} is no YAML: {error}", "write one `name: value` per line") from None
     if values is None:
         return {}

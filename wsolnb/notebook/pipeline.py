@@ -16,11 +16,13 @@ Everything is checked before the first notebook starts. Results go to `outputs/<
 from __future__ import annotations
 
 import contextlib
+import functools
 import graphlib
 import json
 import logging
+import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -39,16 +41,24 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from wsolnb import files, keys
-from wsolnb.errors import ParameterError, WsolnbError, nearest
+from wsolnb.errors import ParameterError, RunError, WsolnbError, nearest
 from wsolnb.files import repository_root, resolve, to_json, write_atomically
-from wsolnb.notebook import params, preflight, runs
+from wsolnb.notebook import costs, params, preflight, runs
+from wsolnb.notebook.progress import Display, Epochs, duration, say
 
 if TYPE_CHECKING:
     import pandas as pd
+    import papermill
     from nbformat import NotebookNode
 
 
 _GRACE = 10.0  # seconds that the workers have to end by themselves after an interruption
+_AGAIN = 0.5  # seconds after which a second Ctrl-C is one: a terminal and `timeout` may send the first one twice
+_THREADS = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM",
+    "LOKY_MAX_CPU_COUNT",
+)  # fmt: skip
+_GOOD = ("done", "up to date")
 
 
 class NotebookError(WsolnbError):
@@ -82,6 +92,7 @@ def plan(
     overrides: Sequence[str] = (),
     only: Sequence[str] = (),
     outputs: str | os.PathLike[str] = "outputs",
+    start: Sequence[str] = (),
 ) -> list[Step]:
     """Return the steps of a profile in the order to run them, all of them checked. Nothing is executed.
 
@@ -90,6 +101,7 @@ def plan(
         overrides: `name=value` texts. Each goes to every notebook that declares the name.
         only: notebooks to run, with the steps that they need; all of them where it is empty.
         outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
+        start: like `only`, and all that depends on these notebooks as well.
 
     Raises:
         ParameterError: the profile, a notebook, a need or a parameter is unknown, a value has another type than the
@@ -103,7 +115,8 @@ def plan(
     if (base := _read(folder).extends) and base not in known:
         problem = f"{folder / 'pipeline.yaml'} extends {base!r}, which is no profile{nearest(base, known)}"
         raise ParameterError(problem, f"use one of: {', '.join(known)}")
-    selected = _select(_ordered(folder), only)
+    steps = _ordered(folder)
+    selected = _select(steps, [*only, *_with_dependents(steps, start)])
 
     place, root = run_folder(profile, outputs), repository_root()
     # Relative where it can be, so that a run folder that moves with its repository stays up to date.
@@ -209,6 +222,15 @@ def _select(steps: list[Step], only: Sequence[str]) -> list[Step]:
     return [step for step in steps if step.notebook in wanted]
 
 
+def _with_dependents(steps: Sequence[Step], start: Sequence[str]) -> set[str]:
+    """Return these notebooks and those that need them, directly or not."""
+    found = _stems(start)
+    for step in steps:  # needs come first
+        if found.intersection(step.needs):
+            found.add(step.notebook)
+    return found
+
+
 def _stems(notebooks: Sequence[str]) -> set[str]:
     return {Path(notebook).name.removesuffix(".ipynb") for notebook in notebooks}
 
@@ -223,13 +245,16 @@ def reproduce(
     force: bool = False,
     outputs: str | os.PathLike[str] = "outputs",
     jobs: int = 1,
+    start: Sequence[str] = (),
+    keep_going: bool = True,
 ) -> dict[str, Any]:
     """Run the notebooks of a profile that are out of date, print the metrics, write and return `summary.json`.
 
     A step is up to date while all that it depends on is as it was: its parameters, its cells, the modules they import
     (comments and docstrings do not count), the versions of the numeric libraries, the files that it read, the runs
-    of its needs, and its own files. A step that fails stops only the steps that need it. After an interruption the same
-    command goes on with what is missing.
+    of its needs, and its own files. Where the run folder lies does not count: it can be moved. A step that fails stops
+    only the steps that need it. After an interruption the same command goes on with what is missing. A second Ctrl-C
+    ends this process and its notebooks at once.
 
     Each notebook runs in a process of its own, which ends with this one, whatever ends it. While one is left, a second
     `reproduce` in the same folder waits.
@@ -238,43 +263,60 @@ def reproduce(
         profile: name of a folder in `params/`.
         overrides: `name=value` texts. Each goes to every notebook that declares the name.
         only: notebooks to run, with the steps that they need; all of them where it is empty.
-        force: run the notebooks (those of `only`) even if they are up to date, and train anew what they use.
+        force: run the notebooks (those of `start`, else of `only`) even if they are up to date, and train anew what
+            they use.
         outputs: the folder that holds the run folders; a relative path starts at the root of the repository.
-        jobs: notebooks that run at once, each with its share of the cores. On a GPU they share its memory, too.
+        jobs: notebooks that run at once, each with its share of the cores; at most one a core. A GPU has at most one
+            of them that trains, or passes many images through a network.
+        start: notebooks to run even if they are up to date, with all that depend on them; nothing is trained anew.
+            What they need runs where it is out of date.
+        keep_going: False: after a failure no other notebook starts.
 
     Returns:
-        The summary: `complete`, `interrupted`, `seconds`, `steps` (notebook, status, seconds, error), `tables`.
+        The summary: `complete`, `interrupted`, `seconds`, `steps` (notebook, status, seconds, error or the needs that
+        it lacks), `tables`.
 
     Raises:
         ParameterError: as `plan`, or for fewer jobs than one, before anything is executed.
-        preflight.Missing: data, files, weights, packages or a device that a step needs are not there; likewise.
-        RunError: the run folder cannot be written.
+        preflight.Missing: data, files, weights, packages or a device that a step needs are not there, or the run folder
+            cannot be made; likewise.
+        RunError: the run folder cannot be written; likewise.
     """
-    steps = plan(profile, overrides, only, outputs)
+    steps = plan(profile, overrides, only, outputs, start)
     if jobs < 1:
         raise ParameterError(f"{jobs} notebooks at once", "give `--jobs` 1 or more")
-    forced = (_stems(only) or {step.notebook for step in steps}) if force else set()
+    forced = _with_dependents(steps, start)
+    if force and not start:
+        forced = _stems(only) or {step.notebook for step in steps}
     folder = run_folder(profile, outputs)
-    preflight.report(missing(steps, profile, outputs), _say)
-    runs.start("pipeline", {}, folder)
+    preflight.report(missing(steps, profile, outputs), say)
+    try:
+        runs.start("pipeline", {}, folder)
+    except RunError as error:
+        raise RunError(error.problem, "change its permissions, or give another folder with `--outputs DIR`") from error
+    if jobs > (most := runs.cores()):
+        say(f"note: {jobs} notebooks at once would share {most} cores; {most} run at once")
+        jobs = most
     token = uuid.uuid4().hex
     with runs.locked(folder / ".lock", f"running in {folder}", token) as lock:
         if removed := files.sweep(folder):
-            _say(f"removed {removed} temporary files, left behind by processes that were killed")
+            say(f"removed {removed} temporary files, left behind by processes that were killed")
         workers = _Workers(jobs, lock, f"{token} {folder}", {runs.REMAKE: token} if force else {})
         with _interrupts_go_to(workers.stop):
             summary = {"profile": profile, "overrides": list(overrides)}
-            summary |= _run_steps(steps, forced, folder, workers)
+            summary |= _run_steps(steps, forced, folder, workers, keep_going)
             found = tables(folder)
             summary["tables"] = {name: table.to_dict(orient="records") for name, table in found.items()}
-            write_atomically(folder / "summary.json", to_json(summary))
-    show_tables(found)
-    _show_steps(summary)
+            try:
+                write_atomically(folder / "summary.json", to_json(summary))
+            finally:  # what is known is told, wherever it could be written
+                show_tables(found)
+                _show_steps(summary, folder)
     return summary
 
 
 @contextlib.contextmanager
-def _interrupts_go_to(stop: Callable[[], None]) -> Iterator[None]:
+def _interrupts_go_to(stop: Callable[[int], None]) -> Iterator[None]:
     """Call `stop` on Ctrl-C, on a request to end and at the end of the terminal; what is ignored stays ignored.
 
     A KeyboardInterrupt could end up between any two statements.
@@ -286,7 +328,7 @@ def _interrupts_go_to(stop: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # no other thread gets signals, or may set them
         taken = {}
     for one in taken:
-        signal.signal(one, lambda *_: stop())
+        signal.signal(one, lambda number, _: stop(number))
     try:
         yield
     finally:
@@ -294,28 +336,35 @@ def _interrupts_go_to(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _Workers) -> dict[str, Any]:
-    """Run the steps, each as soon as its needs are over, print a line for each, and return the summary."""
+def _run_steps(
+    steps: Sequence[Step], forced: set[str], folder: Path, workers: _Workers, keep_going: bool
+) -> dict[str, Any]:
+    """Run the steps, each as soon as its needs are over, tell of each, and return the summary."""
     started, clock, jobs = runs.now(), time.perf_counter(), workers.jobs
+    results: dict[str, dict[str, Any]] = {
+        step.notebook: {"notebook": step.notebook, "status": "not run", "seconds": None} for step in steps
+    }
     at_once = f", {jobs} at once" if jobs > 1 else ""
-    _say(f"{len(steps)} notebooks{at_once}, run folder {folder}")
-    results = {s.notebook: {"notebook": s.notebook, "status": "not run", "seconds": None} for s in steps}
-    width = max(map(len, results), default=0)
-    good = ("done", "up to date")
-    waiting, over = list(steps), set[str]()
+    say(f"{len(steps)} notebooks{at_once}, run folder {folder}")
+    estimate = functools.partial(_estimated, steps, folder.name)
+    display = Display(list(results), jobs, Epochs(folder), _expected(steps, forced, folder), estimate)
+    workers.say = display.say
+    heavy = {name for name, values in resolved(steps).items() if costs.is_heavy(name) and values.get("device") != "cpu"}
+    waiting, over, stop = list(steps), set[str](), False
     running: dict[Future[dict[str, Any]], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            ready = (step for step in waiting if over.issuperset(step.needs))
-            if len(running) < jobs and not workers.stopped and (step := next(ready, None)):
+            ready = (s for s in waiting if over.issuperset(s.needs) and workers.has_room(s.notebook in heavy))
+            if len(running) < jobs and not (workers.stopped or stop) and (step := next(ready, None)):
                 waiting.remove(step)
-                name, number = step.notebook, steps.index(step) + 1
-                line = _Line(f"[{number}/{len(steps)}] {name:<{width}}  ", whole=jobs > 1)
-                if missing := [need for need in step.needs if results[need]["status"] not in good]:
-                    line.end(f"not run: it needs {', '.join(missing)}")
+                name = step.notebook
+                if lacking := [need for need in step.needs if results[need]["status"] not in _GOOD]:
+                    results[name]["lacks"] = lacking
+                    display.end(name, f"not run: it needs {', '.join(lacking)}")
                     over.add(name)
                 else:
-                    running[pool.submit(_run_step, step, folder, name in forced, line, workers.execute)] = name
+                    execute = workers.assigned(name, name in heavy)
+                    running[pool.submit(_run_step, step, folder, name in forced, display, execute)] = name
                 continue
             if not running:
                 break
@@ -323,9 +372,13 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
             for future in wait(running, 1, FIRST_COMPLETED).done:
                 name = running.pop(future)
                 over.add(name)
+                workers.release(name)
                 results[name] |= future.result()
+                stop = stop or (not keep_going and results[name]["status"] == "failed")
+            display.tick()
+    display.close()
     return {
-        "complete": all(result["status"] in good for result in results.values()),
+        "complete": all(result["status"] in _GOOD for result in results.values()),
         "interrupted": workers.stopped,
         "started": started,
         "seconds": round(time.perf_counter() - clock, 1),
@@ -336,8 +389,32 @@ def _run_steps(steps: Sequence[Step], forced: set[str], folder: Path, workers: _
     }
 
 
+def _expected(steps: Sequence[Step], forced: set[str], folder: Path) -> dict[str, float]:
+    """Return the seconds that each step will take: none if it is up to date, else as many as the last time.
+
+    What has never run to its end here takes `costs.START`, and is left out if it is heavy.
+    """
+    found, stale = {}, set[str]()
+    for step in steps:
+        name, (why, _, record) = step.notebook, _judge(step, folder)
+        if name in forced or why or stale.intersection(step.needs):
+            stale.add(name)
+            if record or not costs.is_heavy(name):
+                found[name] = record.get("seconds", costs.START)
+        else:
+            found[name] = 0.0
+    return found
+
+
+def _estimated(steps: Sequence[Step], profile: str) -> dict[str, float]:
+    """Return the seconds that steps are estimated to take, as `wsolnb plan` estimates them."""
+    device = costs.DEVICES["a100" if made_for_gpu(profile) else "cpu"]
+    found = {cost.notebook: 3600 * cost.hours for cost in costs.estimate(resolved(steps), device)}
+    return {name: costs.START if math.isnan(seconds) else seconds for name, seconds in found.items()}
+
+
 class _Workers:
-    """Executes notebooks in processes of their own, each with its share of the cores.
+    """Executes notebooks in processes of their own, each with its share of the cores, and of the GPUs.
 
     The processes stand apart from the terminal, whose Ctrl-C reaches this one only: `stop` hands it on, once. They hold
     the lock of the run, and their standard input, which tells them when this process is gone.
@@ -346,19 +423,53 @@ class _Workers:
     def __init__(self, jobs: int, lock: TextIO, token: str, environment: Mapping[str, str]):
         self.jobs = jobs
         self.stopped = False
-        share = {"OMP_NUM_THREADS": str(max(1, runs.cores() // jobs))} if jobs > 1 else {}
-        self._environment = {**share, **os.environ, **environment, runs.TOKEN: token}
+        self.say: Callable[[str], None] = say
+        self._environment = {**os.environ, **environment, runs.TOKEN: token, **_shares(jobs)}
         self._files = (lock.fileno(),) if runs.fcntl else ()  # Windows has neither the lock nor a way to pass it
         self._processes: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
+        self._asked = 0.0
+        self._on: dict[str, str] = {}
 
-    def stop(self) -> None:
-        """Let the notebooks that run end, and no other start. Returns at once: it is called by signals."""
+    @functools.cached_property
+    def _gpus(self) -> list[str]:
+        """The GPUs, by what CUDA_VISIBLE_DEVICES names them; one without a name where there is no more than one."""
+        return preflight.gpus() if self.jobs > 1 else []
+
+    def has_room(self, heavy: bool) -> bool:
+        """Return whether a step can start that is heavy, or is not: no GPU takes two heavy ones."""
+        return not (heavy and self._gpus) or len(self._on) < len(self._gpus)
+
+    def assigned(self, name: str, heavy: bool) -> Callable[..., None]:
+        """Return `execute` for a step; one that is heavy has a GPU of its own until `release`."""
+        if not (heavy and self._gpus):
+            return self.execute
+        self._on[name] = next(gpu for gpu in self._gpus if gpu not in self._on.values())
+        if len(self._gpus) == 1:
+            return self.execute
+        return functools.partial(self.execute, environment={"CUDA_VISIBLE_DEVICES": self._on[name]})
+
+    def release(self, name: str) -> None:
+        """Give the GPU of a step back, if it has one."""
+        self._on.pop(name, None)
+
+    def stop(self, number: int) -> None:
+        """Let the notebooks that run end, and no other start; on a second Ctrl-C end all at once, this process, too.
+
+        Returns at once: it is called by signals.
+        """
+        clock = time.monotonic()
         if not self.stopped:
-            self.stopped = True
+            self.stopped, self._asked = True, clock
             threading.Thread(target=self._end).start()
+        elif number == signal.SIGINT and clock - self._asked > _AGAIN:
+            _kill_children(os.getpid())
+            with contextlib.suppress(OSError):  # not by `print`, which a signal may have interrupted
+                os.write(1, b"\nStopped at once. What is finished is kept; the same command goes on from here.\n")
+            os._exit(130)
 
     def _end(self) -> None:
+        self.say("stopping: the notebooks that run end first; a second Ctrl-C stops at once")
         with self._lock:
             processes = list(self._processes)
         for process in processes:
@@ -372,9 +483,14 @@ class _Workers:
                 process.kill()
 
     def execute(
-        self, source: Path, output: Path, parameters: Mapping[str, Any], progress: Callable[[int, int], None]
+        self,
+        source: Path,
+        output: Path,
+        parameters: Mapping[str, Any],
+        progress: Callable[[int, int], None],
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Execute a notebook as `_execute` does, with the same errors."""
+        """Execute a notebook as `_execute` does, with the same errors. environment: variables of this one only."""
         job = json.dumps([str(source), str(output), dict(parameters)])
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -386,7 +502,7 @@ class _Workers:
                     raise KeyboardInterrupt
                 process = subprocess.Popen(
                     [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True,
-                    env=self._environment, pass_fds=self._files, start_new_session=True,
+                    env={**self._environment, **(environment or {})}, pass_fds=self._files, start_new_session=True,
                 )  # fmt: skip
                 self._processes.add(process)
             with process:  # closes its standard input only when it has ended
@@ -411,6 +527,16 @@ class _Workers:
             raise NotebookError(problem, "it has most often run out of memory; use fewer `--jobs`")
         if answer["error"]:
             raise NotebookError(*answer["error"])
+
+
+def _shares(jobs: int) -> dict[str, str]:
+    """Return the variables that give each of several notebooks its share of the cores, or less where less is set."""
+    if jobs == 1:
+        return {}
+    share = max(1, runs.cores() // jobs)
+    asked = {name: os.environ.get(name, "") for name in _THREADS}
+    less = {name: min(share, int(text)) for name, text in asked.items() if text.isdecimal() and int(text)}
+    return {name: str(less.get(name, share)) for name in _THREADS}
 
 
 def _work() -> None:
@@ -468,62 +594,76 @@ def _record_file(folder: Path, notebook: str) -> Path:
     return folder / "notebooks" / f"{notebook}.json"
 
 
-def _judge(step: Step, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return in words why a step has to run, empty where it would give the result that is there, and its key as of now.
+def _judge(step: Step, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return in words why a step has to run, empty where it would give the result that is there; its key; its record.
 
-    The key holds the files and folders that the last run has read, and no others: this one's are known when it is over.
+    The key is that of now. It holds the files and folders that the last run has read, and no others: this one's are
+    known when it is over. The record is that of the last run, empty where there is none that can be read.
     """
     record = keys.read_record(_record_file(folder, step.notebook))
-    old = record.get("key", {"data": {}})
     cells = json.loads(params.notebook_path(step.notebook).read_text("utf-8"))["cells"]
     key = {
-        "parameters": step.parameters,
+        "parameters": _lasting(step.parameters),
         "code": keys.code_of_cells("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"),
         "versions": keys.versions(),
         "needs": {need: keys.read_record(_record_file(folder, need)).get("run") for need in step.needs},
-        "data": {path: keys.tree(resolve(path)) for path in old["data"]},
+        "data": {},
     }
     if not record:
-        return "it has not run to its end here", key
-    faults = keys.faults(folder, record["files"])
-    return keys.differences(old, key) or next((f"{name} {fault}" for name, fault in faults.items()), ""), key
-
-
-def _run_step(step: Step, folder: Path, force: bool, line: _Line, execute: Callable[..., Any]) -> dict[str, Any]:
-    """Run one step by `execute` unless it is up to date. Returns its status, seconds and error."""
-    output = folder / "notebooks" / f"{step.notebook}.ipynb"
-    metrics = folder / "metrics" / f"{step.notebook}.json"
-    record_file = _record_file(folder, step.notebook)
-    clock = time.perf_counter()
+        there = _record_file(folder, step.notebook).exists()
+        return _DAMAGED if there else "it has not run to its end here", key, {}
     try:
-        record = keys.read_record(record_file)
-        why, key = _judge(step, folder)  # before it runs: what is edited meanwhile is not what ran
+        old = {**record["key"], "parameters": _lasting(record["key"]["parameters"])}
+        key["data"] = {path: keys.tree(resolve(path)) for path in old["data"]}
+        faults = keys.faults(folder, record["files"])
+        why = keys.differences(old, key) or next((f"{name} {fault}" for name, fault in faults.items()), "")
+    except (LookupError, TypeError, ValueError, AttributeError):  # it was edited, or damaged, and is still JSON
+        return _DAMAGED, key | {"data": {}}, {}
+    return why, key, record
+
+
+_DAMAGED = "the record of its last run is damaged, or of another version"
+
+
+def _lasting(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that a result depends on: not the place of the run folder, which can be moved."""
+    return {name: value for name, value in parameters.items() if name != "run_folder"}
+
+
+def _run_step(step: Step, folder: Path, force: bool, display: Display, execute: Callable[..., Any]) -> dict[str, Any]:
+    """Run one step by `execute` unless it is up to date. Returns its status, seconds and error."""
+    name = step.notebook
+    output, metrics = folder / "notebooks" / f"{name}.ipynb", folder / "metrics" / f"{name}.json"
+    record_file, clock = _record_file(folder, name), time.perf_counter()
+    try:
+        why, key, record = _judge(step, folder)  # before it runs: what is edited meanwhile is not what ran
         if not why and not force:
-            line.end(f"up to date ({_duration(record['seconds'])} when it ran)")
+            display.end(name, f"up to date ({duration(record['seconds'])} when it ran)")
             return {"status": "up to date", "seconds": record["seconds"]}
-        again = f"; again: {'as was asked for' if force else why}" if record else ""
+        again = f"; again: {why or 'as was asked for'}" if record_file.exists() else ""
         # From here on neither the record nor the numbers of the last run hold.
         record_file.unlink(missing_ok=True)
         metrics.unlink(missing_ok=True)
         clock = time.perf_counter()
-        execute(params.notebook_path(step.notebook), output, step.parameters, line.cell)
+        display.start(name)
+        execute(params.notebook_path(name), output, step.parameters, functools.partial(display.cell, name))
         seconds = round(time.perf_counter() - clock, 1)
         key["data"] = runs.read_provenance(metrics).get("data", {})
-        record = {"key": key, "run": uuid.uuid4().hex, "files": _products(folder, step.notebook)}
+        record = {"key": key, "run": uuid.uuid4().hex, "files": _products(folder, name)}
         write_atomically(record_file, to_json({**record, "seconds": seconds, "finished": runs.now()}))
     except NotebookError as error:
         seconds = round(time.perf_counter() - clock, 1)
         told = f"{error}\nThe notebook up to there: {output}"
-        line.end(f"failed after {_duration(seconds)}{again}\n{textwrap.indent(told, '    ')}")
+        display.end(name, f"failed after {duration(seconds)}{again}\n{textwrap.indent(told, '    ')}")
         return {"status": "failed", "seconds": seconds, "error": error.problem}
     except KeyboardInterrupt:
-        line.end("interrupted")
+        display.end(name, "interrupted")
         return {"status": "interrupted"}
     except Exception as error:  # a disk that is full, a file that is gone: the other steps can still run
         problem = f"{type(error).__name__}: {error}"
-        line.end(f"failed\n{textwrap.indent(problem, '    ')}")
+        display.end(name, f"failed\n{textwrap.indent(problem, '    ')}")
         return {"status": "failed", "error": problem}
-    line.end(f"{_duration(seconds)}{again}")
+    display.end(name, f"{duration(seconds)}{again}")
     return {"status": "done", "seconds": seconds}
 
 
@@ -572,11 +712,11 @@ def _execute(
     # The kernel has to be this interpreter, also where a user has installed a kernel `python3` of another one.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     count = len(nbformat.read(source, as_version=4).cells) + bool(parameters)
-    position = 0
+    position, text = 0, ""
 
-    def on_cell(cell_index: int, **_: Any) -> None:
-        nonlocal position
-        position = cell_index + 1
+    def on_cell(cell: Mapping[str, Any], cell_index: int, **_: Any) -> None:
+        nonlocal position, text
+        position, text = cell_index + 1, cell["source"]
         progress(position, count)
 
     try:
@@ -593,48 +733,22 @@ def _execute(
             **options,
         )
     except papermill.PapermillExecutionError as error:
-        first = error.source.strip().partition("\n")[0]
-        problem = f"{source.stem}, cell In [{error.exec_count}] `{first}`: {error.ename}: {error.evalue}"
+        problem = f"{source.stem}, cell In [{error.exec_count}]{_failing_line(error)}: {error.ename}: {error.evalue}"
         raise NotebookError(problem, f"open the notebook, run it up to cell In [{error.exec_count}]") from None
     except Exception as error:  # a dead kernel, a full disk: whatever it is, the other notebooks can still run
-        problem = f"{source.stem}, cell {position} of {count}: {type(error).__name__}: {error}"
+        at = f"cell {position} of {count} `{text.strip().partition(chr(10))[0]}`"
+        problem = f"{source.stem}, {at}: {type(error).__name__}: {error}"
         raise NotebookError(problem, "a kernel that dies has most often run out of memory") from error
 
 
-class _Line:
-    """The line of a step: on a terminal it counts the cells as they run, in a log it is written once.
-
-    whole: written at once when the step is over, so that lines of several steps do not mix.
-    """
-
-    def __init__(self, head: str, whole: bool = False):
-        self._head, self._whole = head, whole
-        self._clock = time.perf_counter()
-        self._live = sys.stdout.isatty() and not whole
-        if not whole:
-            _say(head, end="")
-
-    def cell(self, number: int, count: int) -> None:
-        if self._live:
-            seconds = time.perf_counter() - self._clock
-            text = f"{self._head}cell {number}/{count}, {_duration(seconds)}"
-            _say(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="")
-
-    def end(self, text: str) -> None:
-        before = f"\r\x1b[K{self._head}" if self._live else self._head if self._whole else ""
-        _say(f"{before}{text}\n", end="")
-
-
-def _say(text: str, end: str = "\n") -> None:
-    """Print; where nobody reads any more, as after the end of the terminal, the run still ends in order."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+def _failing_line(error: papermill.PapermillExecutionError) -> str:
+    """Return the number and the text of the cell's line that raised; its first line where the traceback names none."""
+    lines = error.source.splitlines() or [""]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    found = [int(n) for n in re.findall(rf"Cell In\s?\[{error.exec_count}\], line (\d+)", plain)]
+    if found and 0 < found[-1] <= len(lines):
+        return f", line {found[-1]} `{lines[found[-1] - 1].strip()}`"
+    return f" `{next((line.strip() for line in lines if line.strip()), '')}`"
 
 
 # Results
@@ -651,10 +765,11 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     for path in sorted((resolve(folder) / "metrics").glob("*.json")):
         try:
             if rows := json.loads(path.read_text("utf-8"))["table"]:  # none where a truth is missing that scores them
+                to_json(rows).encode()  # half of a character is no text that can be written or shown
                 found[path.stem] = pd.DataFrame(rows)
         except KeyError:
             continue  # a notebook without numbers to compare
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             with contextlib.suppress(OSError):
                 warning = f"warning: {path} is damaged and left out ({error}); delete it, or run its notebook again"
                 print(warning, file=sys.stderr, flush=True)
@@ -664,25 +779,25 @@ def tables(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
 def show_tables(found: Mapping[str, pd.DataFrame]) -> None:
     """Print metrics tables, those of `tables`."""
     for name, table in found.items():
-        _say(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
+        say(f"\n{name}\n{table.to_string(index=False, na_rep='-', float_format='{:.3f}'.format)}")
 
 
-def _show_steps(summary: Mapping[str, Any]) -> None:
-    width = max((len(step["notebook"]) for step in summary["steps"]), default=0)
-    _say(f"\n{'notebook':<{width}}  {'seconds':>8}  status")
-    for step in summary["steps"]:
+def _show_steps(summary: Mapping[str, Any], folder: Path) -> None:
+    steps = summary["steps"]
+    width = max((len(step["notebook"]) for step in steps), default=0)
+    say(f"\n{'notebook':<{width}}  {'seconds':>8}  status")
+    for step in steps:
         seconds = "-" if step["seconds"] is None else f"{step['seconds']:.1f}"
-        _say(f"{step['notebook']:<{width}}  {seconds:>8}  {step['status']}")
+        why = f": it needs {', '.join(step['lacks'])}" if "lacks" in step else ""
+        say(f"{step['notebook']:<{width}}  {seconds:>8}  {step['status']}{why}")
+    counts = Counter(step["status"] for step in steps)
+    say(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())}.")
+    if failed := [step for step in steps if step["status"] == "failed"]:
+        for step in failed:
+            say(f"  {step['error']}\n    {folder / 'notebooks' / step['notebook']}.ipynb")
+        say(f"Failed: {', '.join(step['notebook'] for step in failed)}. The same command runs what is missing.")
     if summary["interrupted"]:
-        _say("\nInterrupted. What is finished is kept; the same command goes on from here.")
-    elif not summary["complete"]:
-        failed = [step["notebook"] for step in summary["steps"] if step["status"] == "failed"]
-        _say(f"\nFailed: {', '.join(failed)}. The same command runs what is missing.")
-    else:
-        _say(f"\nAll {len(summary['steps'])} notebooks are done; this command took {_duration(summary['seconds'])}.")
-
-
-# Stored outputs
+        say("Interrupted. What is finished is kept; the same command goes on from here.")
 
 
 def refresh(notebook: str | os.PathLike[str]) -> float:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from wsolnb import weights
 from wsolnb.errors import WsolnbError
 from wsolnb.files import resolve, within
 
@@ -126,9 +125,11 @@ def _file(name: str, path: str, root: str) -> Finding | None:
 
 
 def _weights(network: str) -> Finding | None:
+    from wsolnb import weights
+
     if network in weights.embedded():
         return None
-    # Not above: every process that runs a notebook imports this module, and PyTorch takes seconds.
+    # Only here: each process that runs a notebook imports this module, and PyTorch takes seconds and memory.
     from wsolnb.backbones.wheels import WHEELS, installed
 
     if network in WHEELS and installed(network):
@@ -171,8 +172,21 @@ def _device(device: str) -> Finding | None:
     return None if there else Finding("", f"PyTorch finds no {device} device", "use `-p device=auto`")
 
 
+def gpus() -> list[str]:
+    """Return what notebooks could fight for: the GPUs of CUDA, as CUDA_VISIBLE_DEVICES names them, or that of MPS."""
+    import torch
+
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if count := torch.cuda.device_count():
+        return (visible or [str(index) for index in range(count)])[:count]
+    return ["mps"] if torch.backends.mps.is_available() else []
+
+
 def _machine(folder: Path, gpu: bool) -> Iterator[Finding]:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written" if there.is_dir() else "is no folder"
+        yield Finding("all", f"{there} {what}", "change its permissions, or give another folder with `--outputs DIR`")
     if (disk := shutil.disk_usage(there).free / 1e9) < LEAST_DISK:
         yield Finding("all", f"{disk:.1f} GB are free in {there}", f"free {LEAST_DISK:g} GB, or give `--outputs DIR`")
     if (memory := psutil.virtual_memory().available / 1e9) < LEAST_MEMORY:

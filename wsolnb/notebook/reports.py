@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from wsolnb.errors import ParameterError
-from wsolnb.files import resolve
+from wsolnb.files import read_yaml, resolve
 from wsolnb.notebook.claims import VERDICTS, Estimate, Filter, Judged, judge_all, load, read, select
 from wsolnb.notebook.studies import interval
 
@@ -150,9 +149,9 @@ def _number(mean: float, half: float = float("nan"), seeds: int = 1) -> str:
 def boards(path: str = "outputs/reference/leaderboard.yaml") -> tuple[list[Board], dict[str, str]]:
     """Return the boards of a file, and what its letters mean. Raises ParameterError where it is not in order."""
     try:
-        content = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
+        content = read_yaml(resolve(path))
         return [Board.model_validate(board) for board in content["boards"]], content["protocols"]
-    except (OSError, yaml.YAMLError, KeyError, ValidationError) as error:
+    except (OSError, LookupError, ValueError, TypeError) as error:
         raise ParameterError(f"{path} is not in order: {error}", "mend the entry that is named") from error
 
 

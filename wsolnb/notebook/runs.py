@@ -33,7 +33,7 @@ import psutil
 
 from wsolnb import keys
 from wsolnb.errors import RunError
-from wsolnb.files import repository_root, resolve, to_json, write_atomically
+from wsolnb.files import FULL, cannot_write, repository_root, resolve, to_json, write_atomically
 from wsolnb.notebook import params
 
 if TYPE_CHECKING:
@@ -251,7 +251,12 @@ class Run:
             why = self._clear(name, folder, key)
             clock = time.perf_counter()
             tell(key.hash)
-            build(folder)
+            try:
+                build(folder)
+            except OSError as error:  # of a library that writes by itself
+                if error.errno in FULL:
+                    raise cannot_write(error.filename or folder, error) from error
+                raise
             seconds = round(time.perf_counter() - clock, 1)
             done = {"name": name, "hash": key.hash, "key": _stored(key), "files": keys.hashes(folder)}
             done |= {"seconds": seconds, "finished": now(), "made_for": os.environ.get(REMAKE, ""), **_made_on()}
@@ -444,8 +449,10 @@ def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
                 pass
         file.seek(0)
         file.truncate()
-        file.write(f"{os.getpid()}\n{token}\n" if token else f"{os.getpid()}\n")
-        file.flush()
+        try:
+            os.write(file.fileno(), (f"{os.getpid()}\n{token}\n" if token else f"{os.getpid()}\n").encode())
+        except OSError as error:
+            raise cannot_write(path, error) from error
         yield file
 
 

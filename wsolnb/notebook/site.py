@@ -32,8 +32,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from PIL import Image
 
-from wsolnb.errors import ParameterError, RunError
-from wsolnb.files import repository_root, write_atomically
+from wsolnb.errors import DataError, ParameterError, RunError
+from wsolnb.files import inside, repository_root, write_atomically
 from wsolnb.notebook import reports, runs
 
 THEME = Path(__file__).with_name("theme")
@@ -229,7 +229,9 @@ def _metrics(run: Path) -> str:
 
     parts = ["# Tables of the run"]
     for name, table in pipeline.tables(run).items():
-        parts.append(f"## {name}\n\n{reports.markdown(table.round(3).astype(object).fillna(''))}")
+        shown = table.round(3).astype(object).fillna("")
+        shown = shown.map(lambda value: html.escape(value) if isinstance(value, str) else value)  # names of classes
+        parts.append(f"## {name}\n\n{reports.markdown(shown)}")
     return "\n\n".join(parts)
 
 
@@ -355,7 +357,10 @@ def _link(soup: BeautifulSoup, page: Page, pages: list[Page], out: Path) -> None
             tag[attribute] = tag[attribute].lstrip("/")
             continue
         target = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), unquote(address.path))).lstrip("/")
-        file = repository_root() / target
+        try:
+            file = inside(repository_root(), target, links=True)
+        except DataError:  # what lies outside is no part of the book
+            continue
         if target in names:
             target, address = names[target], address._replace(fragment=address.fragment.lower())
         elif file.suffix == ".ipynb" and file.is_file():

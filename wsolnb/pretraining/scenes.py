@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from wsolnb.data.aviary import HEAD_COLOURS, PLUMAGES, fill, photograph, value_noise
 from wsolnb.data.rendered import ensure_rendered, rendering_key
 from wsolnb.errors import DataError
+from wsolnb.files import open_array
 
 FORMAT = 2
 """A number that goes up whenever the renderer's output changes on purpose. The model cards name the format of their
@@ -414,12 +415,12 @@ def load(config: CreatureConfig, cache: str | Path, workers: int | None = None) 
     """
     target = Path(cache) / f"creatures-{rendering_key(f'{FORMAT} {config.model_dump_json()}', __name__)}"
     ensure_rendered(target, lambda root: _write(config, root, workers), "the scenes")
-    return {name: np.load(target / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return {name: np.load(target / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
 
 
 def _write(config: CreatureConfig, root: Path, workers: int | None) -> None:
     for name, value in render(config, 0)._asdict().items():
-        open_memmap(root / f"{name}.npy", "w+", value.dtype, (config.scenes, config.frames, *value.shape)).flush()
+        open_array(root / f"{name}.npy", value.dtype, (config.scenes, config.frames, *value.shape)).flush()
     chunks = [range(start, min(start + 200, config.scenes)) for start in range(0, config.scenes, 200)]
     # Fresh processes: a forked one would inherit OpenCV's threads in whatever state they are, and hang.
     Parallel(workers or cpu_count())(delayed(_write_chunk)(config, root, chunk) for chunk in chunks)

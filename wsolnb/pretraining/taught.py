@@ -29,7 +29,7 @@ from wsolnb.data import LocalizationDataset, open_dataset
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Resize
 from wsolnb.errors import ParameterError
-from wsolnb.files import resolve
+from wsolnb.files import open_array, resolve, write_atomically
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.notebook.runs import Run
 from wsolnb.pretraining.recipes import Pretext, look, random_crops
@@ -118,12 +118,12 @@ def write_lessons(dataset: LocalizationDataset, config: TaughtConfig, folder: Pa
     mean, axes, unit = principal(seen, config.components)
     weight, bias = teacher.classifier.weight.detach().double(), teacher.classifier.bias.detach().double()
     layer = {"weight": weight @ axes * unit, "bias": bias + weight @ mean}
-    safetensors.torch.save_file({n: v.float().contiguous() for n, v in layer.items()}, folder / "logits.safetensors")
+    content = safetensors.torch.save({n: v.float().contiguous() for n, v in layer.items()})
+    write_atomically(folder / "logits.safetensors", content)
 
     shape, count = (config.views, len(dataset)), backbone.grid[0] * backbone.grid[1]
-    open_array = partial(np.lib.format.open_memmap, mode="w+", dtype=np.float16)
-    stems = open_array(folder / "stem.npy", shape=(*shape, stem.proj.in_channels, *backbone.grid))
-    told = open_array(folder / "teacher.npy", shape=(*shape, count, config.components))
+    stems = open_array(folder / "stem.npy", np.float16, (*shape, stem.proj.in_channels, *backbone.grid))
+    told = open_array(folder / "teacher.npy", np.float16, (*shape, count, config.components))
     offset, axes = mean.float(), (axes / unit).float()
     for view in range(config.views):
         generator, first = torch.Generator().manual_seed((config.training.seed << 32) + view), 0
@@ -154,7 +154,9 @@ class Lessons:
     """
 
     def __init__(self, folder: Path, labels: np.ndarray, batch_size: int, seed: int):
-        self.stem, self.told = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("stem", "teacher"))
+        self.stem, self.told = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("stem", "teacher")
+        )
         self.labels, self.batch_size, self.seed, self.epoch = labels, batch_size, seed, 0
 
     def __len__(self) -> int:

@@ -35,6 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from wsolnb.backbones.checkpoints import load_archive
 from wsolnb.errors import ParameterError, TrainingError
 from wsolnb.files import sweep, write_atomically
 from wsolnb.methods.base import Trainable
@@ -369,11 +370,18 @@ def gradients(
                 accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-    except torch.OutOfMemoryError:
-        pass  # what the error still holds is free only behind this block
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        # What the error still holds is free only behind this block.
     plain.zero_grad()
     torch.cuda.empty_cache()
     return None
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out; of the main memory torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def _more_parts(parts: int, images: int, file: Path, accelerator: Accelerator) -> int:
@@ -399,7 +407,9 @@ def update(accelerator: Accelerator, model: nn.Module, optimizer: Any, schedule:
         if config.clip:
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         problem = f"out of memory on {accelerator.device} in the optimizer, whatever the size of a batch"
         raise TrainingError(problem, "choose a smaller network, or device='cpu'") from error
     schedule.step()
@@ -484,7 +494,7 @@ def _save_state(path: Path, at: _Progress, settings, stateful: dict[str, Any], a
 
 def _resume(path: Path, settings, stateful: dict[str, Any], accelerator: Accelerator) -> _Progress:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_archive(path)
         before = state["settings"]
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if not names:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from torch import Tensor
@@ -19,6 +19,7 @@ from wsolnb.data.base import LocalizationDataset
 from wsolnb.data.loading import make_loader
 from wsolnb.data.transforms import Resize
 from wsolnb.errors import MapError, ParameterError
+from wsolnb.files import write_atomically
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.train.loop import Scorer
@@ -132,8 +133,8 @@ def frozen_maker(
             rows.append({"C": c, "training loss": losses[0], "validation loss": losses[1]})
         choice = pd.DataFrame(rows)
         best = torch.from_numpy(weights[choice["validation loss"].idxmin()]).float().contiguous()
-        save_file({"weight": best}, folder / "classifier.safetensors")
-        choice.to_csv(folder / "choice.csv", index=False)
+        write_atomically(folder / "classifier.safetensors", save({"weight": best}))
+        write_atomically(folder / "choice.csv", choice.to_csv(index=False))
 
     return make
 
