@@ -370,14 +370,14 @@ def killed_in_the_middle(thread, cluster, folder: Path, after: int):
 
     def wait_for(pattern: str, count: int) -> list[Path]:
         while thread.is_alive() and len(list(folder.glob(pattern))) < count:
-            time.sleep(0.3)
-        return sorted(folder.glob(pattern))
+            time.sleep(0.5)
+        return list(folder.glob(pattern))
 
     with Client(cluster) as client:
-        wait_for("results/*.json", after)
         (folder.parents[2] / "hold").touch()
         [held] = wait_for("runs/*/mini/held", 1)
         key = held.parents[1].name
+        wait_for("results/*.json", after)
         [address] = [worker for worker, busy in client.processing().items() if any(key in name for name in busy)]
         os.kill(client.run(os.getpid)[address], signal.SIGKILL)
     return key
