@@ -424,12 +424,13 @@ def _as_completed(client: Any, todo: list[Point], folder: Path) -> Ended:
     suffix = fingerprint(str(folder))[:8]
     futures = {client.submit(execute, point, str(folder), key=f"run-{point.key}-{suffix}"): point for point in todo}
     for future in as_completed(futures):
+        point = futures.pop(future)
         try:
-            yield futures[future], future.result()
-        except GeneratorExit:
-            raise
-        except Exception as error:
-            yield futures[future], error
+            answer = future.result()
+        except Exception as error:  # whatever it is, the other runs can still be made
+            answer = error
+        future.release()  # or it would be made again where the worker that holds it is lost later
+        yield point, answer
 
 
 def slurm_cluster(slurm: Slurm, folder: Path) -> Any:
