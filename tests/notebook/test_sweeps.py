@@ -389,7 +389,7 @@ def on_a_cluster_that_loses_a_worker(folder: Path, workers: int, after: int):
 
     done = []
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
-    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, contextlib.ExitStack() as stack:
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, contextlib.ExitStack() as stack:
         for _ in range(workers):
             process = subprocess.Popen([*worker, cluster.scheduler_address], stderr=subprocess.DEVNULL)
             stack.callback(process.wait)

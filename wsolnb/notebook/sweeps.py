@@ -399,7 +399,7 @@ def _executed(todo: list[Point], folder: Path, scheduler: str, workers: int, slu
         elif not scheduler:
             count = min(workers, len(todo))
             # Without a limit of memory: the notebooks' kernels, which use it, are no part of what Dask would measure.
-            options = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": None}
+            options = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": ":0"}
             place = stack.enter_context(LocalCluster(n_workers=count, **options))
         try:
             client = stack.enter_context(Client(place, timeout=30))
@@ -456,7 +456,7 @@ def slurm_cluster(slurm: Slurm, folder: Path) -> Any:
         job_script_prologue=prologue,
         log_directory=str(folder / "slurm"),
         python=sys.executable,
-        scheduler_options={"dashboard_address": None},
+        scheduler_options={"dashboard_address": ":0"},
     )
 
 
@@ -551,6 +551,7 @@ def picture(sweep: Sweep, means: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     kinds = [(means, "n"), *([(pairs, "pairs")] if len(pairs) else [])]
     size = (max(4.5, 3.6 * len(sweep.table.measures)), 3.0 * len(kinds) + 0.4)
     figure, axes = plt.subplots(len(kinds), len(sweep.table.measures), figsize=size, squeeze=False)
+    figure.suptitle(sweep.title, fontsize=10)
     for row, (table, count) in zip(axes, kinds, strict=True):
         groups = [name for name in table.columns[: list(table.columns).index(count)] if table[name].nunique() > 1]
         along = next((name for name in groups if name in sweep.grid), groups[0] if groups else "")
