@@ -523,7 +523,13 @@ def tables(sweep: Sweep, results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataF
             found[name], found[f"{name} ±"] = studies.interval(group[name])
         return found
 
-    everything = pd.concat([_rows(sweep, result) for result in results], ignore_index=True)
+    varied = {**sweep.grid, **sweep.seeds}
+
+    def place(result: Mapping[str, Any]) -> list[int]:
+        return [values.index(result["values"][name]) for name, values in varied.items()]
+
+    # In the order of the sweep, whoever was first: sums in another order differ in their last digit.
+    everything = pd.concat([_rows(sweep, result) for result in sorted(results, key=place)], ignore_index=True)
     by = [*(["version"] if everything["version"].nunique() > 1 else []), *sweep.by]
     means, pairs = [], []
     for key, group in everything.groupby(by, sort=False) if by else [((), everything)]:
@@ -616,14 +622,17 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     target = resolve(out)
     places = [resolve(folder) for folder in folders]
     places += [target] if (target / "sweep.json").is_file() and target not in places else []
-    merged: Sweep | None = None
+    merged = _sweep_in(places[0])
+    for place in places[1:]:
+        merged = _united(merged, _sweep_in(place), place)
+    varied = {**merged.grid, **merged.seeds}
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place in places:
-        sweep = _sweep_in(place)
-        merged = _united(merged, sweep, place) if merged else sweep
         for path in sorted((place / "results").glob("*.json")):
             if not (result := _result(path)):
                 raise RunError(f"{path} is damaged", "delete it, and run its sweep again")
+            if any(result["values"].get(name) not in values for name, values in varied.items()):
+                continue  # of an earlier grid
             if path.stem in found and found[path.stem][1]["tables"] != result["tables"]:
                 raise _conflict(*found[path.stem], path, result)
             for _, other in found.values():
@@ -638,7 +647,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     for key, (_, result) in found.items():
         write_atomically(target / "results" / f"{key}.json", to_json(result))
     results = [result for _, result in found.values()]
-    count = len(list(itertools.product(*merged.grid.values(), *merged.seeds.values())))
+    count = math.prod(map(len, varied.values()))
     distinct = len({fingerprint(result["made_of"]["parameters"]) for result in results})
     summary = {"complete": distinct >= count, "interrupted": False, "failed": {}, "runs": count, "done": distinct}
     report(target, merged, results, summary | {"merged": [place.as_posix() for place in places]})
