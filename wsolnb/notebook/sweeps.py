@@ -399,13 +399,14 @@ def _executed(todo: list[Point], folder: Path, scheduler: str, workers: int, slu
         elif not scheduler:
             count = min(workers, len(todo))
             # Without a limit of memory: the notebooks' kernels, which use it, are no part of what Dask would measure.
-            options = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": None}
+            options = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": ":0"}
             place = stack.enter_context(LocalCluster(n_workers=count, **options))
         try:
             client = stack.enter_context(Client(place, timeout=30))
         except (OSError, ValueError) as error:
             problem = f"the scheduler {scheduler or place.scheduler_address} cannot be reached: {error}"
             raise RunError(problem, "start one with `dask scheduler`, and give the address that it prints") from None
+        print(f"{len(client.nthreads())} workers at {client.scheduler.address}; later ones take part, too", flush=True)
         yield _as_completed(client, todo, folder)
 
 
@@ -423,12 +424,13 @@ def _as_completed(client: Any, todo: list[Point], folder: Path) -> Ended:
     suffix = fingerprint(str(folder))[:8]
     futures = {client.submit(execute, point, str(folder), key=f"run-{point.key}-{suffix}"): point for point in todo}
     for future in as_completed(futures):
+        point = futures.pop(future)
         try:
-            yield futures[future], future.result()
-        except GeneratorExit:
-            raise
-        except Exception as error:
-            yield futures[future], error
+            answer = future.result()
+        except Exception as error:  # whatever it is, the other runs can still be made
+            answer = error
+        future.release()  # or it would be made again where the worker that holds it is lost later
+        yield point, answer
 
 
 def slurm_cluster(slurm: Slurm, folder: Path) -> Any:
@@ -454,7 +456,7 @@ def slurm_cluster(slurm: Slurm, folder: Path) -> Any:
         job_script_prologue=prologue,
         log_directory=str(folder / "slurm"),
         python=sys.executable,
-        scheduler_options={"dashboard_address": None},
+        scheduler_options={"dashboard_address": ":0"},
     )
 
 
@@ -521,7 +523,13 @@ def tables(sweep: Sweep, results: Sequence[Mapping[str, Any]]) -> tuple[pd.DataF
             found[name], found[f"{name} ±"] = studies.interval(group[name])
         return found
 
-    everything = pd.concat([_rows(sweep, result) for result in results], ignore_index=True)
+    varied = {**sweep.grid, **sweep.seeds}
+
+    def place(result: Mapping[str, Any]) -> list[int]:
+        return [values.index(result["values"][name]) for name, values in varied.items()]
+
+    # In the order of the sweep, whoever was first: sums in another order differ in their last digit.
+    everything = pd.concat([_rows(sweep, result) for result in sorted(results, key=place)], ignore_index=True)
     by = [*(["version"] if everything["version"].nunique() > 1 else []), *sweep.by]
     means, pairs = [], []
     for key, group in everything.groupby(by, sort=False) if by else [((), everything)]:
@@ -549,6 +557,7 @@ def picture(sweep: Sweep, means: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     kinds = [(means, "n"), *([(pairs, "pairs")] if len(pairs) else [])]
     size = (max(4.5, 3.6 * len(sweep.table.measures)), 3.0 * len(kinds) + 0.4)
     figure, axes = plt.subplots(len(kinds), len(sweep.table.measures), figsize=size, squeeze=False)
+    figure.suptitle(sweep.title, fontsize=10)
     for row, (table, count) in zip(axes, kinds, strict=True):
         groups = [name for name in table.columns[: list(table.columns).index(count)] if table[name].nunique() > 1]
         along = next((name for name in groups if name in sweep.grid), groups[0] if groups else "")
@@ -613,14 +622,17 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     target = resolve(out)
     places = [resolve(folder) for folder in folders]
     places += [target] if (target / "sweep.json").is_file() and target not in places else []
-    merged: Sweep | None = None
+    merged = _sweep_in(places[0])
+    for place in places[1:]:
+        merged = _united(merged, _sweep_in(place), place)
+    varied = {**merged.grid, **merged.seeds}
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for place in places:
-        sweep = _sweep_in(place)
-        merged = _united(merged, sweep, place) if merged else sweep
         for path in sorted((place / "results").glob("*.json")):
             if not (result := _result(path)):
                 raise RunError(f"{path} is damaged", "delete it, and run its sweep again")
+            if any(result["values"].get(name) not in values for name, values in varied.items()):
+                continue  # of an earlier grid
             if path.stem in found and found[path.stem][1]["tables"] != result["tables"]:
                 raise _conflict(*found[path.stem], path, result)
             for _, other in found.values():
@@ -635,7 +647,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     for key, (_, result) in found.items():
         write_atomically(target / "results" / f"{key}.json", to_json(result))
     results = [result for _, result in found.values()]
-    count = len(list(itertools.product(*merged.grid.values(), *merged.seeds.values())))
+    count = math.prod(map(len, varied.values()))
     distinct = len({fingerprint(result["made_of"]["parameters"]) for result in results})
     summary = {"complete": distinct >= count, "interrupted": False, "failed": {}, "runs": count, "done": distinct}
     report(target, merged, results, summary | {"merged": [place.as_posix() for place in places]})
