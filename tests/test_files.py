@@ -251,7 +251,7 @@ def test_no_damage_of_a_state_goes_unseen(tmp_path, monkeypatch):
         fit(tmp_path / "a", evaluate=stop, epochs=2)
     whole = (tmp_path / "a" / "state.pt").read_bytes()
     expected = fit(tmp_path / "b", epochs=2)[0].state_dict()
-    places = np.random.default_rng(0).integers(0, len(whole), 30)
+    places = np.random.default_rng(0).integers(0, len(whole), 16)
     damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
     damaged += [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in places]
     told = 0
@@ -265,7 +265,7 @@ def test_no_damage_of_a_state_goes_unseen(tmp_path, monkeypatch):
             told += "state.pt" in error.problem and "delete" in error.remedy
         else:
             assert equal(found, expected)
-    assert told > 20
+    assert told > 12
 
 
 # What is left, and what is damaged
@@ -383,7 +383,7 @@ def test_everything_else_is_written_by_one_function():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if path.name in HIDDEN or not isinstance(node, ast.Call):
                 continue
-            name = ast.unparse(node.func).rpartition(".")[2]
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             writes = name in ("write_text", "write_bytes", "save_file", "savetxt", "imsave", "imwrite", "tofile")
             writes |= name == "to_csv" and bool(node.args)
             modes = [word.value for word in node.keywords if word.arg == "mode"] + node.args[1:]

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from wsolnb import files
 from wsolnb.backbones.checkpoints import load_weights, read_tensors
 from wsolnb.data import open_dataset, store
 from wsolnb.data.pictures import read_picture
@@ -226,7 +227,8 @@ def test_no_yaml_of_a_stranger_runs_a_tag(tmp_path, tag):
     assert not made.exists()
 
 
-def test_a_small_yaml_cannot_become_a_large_one(tmp_path):
+def test_a_small_yaml_cannot_become_a_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VALUES", 20_000)  # for the time of the test
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     texts = ["\n".join(lines), "[" * 5000, f"a: {'9' * 5000}", "a: 2001-99-99", "a: {<<: *b}"]
