@@ -109,31 +109,32 @@ class Faults:
     def __init__(self, draw: random.Random, seconds: float):
         self.draw, self.seconds = draw, seconds
 
-    def _wait(self, process: subprocess.Popen) -> None:
-        try:
-            process.wait(self.draw.uniform(0, self.seconds))
-        except subprocess.TimeoutExpired:
-            return
-        raise Missed
+    def _wait(self, process: subprocess.Popen, world: World, started: bool = False) -> None:
+        """Wait until a random moment: while the command and its kernel start, or until an epoch is trained.
+
+        started: the kernel is there.
+        """
+        epoch = self.draw.randrange(1 if started else -10, EPOCHS)
+        until = time.monotonic() + (self.draw.uniform(0, self.seconds / 2) if epoch < 0 else 600)
+        while time.monotonic() < until and (epoch < 0 or world.epochs() < epoch):
+            if process.poll() is not None:
+                raise Missed
+            time.sleep(0.02)
 
     def _child(self, world: World, word: str) -> bool:
-        """Kill the kernel or the worker at a random moment of the run."""
+        """Kill the kernel or the worker at a random moment of the training."""
         process = world.start()
-        while process.poll() is None:
+        self._wait(process, world, started=True)
+        try:
             for child in psutil.Process(process.pid).children(recursive=True):
-                try:
-                    if any(word in part for part in child.cmdline()):
-                        time.sleep(self.draw.uniform(0, self.seconds / 2))
-                        child.kill()
-                        told, _ = process.communicate(timeout=600)
-                        if process.returncode == 0:
-                            raise Missed
-                        self.told = told
-                        return process.returncode == 1
-                except psutil.Error:
-                    pass
-            time.sleep(0.05)
-        raise Missed
+                if any(word in part for part in child.cmdline()):
+                    child.kill()
+        except psutil.Error:
+            pass
+        self.told, _ = process.communicate(timeout=600)
+        if process.returncode == 0:
+            raise Missed
+        return process.returncode == 1
 
     def kernel(self, world: World) -> bool:
         """The kernel is killed."""
@@ -147,7 +148,7 @@ class Faults:
     def command(self, world: World) -> bool:
         """The command is killed: it can say nothing, and nothing of it is left."""
         process = world.start(env={"TEST_MARK": world.root.name})
-        self._wait(process)
+        self._wait(process, world)
         process.kill()
         process.communicate()
         deadline = time.monotonic() + 60
@@ -160,14 +161,14 @@ class Faults:
     def once(self, world: World) -> bool:
         """Ctrl-C."""
         process = world.start()
-        self._wait(process)
+        self._wait(process, world)
         process.send_signal(signal.SIGINT)
         return self._interrupted(process)
 
     def twice(self, world: World) -> bool:
         """Ctrl-C, and again."""
         process = world.start()
-        self._wait(process)
+        self._wait(process, world)
         process.send_signal(signal.SIGINT)
         time.sleep(0.6)
         process.send_signal(signal.SIGINT)
@@ -193,7 +194,7 @@ class Faults:
     def two(self, world: World) -> bool:
         """A second command in the same folder."""
         first = world.start()
-        self._wait(first)
+        time.sleep(self.draw.uniform(0, 2))
         second = world.start()
         outputs = [process.communicate(timeout=1200)[0] for process in (first, second)]
         self.told = "\n".join(outputs)
