@@ -6,7 +6,8 @@
 Two notebooks: the first one is done, the second one trains (20 epochs of a hash, kept after each, no PyTorch) when the
 fault comes. Prints a line for each fault: tries, in how many the message was right; in how many nothing was lost (the
 first notebook did not run again, and no more than the epoch under way was trained again); in how many the same command
-went on to the result of the run that nobody disturbed. A fault that came after the end is tried again.
+went on to the result of the run that nobody disturbed. A fault that came after the end, or before Python had started,
+was missed, and is tried again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def train(folder):
     state = folder / "state.txt"
     numbers = state.read_text().split() if state.exists() else ["1"]
     while len(numbers) <= {EPOCHS}:
-        time.sleep(0.05)
+        time.sleep(0.1)
         numbers.append(str(int(numbers[-1]) * 7919 % 1000003))
         with open(run.folder / "log", "a") as log:
             log.write(f"{{len(numbers)}}\\n")
@@ -97,43 +98,44 @@ def build(root: Path) -> World:
 
 
 class Missed(Exception):
-    """The fault came too late."""
+    """The fault came too late, or before Python itself had started."""
 
 
 class Faults:
     """Each method injects a fault into a world, at a moment of `draw`, and returns whether the message is right.
 
-    seconds: what a run of the second notebook takes.
+    seconds: what a run of the second notebook takes. early: some faults come before it trains.
     """
 
-    def __init__(self, draw: random.Random, seconds: float):
-        self.draw, self.seconds = draw, seconds
+    def __init__(self, draw: random.Random, seconds: float, early: bool = True):
+        self.draw, self.seconds, self.early = draw, seconds, early
 
-    def _wait(self, process: subprocess.Popen) -> None:
-        try:
-            process.wait(self.draw.uniform(0, self.seconds))
-        except subprocess.TimeoutExpired:
-            return
-        raise Missed
+    def _wait(self, process: subprocess.Popen, world: World, started: bool = False) -> None:
+        """Wait until a random moment: while the command and its kernel start, or until an epoch is trained.
+
+        started: the kernel is there.
+        """
+        epoch = self.draw.randrange(-10 if self.early and not started else 1, EPOCHS)
+        until = time.monotonic() + (self.draw.uniform(0, self.seconds / 2) if epoch < 0 else 600)
+        while time.monotonic() < until and (epoch < 0 or world.epochs() < epoch):
+            if process.poll() is not None:
+                raise Missed
+            time.sleep(0.02)
 
     def _child(self, world: World, word: str) -> bool:
-        """Kill the kernel or the worker at a random moment of the run."""
+        """Kill the kernel or the worker at a random moment of the training."""
         process = world.start()
-        while process.poll() is None:
+        self._wait(process, world, started=True)
+        try:
             for child in psutil.Process(process.pid).children(recursive=True):
-                try:
-                    if any(word in part for part in child.cmdline()):
-                        time.sleep(self.draw.uniform(0, self.seconds / 2))
-                        child.kill()
-                        told, _ = process.communicate(timeout=600)
-                        if process.returncode == 0:
-                            raise Missed
-                        self.told = told
-                        return process.returncode == 1
-                except psutil.Error:
-                    pass
-            time.sleep(0.05)
-        raise Missed
+                if any(word in part for part in child.cmdline()):
+                    child.kill()
+        except psutil.Error:
+            pass
+        self.told, _ = process.communicate(timeout=600)
+        if process.returncode == 0:
+            raise Missed
+        return process.returncode == 1
 
     def kernel(self, world: World) -> bool:
         """The kernel is killed."""
@@ -147,7 +149,7 @@ class Faults:
     def command(self, world: World) -> bool:
         """The command is killed: it can say nothing, and nothing of it is left."""
         process = world.start(env={"TEST_MARK": world.root.name})
-        self._wait(process)
+        self._wait(process, world)
         process.kill()
         process.communicate()
         deadline = time.monotonic() + 60
@@ -160,14 +162,14 @@ class Faults:
     def once(self, world: World) -> bool:
         """Ctrl-C."""
         process = world.start()
-        self._wait(process)
+        self._wait(process, world)
         process.send_signal(signal.SIGINT)
         return self._interrupted(process)
 
     def twice(self, world: World) -> bool:
         """Ctrl-C, and again."""
         process = world.start()
-        self._wait(process)
+        self._wait(process, world)
         process.send_signal(signal.SIGINT)
         time.sleep(0.6)
         process.send_signal(signal.SIGINT)
@@ -177,9 +179,10 @@ class Faults:
         self.told, _ = process.communicate(timeout=600)
         if process.returncode == 0 or re.search(r"(?m)^1 up to date, 1 done\.$", self.told):
             raise Missed
-        early = not self.told and process.returncode == -signal.SIGINT  # Python itself was not ready
+        if "run folder" not in self.told and "Interrupted" not in self.told:
+            raise Missed
         said = re.search(r"(?m)^(Interrupted|Stopped at once)", self.told) and "Traceback" not in self.told
-        return early or (bool(said) and process.returncode == 130)
+        return bool(said) and process.returncode == 130
 
     def raises(self, world: World) -> bool:
         """A cell raises."""
@@ -193,7 +196,7 @@ class Faults:
     def two(self, world: World) -> bool:
         """A second command in the same folder."""
         first = world.start()
-        self._wait(first)
+        time.sleep(self.draw.uniform(0, 2))
         second = world.start()
         outputs = [process.communicate(timeout=1200)[0] for process in (first, second)]
         self.told = "\n".join(outputs)
@@ -321,7 +324,7 @@ def main(tries: int, names: list[str]) -> None:
                     except Missed:
                         late[name] += 1
                     shutil.rmtree(root)
-    print(f"{'fault':<10}{'tries':>6}{'message':>9}{'kept':>6}{'goes on':>9}{'too late':>10}")
+    print(f"{'fault':<10}{'tries':>6}{'message':>9}{'kept':>6}{'goes on':>9}{'missed':>10}")
     for name, outcomes in found.items():
         right, kept, on = (sum(one[index] for one in outcomes) for index in range(3))
         print(f"{name:<10}{len(outcomes):>6}{right:>9}{kept:>6}{on:>9}{late[name]:>10}", flush=True)

@@ -922,14 +922,17 @@ def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, 
 @pytest.mark.parametrize("name", ["kernel", "twice"])
 def test_after_a_fault_the_same_command_goes_on(tmp_path, name):
     template = faulted_runs.build(tmp_path / "template")
-    attempt = faulted_runs.Faults(random.Random(1), seconds=1.0)
+    faults = faulted_runs.Faults(random.Random(1), seconds=1.0, early=False)
     expected = [[{"images": 7}], [{"last": 0}], ""]
     numbers = [1]
     while len(numbers) <= faulted_runs.EPOCHS:
         numbers.append(numbers[-1] * 7919 % 1000003)
     expected[1][0]["last"], expected[2] = numbers[-1], " ".join(map(str, numbers))
-    outcome = faulted_runs.attempt(name, template, attempt, expected, tmp_path / "world")
-    assert outcome == (True, True, True)
+    for number in range(3):
+        with contextlib.suppress(faulted_runs.Missed):  # on a machine that is busy
+            assert all(faulted_runs.attempt(name, template, faults, expected, tmp_path / str(number)))
+            return
+    pytest.fail("the fault came too late")
 
 
 @pytest.mark.slow

@@ -524,7 +524,8 @@ class _Workers:
             raise KeyboardInterrupt
         if ended:
             problem = f"{source.stem}: its process ended with {process.returncode}: {noise[-300:]}"
-            raise NotebookError(problem, "it has most often run out of memory; use fewer `--jobs`")
+            killed = "it has most often run out of memory; use fewer `--jobs`"
+            raise NotebookError(problem, killed if process.returncode < 0 else "mend what it says")
         if answer["error"]:
             raise NotebookError(*answer["error"])
 
