@@ -626,27 +626,29 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     for place in places[1:]:
         merged = _united(merged, _sweep_in(place), place)
     varied = {**merged.grid, **merged.seeds}
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    seen: dict[str, tuple[Path, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for place in places:
         for path in sorted((place / "results").glob("*.json")):
             if not (result := _result(path)):
                 raise RunError(f"{path} is damaged", "delete it, and run its sweep again")
             if any(result["values"].get(name) not in values for name, values in varied.items()):
                 continue  # of an earlier grid
-            if path.stem in found and found[path.stem][1]["tables"] != result["tables"]:
-                raise _conflict(*found[path.stem], path, result)
-            for _, other in found.values():
+            first = seen.setdefault(path.stem, (path, result))
+            if first[1]["tables"] != result["tables"]:
+                raise _conflict(*first, path, result)
+            for other in found.values():
                 if _numbers(other) == _numbers(result):  # where versions differ, too
                     known = other["provenance"]
                     other["provenance"] = known + [one for one in result["provenance"] if one not in known]
                     break
             else:
-                found[path.stem] = path, result
+                found[path.stem] = result
     if not found:
         raise ParameterError("there are no results in these folders", "give folders that `wsolnb sweep` has written")
-    for key, (_, result) in found.items():
+    for key, result in found.items():
         write_atomically(target / "results" / f"{key}.json", to_json(result))
-    results = [result for _, result in found.values()]
+    results = list(found.values())
     count = math.prod(map(len, varied.values()))
     distinct = len({fingerprint(result["made_of"]["parameters"]) for result in results})
     summary = {"complete": distinct >= count, "interrupted": False, "failed": {}, "runs": count, "done": distinct}
