@@ -486,11 +486,13 @@ def _rows(sweep: Sweep, result: Mapping[str, Any]) -> pd.DataFrame:
             problem = f"{where} has no column {name!r}{nearest(name, table.columns)}"
             raise ParameterError(problem, f"use one of: {', '.join(table.columns)}")
     for name, wanted in sweep.table.rows.items():
-        if lacking := [value for value in wanted if value not in set(table[name])]:
+        # Where a table holds numbers as texts, as names of columns become, they are the numbers of the sweep.
+        named = table[name].map({**{str(value): value for value in wanted}, **{value: value for value in wanted}})
+        if lacking := [value for value in wanted if value not in set(named)]:
             known = ", ".join(map(str, table[name].unique()))
             raise ParameterError(f"{where} has no row with {name} {lacking[0]!r}", f"use some of: {known}")
-    for name, wanted in sweep.table.rows.items():
-        table = table[table[name].isin(wanted)]
+        table = table.assign(**{name: named})
+    table = table.dropna(subset=list(sweep.table.rows))
     own = table["seed"] if "seed" in table and not sweep.seeds else 0
     seed = ", ".join(str(_cell(values[name])) for name in sweep.seeds) if sweep.seeds else own
     found = pd.DataFrame(index=table.index).assign(version=_version(result))
