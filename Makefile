@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 PROFILE ?= mini
-# Notebooks at once; 1 where they share a GPU.
+# Notebooks at once. They share the cores; of those that train, one at a time has a GPU.
 JOBS ?= 2
 # Tests side by side, a core each: two trainings on one thread each finish sooner than one after the other on two.
 WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1

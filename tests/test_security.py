@@ -24,7 +24,7 @@ from wsolnb.data.pictures import read_picture
 from wsolnb.data.store import Store, read_arrays
 from wsolnb.errors import DataError, ParameterError, WsolnbError
 from wsolnb.methods.features import FeatureDump
-from wsolnb.notebook import claims, params, reports, runs, site
+from wsolnb.notebook import claims, params, reports, runs, site, sweeps
 from wsolnb.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +213,7 @@ def test_no_yaml_of_a_stranger_runs_a_tag(tmp_path, tag):
     made = tmp_path / "made"
     path = tmp_path / "file.yaml"
     path.write_text(f"claims: {tag.format(made=str(made))}\nboards: []\nprotocols: {{}}\n")
-    for load in (params.load_parameter_file, claims.load, reports.boards):
+    for load in (params.load_parameter_file, sweeps.read, claims.load, reports.boards):
         with pytest.raises(ParameterError, match=r"file\.yaml"):
             load(str(path))
     declared = params.notebook_parameters("01_data")
@@ -259,7 +259,7 @@ def test_what_papermill_writes_into_a_notebook_is_the_text_and_nothing_else(text
 
 
 @pytest.mark.parametrize(
-    "name", ["x; import os", "x\nimport os", "__import__('os')", "run_folder = 1; x", "os.system", "ipython", "é", ""]
+    "name", ["x; import os", "x\nimport os", "__import__('os')", "run_folder; x", "os.system", "ipython", "é", ""]
 )
 def test_a_name_that_is_no_parameter_never_reaches_a_notebook(tmp_path, name):
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({name: 1}))

@@ -301,7 +301,7 @@ def test_an_unreadable_image_in_the_middle(kind, tmp_path):
     config = LPCAMConfig(clusters=2, **ONE)
     with pytest.raises(DataError, match="im_2"):
         list(seeds.all_seed_maps(source, ("cam",), config))
-    with pytest.warns(UserWarning, match="left out im_2: .*im_2.npz cannot be read"):
+    with pytest.warns(UserWarning, match="left out im_2: .*im_2.(npz cannot be read|jpg: truncated)"):
         found = list(seeds.all_seed_maps(source, ("cam",), config, unreadable="skip"))
     assert [f["cam"].image_id for f in found] == ["im_0", "im_1", "im_3"]
     with pytest.warns(UserWarning, match="left out im_2"):

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -43,7 +44,6 @@ def train(folder):
         files.write_atomically(state, " ".join(numbers))
 """
 HOOK = "assert not (run.folder / 'broken-{}').exists(), 'on purpose'"
-NOBODY = 65534
 
 
 class World:
@@ -56,10 +56,13 @@ class World:
     def folder(self) -> Path:
         return self.root / self.outputs / "mini"
 
-    def start(self, *arguments: str, before: str = "", **options) -> subprocess.Popen:
-        """Start `wsolnb reproduce`, as a shell that listens to signals would. before: code that is run first."""
+    def start(self, *arguments: str, before: str = "", through: Sequence[str] = (), **options) -> subprocess.Popen:
+        """Start `wsolnb reproduce`, as a shell that listens to signals would.
+
+        before: code that is run first. through: a command that starts it.
+        """
         code = f"import sys\n{before}\nsys.argv[0] = 'wsolnb'\nfrom wsolnb.notebook.cli import app\napp()"
-        command = [sys.executable, "-c", code, "reproduce", "--outputs", self.outputs, *arguments]
+        command = [*through, sys.executable, "-c", code, "reproduce", "--outputs", self.outputs, *arguments]
         environment = {**os.environ, "WSOLNB_ROOT": str(self.root), **options.pop("env", {})}
         return subprocess.Popen(
             command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -116,12 +119,11 @@ class Faults:
     def _child(self, world: World, word: str) -> bool:
         """Kill the kernel or the worker at a random moment of the run."""
         process = world.start()
-        self._wait(process)
         while process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 try:
                     if any(word in part for part in child.cmdline()):
-                        time.sleep(self.draw.uniform(0, 2))
+                        time.sleep(self.draw.uniform(0, self.seconds / 2))
                         child.kill()
                         told, _ = process.communicate(timeout=600)
                         if process.returncode == 0:
@@ -173,7 +175,7 @@ class Faults:
 
     def _interrupted(self, process: subprocess.Popen) -> bool:
         self.told, _ = process.communicate(timeout=600)
-        if process.returncode == 0:
+        if process.returncode == 0 or re.search(r"(?m)^1 up to date, 1 done\.$", self.told):
             raise Missed
         early = not self.told and process.returncode == -signal.SIGINT  # Python itself was not ready
         said = re.search(r"(?m)^(Interrupted|Stopped at once)", self.told) and "Traceback" not in self.told
@@ -219,11 +221,11 @@ class Faults:
 
     def readonly(self, world: World) -> bool:
         """The run folder cannot be written."""
-        options = {"user": NOBODY, "env": {"HOME": "/nonexistent"}} if os.getuid() == 0 else {}
-        world.root.chmod(0o755)
+        # Root may write wherever it likes, unless it gives that up.
+        humble = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
         for path in (place := self.draw.choice([world.folder, world.folder / "metrics"])), place.parent:
             path.chmod(0o555)
-        code, self.told = world.run(**options)
+        code, self.told = world.run(through=humble)
         for path in (place, place.parent):
             path.chmod(0o755)
         return code == 2 and "cannot be" in self.told and "--outputs" in self.told and "02_train" not in self.told
@@ -301,7 +303,6 @@ def attempt(name: str, template: World, faults: Faults, expected: list, root: Pa
 def main(tries: int, names: list[str]) -> None:
     draw = random.Random(0)
     place = Path(tempfile.mkdtemp())
-    place.chmod(0o755)
     template = build(place / "template")
     shutil.copytree(template.root, place / "whole")
     started = time.perf_counter()

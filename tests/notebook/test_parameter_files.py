@@ -1,5 +1,6 @@
 """What stands above and behind the values of the profiles for real data: how they are run, where values are from."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -93,3 +94,19 @@ def test_runtime_and_memory_are_those_of_plan(profile):
             assert float(number) / (60 if unit == "min" else 1) == pytest.approx(cost.hours, rel=0.2, abs=0.01)
             memory, disk = re.match(r"estimated ([\d.]+) GB of the GPU, ([\d.]+) GB", said["memory"]).groups()
             assert (float(memory), float(disk)) == pytest.approx((cost.memory, cost.disk), rel=0.1, abs=0.05)
+
+
+def test_what_a_notebook_goes_on_from_is_a_need_of_its_step():
+    """Else `reproduce --jobs` could start it too early, and `--from` would leave it out."""
+    used = {}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        used[path.stem] = set(re.findall(r"\.used\(\s*\"([^\"]+)\"", code))
+    del used["00_overview"]  # shows the methods whose results are there
+    assert used["33_locloc_results"] >= {"31_locloc_generator", "32_locloc_classifier"}
+    for file in (ROOT / "params").glob("*/pipeline.yaml"):
+        needs: dict[str, set[str]] = {}
+        for step in pipeline.plan(file.parent.name):
+            needs[step.notebook] = set(step.needs).union(*(needs[need] for need in step.needs))
+            assert used.get(step.notebook, set()) <= needs[step.notebook], f"{file}: {step.notebook}"

@@ -702,8 +702,20 @@ def test_an_interruption_before_or_behind_the_notebooks(repository, executed, mo
                 patch.setattr(pipeline, name, lambda *_: send_interrupt())
                 done = CliRunner().invoke(app, ["reproduce"])
                 assert (done.exit_code, executed) == (130, [])
-                assert "Interrupted before a notebook was run; nothing was changed." in done.output
+                assert "Interrupted; no notebook was running. The same command goes on from here." in done.output
                 assert not (repository.root / "outputs").exists()
+        lock = repository.root / "outputs/mini/.lock"
+        usual = runs._holder
+
+        def holder(file):
+            threading.Timer(0.5, send_interrupt).start()
+            return usual(file)
+
+        with runs.locked(lock, "x"), monkeypatch.context() as patch:
+            patch.setattr(runs, "_holder", holder)
+            done = CliRunner().invoke(app, ["reproduce"])
+        assert (done.exit_code, executed) == (130, [])
+        assert f"waiting for process {os.getpid()}, which is running in {lock.parent}" in done.output
         for name in ("tables", "show_tables", "_show_steps"):
             usual = getattr(pipeline, name)
             with monkeypatch.context() as patch:

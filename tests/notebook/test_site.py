@@ -263,6 +263,24 @@ def test_a_link_to_what_was_not_run_is_text(run):
     assert (told.text, told["title"]) == ("the box", "not run in this folder")
 
 
+def test_solutions_are_pages_behind_the_lessons_and_in_the_book_of_a_run(run):
+    first = "# Solutions: 10 · SCM: diffusion\n\n[The lesson](../10_scm.ipynb#end-of-it)"
+    solved = v4.new_notebook(cells=[v4.new_markdown_cell(first)])
+    (folder := run.parents[1] / "notebooks/solutions").mkdir()
+    nbformat.write(solved, folder / "10_scm.ipynb")
+    pages = site.build(run / "site", run)
+    assert pages[:4] == ["index.html", "01_data.html", "10_scm.html", "solutions_10_scm.html"]
+    assert site.problems(run / "site") == []
+    page = read(run / "site", "solutions_10_scm.html")
+    assert page.select_one("nav .here a").text == "10 · diffusion"
+    assert page.select_one("main section p a")["href"] == "10_scm.html#end-of-it"
+    assert not page.select(".notes")
+    assert (run / "site" / page.select_one("footer a[download]")["href"]).is_file()
+    index = read(run / "site", "index.html")
+    assert len(index.select(".card")) == 2
+    assert index.select_one("main ul a[href='solutions_10_scm.html']").text == "10 · diffusion"
+
+
 # What cannot be built
 
 
@@ -319,10 +337,11 @@ def test_the_book_of_this_repository_is_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("WSOLNB_ROOT", str(ROOT))
     pages = site.build(tmp_path / "site")
     assert site.problems(tmp_path / "site") == []
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"{path.stem}.html" in pages
+    for path in [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks/solutions").glob("*.ipynb")]:
+        page = "_".join(path.relative_to(ROOT / "notebooks").with_suffix(".html").parts)
+        assert page in pages
         cells = nbformat.read(path, as_version=4).cells
         kinds = [kind for cell in cells for output in cell.get("outputs", ()) for kind in output.get("data", {})]
-        pictures = read(tmp_path / "site", f"{path.stem}.html").select(".cell img")
+        pictures = read(tmp_path / "site", page).select(".cell img")
         assert len(pictures) == sum(kind.startswith("image/") for kind in kinds), path.name
         assert all(picture["alt"].startswith("Figure:") for picture in pictures), path.name

@@ -1,6 +1,7 @@
 import io
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +74,19 @@ def test_masks_have_a_colour_per_class():
     assert picture[0, 2].tolist() != picture[0, 1].tolist()
 
 
+def test_the_legend_of_classes_has_the_colours_of_the_masks():
+    names = [f"kind_{index}" for index in range(7)]
+    figure, _ = viz.grid(1, 1)
+    viz.class_legend(figure, names, unknown=True)
+    handles = figure.legends[0].get_patches()
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["background", "kind 0"]
+    drawn = [np.round(np.array(handle.get_facecolor()[:3]) * 255).tolist() for handle in handles]
+    assert drawn == viz.mask_colours(np.array([[*range(8), 255]]))[0].tolist()
+    repeated, _ = viz.grid(1, 1)
+    viz.class_legend(repeated, [*names, "kind_7"])
+    assert not repeated.legends
+
+
 def test_a_contact_sheet_names_what_it_shows():
     samples = [aviary.render(AviaryConfig(variant="scenes"), "val", index) for index in range(4)]
     names = [f"kind_{index}" for index in range(30)]
@@ -85,3 +99,16 @@ def test_a_contact_sheet_names_what_it_shows():
         assert len(axis.patches) == 2 * len(sample.boxes)
         np.testing.assert_array_equal(axis.images[1].get_alpha() > 0, sample.mask > 0)
     assert any(len(sample.labels) > 1 for sample in samples)
+
+
+def test_arrows_of_a_diagram_go_from_box_to_box():
+    figure, axes = plt.subplots()
+    axes.set(xlim=(0, 4), ylim=(0, 2))
+    viz.draw_flow(axes, {"here": (1, 1, "white"), "there": (3, 1, "grey")}, [("here", "there", "tokens")])
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_bbox_patch().get_window_extent() for text in axes.texts if text.get_text()}
+    (arrow,) = (text.arrow_patch for text in axes.texts if getattr(text, "arrow_patch", None))
+    tail, _, tip = arrow.get_transform().transform_path(arrow.get_path()).vertices[:3]
+    plt.close(figure)
+    assert set(boxes) == {"here", "there", "tokens"}
+    assert boxes["here"].x1 <= tail[0] < boxes["tokens"].x0 < boxes["tokens"].x1 < tip[0] <= boxes["there"].x0 + 1

@@ -28,15 +28,62 @@ def problems(path: Path) -> list[str]:
         cells = json.loads(path.read_text("utf-8"))["cells"]
     except (ValueError, KeyError):
         return ["it is no notebook"]
-    return [*_whole(path, cells), *_text(cells), *_code(cells), *_figures(cells)]
+    return [*_file(path), *_whole(path, cells), *_text(cells), *_code(cells), *_paths(cells), *_figures(cells)]
 
 
-def _whole(path: Path, cells: list[dict]) -> Iterator[str]:
+def solution_problems(path: Path, lesson: Path) -> list[str]:
+    """Return what is wrong with the solutions of a lesson's exercises, in words; nothing if they are in order."""
+    try:
+        cells, taught = (json.loads(file.read_text("utf-8"))["cells"] for file in (path, lesson))
+    except (ValueError, KeyError):
+        return ["it or its lesson is no notebook"]
+    return [*_file(path), *_solutions(path, cells, taught), *_code(cells), *_paths(cells), *_figures(cells)]
+
+
+def exercises(cells: list[dict]) -> list[str]:
+    """Return the texts of a lesson's exercises, in their order."""
+    parts = re.split(r"(?im)^#+ .*exercises.*$", _source(cells[-1])) if cells else [""]
+    return re.findall(r"(?ms)^\d+\. (.+?)(?=^\d+\. |^\s*$|\Z)", parts[1]) if len(parts) > 1 else []
+
+
+def _solutions(path: Path, cells: list[dict], taught: list[dict]) -> Iterator[str]:
+    first = _source(cells[0]) if cells and cells[0]["cell_type"] == "markdown" else ""
+    number = path.name.partition("_")[0]
+    if not first.startswith(f"# Solutions: {number} · "):
+        yield f"its first cell does not start with `# Solutions: {number} · ` and the title of the lesson"
+    if f"(../{path.name}" not in first:
+        yield f"its first cell has no link to the lesson, ../{path.name}"
+    if not re.search(OPENING["measured minutes"], first):
+        yield "its first cell does not say the measured seconds"
+    if f"(solutions/{path.name})" not in _source(taught[-1]):
+        yield f"the exercises of the lesson have no link to solutions/{path.name}"
+    if any("parameters" in cell["metadata"].get("tags", ()) for cell in cells):
+        yield "it has a cell tagged `parameters`, which is for lessons only"
+    titles, sections = [], []
+    for cell in cells:
+        if cell["cell_type"] == "markdown" and (found := re.match(r"## Exercise (\d+): \S", _source(cell))):
+            titles.append(int(found[1]))
+            sections.append([])
+        if sections:
+            sections[-1].append(cell)
+    if titles != list(range(1, len(exercises(taught)) + 1)):
+        yield f"it has `## Exercise N: title` for {titles}, and the lesson has {len(exercises(taught))} exercises"
+    for title, section in zip(titles, sections, strict=True):
+        if not any(cell.get("outputs") for cell in section):
+            yield f"exercise {title} shows no output"
+        if section[-1]["cell_type"] != "markdown" or len(section) < 3:
+            yield f"exercise {title} does not end with what its outputs show"
+
+
+def _file(path: Path) -> Iterator[str]:
     if path.stat().st_size >= MAX_BYTES:
         yield f"it has {path.stat().st_size} bytes; keep stored outputs below {MAX_BYTES}"
     kernel = json.loads(path.read_text("utf-8"))["metadata"].get("kernelspec", {}).get("name")
     if kernel != "python3":
         yield f"its kernel is {kernel!r} instead of 'python3': run `wsolnb refresh {path.stem}`"
+
+
+def _whole(path: Path, cells: list[dict]) -> Iterator[str]:
     try:
         declared = params.notebook_parameters(path)
         if "run_folder" not in declared:
@@ -59,6 +106,9 @@ def _text(cells: list[dict]) -> Iterator[str]:
     prose = [_source(cell) for cell in cells if cell["cell_type"] == "markdown"]
     if not prose or not re.search(r"(?im)^#+ .*exercises", prose[-1]) or cells[-1]["cell_type"] != "markdown":
         yield "it does not end with a section of exercises"
+
+
+def _paths(cells: list[dict]) -> Iterator[str]:
     for cell in cells:
         texts = [_source(cell), *(text for output in cell.get("outputs", ()) for text in _shown(output))]
         for found in MACHINE_PATH.findall("\n".join(texts)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib_inline.backend_inline import configure_inline_support
@@ -56,7 +57,8 @@ def started() -> Iterator[InteractiveShell]:
     plt.switch_backend("module://matplotlib_inline.backend_inline")
     configure_inline_support(shell, "inline")
     try:
-        with mpl.rc_context({"interactive": True}):  # else no figure is shown behind its cell
+        # Else no figure is shown behind its cell, and pandas leaves out columns, as in a narrow terminal.
+        with mpl.rc_context({"interactive": True}), pd.option_context("display.max_columns", 20):
             yield shell
     finally:
         plt.close("all")

@@ -30,10 +30,11 @@ def by_depth(steps):
 STEPS = {step.notebook: step for step in pipeline.plan("mini")}
 NOTEBOOKS = by_depth(STEPS.values())
 SMALL = {
-    "SCM": ("03_cam_and_tscam", "04_pretraining", "11_scm_training", "12_scm_results", "00_overview"),
+    "SCM": ("03_cam_and_tscam", "04_pretraining", "06_pretraining_appendix", "11_scm_training", "12_scm_results",
+            "00_overview"),
     "LPCAM": ("23_lpcam_segmentation",),
     "LocLoc": ("31_locloc_generator", "32_locloc_classifier", "33_locloc_results"),
-}
+}  # fmt: skip
 """`make test` runs them in small, `make test-full` as they are. No other notebook needs one of them."""
 LONG = {name for names in SMALL.values() for name in names}
 

@@ -97,6 +97,21 @@ def test_every_notebook_is_a_step_of_the_default_profile(root):
         assert {step.notebook for step in pipeline.plan("mini")} == {path.stem for path in NOTEBOOKS}
 
 
+def test_the_launcher_begins_with_links_to_everything():
+    """`make lab` opens notebook 00, whose second cell is the way to all others."""
+    assert "/lab/tree/00_overview.ipynb" in (ROOT / "Makefile").read_text("utf-8")
+    cells = nbformat.read(ROOT / "notebooks/00_overview.ipynb", as_version=4).cells
+    others = {path.name for path in NOTEBOOKS} - {"00_overview.ipynb"}
+    linked = set(re.findall(r"\]\(([^)#]+)\)", cells[1].source))
+    assert linked == others | {"glossary.md", "lecturer.md"}
+
+
+def test_the_lecturers_page_has_a_path_to_every_lesson():
+    text = (ROOT / "notebooks/lecturer.md").read_text("utf-8")
+    assert {path.name for path in NOTEBOOKS} <= set(re.findall(r"\]\(([^)#]+)\)", text))
+    assert "](notebooks/lecturer.md)" in (ROOT / "README.md").read_text("utf-8")
+
+
 # The checks themselves
 
 OPENING = "# Title\nWhich map is best? Read 02_metrics first. 3 minutes on a CPU. Downloads nothing."

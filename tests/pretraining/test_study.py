@@ -1,4 +1,4 @@
-"""What notebook 04 measures, against loops over images and layers."""
+"""What notebooks 04 and 06 measure, against loops over images and layers."""
 
 import numpy as np
 import pandas as pd
@@ -144,7 +144,7 @@ def test_an_ablation_is_pretrained_and_tuned_once(tmp_path, monkeypatch, tuning,
     run = runs.start("04_pretraining", {"run_folder": str(tmp_path / "run"), "seed": 0})
     splits = load_splits("aviary", classes=4, train=16, val=4, test=4)
     ask = ["nothing (supervised)", "nothing (self-distilled)"]
-    first, second = (list(study.ablation_rows(run, tuning, ask, [0], splits)) for _ in range(2))
+    first, second = (list(study.ablation_rows(run, tuning, ask, [0], splits, 1)) for _ in range(2))
     assert first == second
     assert set(first[0]) - set(first[1]) == {"tuned top1", "semantic auc", "spill"}
     said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

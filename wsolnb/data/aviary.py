@@ -28,7 +28,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsolnb import keys
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.base import LocalizationDataset, save_picture
 from wsolnb.data.cub import CUB
 from wsolnb.data.rendered import ensure_rendered, rendering_key
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST, Sample, tight_box
@@ -535,13 +535,13 @@ def _write_chunk(config: AviaryConfig, root: Path, jobs: list[tuple[str, int]]) 
             _path(root, f"Annotations/{stem}.xml").write_text(_voc_annotation(config, sample))
         # Full-resolution chroma: the head pattern is a few pixels of colour.
         image = _path(root, f"{folders[0]}/{stem}.jpg")
-        Image.fromarray(sample.image).save(image, quality=95, subsampling=0)
+        save_picture(Image.fromarray(sample.image), image, quality=95, subsampling=0)
         mask = sample.mask * 255 if single else sample.mask
         for folder, values in zip(folders[1:], (mask, sample.parts), strict=True):
             picture = Image.fromarray(values)
             if not single:
                 picture.putpalette(_PALETTE)
-            picture.save(_path(root, f"{folder}/{stem}.png"))
+            save_picture(picture, _path(root, f"{folder}/{stem}.png"))
         records.append((split, stem, sample.box_labels, sample.boxes))
     return records
 

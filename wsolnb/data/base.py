@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import io
 import math
 import struct
 import warnings
@@ -336,7 +337,7 @@ def number(text: str) -> float:
 
 
 # What Pillow raises on damaged files of the formats that data sets use (UnidentifiedImageError is an OSError).
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 ORIENTATION = 0x0112
@@ -353,6 +354,8 @@ def decode(path: Path, remedy: str, convert: Callable[[Image.Image], Any]) -> np
     try:
         with Image.open(path, formats=_formats()) as image:
             return np.array(convert(image))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"cannot decode {path}: {error}", "give a smaller copy of it") from error
     except _DECODING_ERRORS as error:
         raise DataError(f"cannot decode {path}: {error}", remedy) from error
 
@@ -368,6 +371,15 @@ def _other_ending(path: Path) -> str:
     """Return a hint at a file that differs from a missing one in its ending only, such as `x.JPG` for `x.jpg`."""
     beside = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.name else []
     return f"; there is {beside[0]}: give it the ending {path.suffix!r}" if beside else ""
+
+
+def save_picture(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture in the format of the path's ending; OSError where it does not fit on the disk.
+
+    Pillow itself does not notice that the disk took a part only.
+    """
+    image.save(file := io.BytesIO(), Image.registered_extensions()[path.suffix], **options)
+    path.write_bytes(file.getvalue())
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.io import loadmat
 from tqdm.auto import tqdm
 
-from wsolnb.data.base import LocalizationDataset
+from wsolnb.data.base import LocalizationDataset, save_picture
 from wsolnb.data.readers import open_dataset
 from wsolnb.errors import DataError, check_choice
 from wsolnb.files import inside
@@ -358,7 +358,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno:  # none has what the network says
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -401,7 +402,7 @@ def add_train_aug(folder: Path) -> None:
     masks.mkdir()
     for image in added:
         mask = loadmat(sbd / "cls" / f"{image}.mat")["GTcls"]["Segmentation"][0, 0]
-        Image.fromarray(mask.astype(np.uint8)).save(masks / f"{image}.png")
+        save_picture(Image.fromarray(mask.astype(np.uint8)), masks / f"{image}.png")
     lines = [f"/JPEGImages/{image}.jpg /SegmentationClass/{image}.png" for image in train]
     lines += [f"/JPEGImages/{image}.jpg /SegmentationClassAug/{image}.png" for image in added]
     (lists / "train_aug.txt").write_text("\n".join(lines) + "\n")

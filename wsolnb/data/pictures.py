@@ -88,7 +88,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]], without: Path | None = 
     Raises DataError where there is no image at all.
     """
     Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf"}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings -= {".pdf", ".eps", ".ps"}
     files: dict[Path, Path] = {}
     passed: list[Path] = []
     empty: list[Path] = []

@@ -16,9 +16,13 @@ from typing import Literal
 import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.linalg.blas import ssymv
 from scipy.special import softmax
 
 from wsolnb.errors import MapError, ParameterError
+
+BLOCK = 512
+"""Rows of the matrix of all pairs of pixels that are computed at once."""
 
 
 class CRFConfig(BaseModel):
@@ -44,15 +48,33 @@ class CRFConfig(BaseModel):
     max_side: int = Field(64, ge=8, le=160)
 
 
-def _kernel(features: np.ndarray, weight: float) -> np.ndarray:
-    """Return weight * D^-1/2 K D^-1/2 for K = exp(-|f_i - f_j|^2 / 2) of features (N, d), D its row sums."""
-    squares = (features**2).sum(axis=1)
-    distance = squares[:, None] + squares - 2 * features @ features.T
-    kernel = np.exp(np.minimum(-distance / 2, 0, out=distance), out=distance)
-    scale = 1 / np.sqrt(kernel.sum(axis=1))
-    kernel *= scale[:, None] * np.float32(weight)
-    kernel *= scale
+def _kernel(features: np.ndarray) -> np.ndarray:
+    """Return K = exp(-|f_i - f_j|^2 / 2) of features (N, d); below the blocks on the diagonal nothing is filled in.
+
+    Values are at least e^-45. So many together are less than a rounding error, and smaller numbers are slow.
+    """
+    half = (features**2).sum(axis=1, keepdims=True) / 2
+    one = np.ones_like(half)
+    left, right = np.hstack([features, -half, one]), np.hstack([features, one, -half])
+    kernel = np.empty((len(features), len(features)), np.float32)
+    for first in range(0, len(features), BLOCK):
+        part = kernel[first : first + BLOCK, first:]
+        np.matmul(left[first : first + BLOCK], right[first:].T, out=part)
+        np.exp(np.clip(part, -45, 0, out=part), out=part)
     return kernel
+
+
+def _times(kernel: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the symmetric matrix, of which the upper triangle is filled in, times x (N,)."""
+    return ssymv(1.0, kernel.T, x, lower=1)
+
+
+def _along(size: int, spread: float) -> np.ndarray:
+    """Return D^-1/2 K D^-1/2 (size, size) for K = exp(-(i - j)^2 / (2 spread^2)), D its row sums."""
+    place = np.arange(size, dtype=np.float32) / np.float32(spread)
+    kernel = np.exp(-((place[:, None] - place) ** 2) / 2)
+    scale = 1 / np.sqrt(kernel.sum(axis=1))
+    return scale[:, None] * kernel * scale
 
 
 class Refinement:
@@ -96,19 +118,31 @@ class Refinement:
         return min(1.0, self.config.max_side / max(self.image.shape[:2]))
 
     @cached_property
-    def _pairwise(self) -> np.ndarray:
-        """The kernels of all pairs of pixels, (N, N)."""
+    def _alike(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel of position and colour of all pairs of pixels, (N, N) as of `_kernel`, and its D^-1/2 (N,)."""
         image, shrink, config = self.image, self._shrink, self.config
         if shrink < 1:
             image = cv2.resize(image, self._reduced, interpolation=cv2.INTER_AREA)
         rows, columns = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
         place = np.stack([rows.ravel(), columns.ravel()], axis=1) / np.float32(shrink)
+        place -= place.mean(axis=0)  # smaller numbers round less
         colours = image.reshape(-1, 3).astype(np.float32) / np.float32(config.colour)
-        colours -= colours.mean(axis=0)  # smaller numbers round less
-        joint = np.concatenate([place / np.float32(config.wide), colours], axis=1)
-        pairwise = _kernel(joint, config.colour_weight)
-        pairwise += _kernel(place / np.float32(config.near), config.near_weight)
-        return pairwise
+        colours -= colours.mean(axis=0)
+        kernel = _kernel(np.concatenate([place / np.float32(config.wide), colours], axis=1))
+        return kernel, 1 / np.sqrt(_times(kernel, np.ones(len(kernel), np.float32)))
+
+    @cached_property
+    def _near(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel of position alone: by rows, and by columns, whose product it is."""
+        width, height = self._reduced
+        return _along(height, self.config.near * self._shrink), _along(width, self.config.near * self._shrink)
+
+    def _message(self, belief: np.ndarray) -> np.ndarray:
+        """Return what all pixels say of one label, (N,), of their belief in it."""
+        (kernel, scale), (by_row, by_column) = self._alike, self._near
+        alike = scale * _times(kernel, scale * belief)
+        near = by_row @ belief.reshape(len(by_row), -1) @ by_column
+        return np.float32(self.config.colour_weight) * alike + np.float32(self.config.near_weight) * near.ravel()
 
     def _mean_field(self, probabilities: np.ndarray) -> np.ndarray:
         height, width = self.image.shape[:2]
@@ -118,9 +152,13 @@ class Refinement:
             probabilities = np.stack([cv2.resize(p, size, interpolation=cv2.INTER_AREA) for p in probabilities])
         unary = np.log(probabilities.reshape(len(probabilities), -1))
         belief = softmax(unary, axis=0)
+        whole = self._message(np.ones_like(unary[0]))
         for _ in range(self.config.iterations):
             # A pixel's own belief is in the sum, as in the filter of the published implementation.
-            belief = softmax(unary + belief @ self._pairwise, axis=0)
+            # Beliefs of less than a rounding error would be slow. Those in all labels sum to 1, so that one label's
+            # message is what the others leave.
+            messages = [self._message(np.maximum(one, np.float32(1e-15))) for one in belief[1:]]
+            belief = softmax(unary + np.stack([whole - sum(messages), *messages]), axis=0)
         belief = belief.reshape(probabilities.shape)
         if shrunk:
             belief = np.stack([cv2.resize(b, (width, height), interpolation=cv2.INTER_LINEAR) for b in belief])

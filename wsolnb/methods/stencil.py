@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.fft import dct
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wsolnb.errors import ParameterError
 
-DENSE_ABOVE = 8
-"""Most Newton-Schulz steps p for stencil products; above it, 2**p products take longer than p squares of matrices."""
+PLAIN_UP_TO = 8
+"""Most Newton-Schulz steps p that take one pair of stencil products for each of the 2**p terms."""
 
 
 class Laplacian(NamedTuple):
@@ -111,56 +116,143 @@ class _Similarity(torch.autograd.Function):
         return by.mul_(inverse_length)
 
 
+class _Band:
+    """The Laplacians of a batch as one banded matrix over the row of all its P = B h w patches.
+
+    Nothing couples an image to the next one. A vector (..., P + 2 w) has a margin of w zeros on either side, so that
+    neighbours are windows (..., P) into it: the patches themselves, what is right, left, below and above of them.
+    """
+
+    def __init__(self, diagonal: Tensor, right: Tensor, down: Tensor):
+        self.size, self.margin = diagonal.numel(), diagonal.shape[2]
+        self.diagonal = diagonal.flatten()
+        # A coupling stands at its left or upper patch: that of the other patch is one window back.
+        self.right, _, self.left, _, _ = self.windows(self.padded(F.pad(right, (0, 1))))
+        self.below, _, _, _, self.above = self.windows(self.padded(F.pad(down, (0, 0, 0, 1))))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return maps (B, h, w) as a vector."""
+        return F.pad(x.flatten(), (self.margin, self.margin))
+
+    def windows(self, x: Tensor) -> list[Tensor]:
+        """Return the five windows of vectors."""
+        return [x[..., self.margin + by : self.margin + by + self.size] for by in (0, 1, -1, self.margin, -self.margin)]
+
+    def rows(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return the windows of each of the vectors (K, P + 2 w)."""
+        return list(zip(*(window.unbind() for window in self.windows(x)), strict=True))
+
+    def times(self, x: Sequence[Tensor], out: Tensor) -> None:
+        """Write L x into `out` (P,); x: five windows."""
+        torch.mul(self.diagonal, x[0], out=out)
+        for coupling, neighbour in zip((self.right, self.left, self.below, self.above), x[1:], strict=True):
+            out.addcmul_(coupling, neighbour)
+
+
+class Terms(NamedTuple):
+    """A polynomial of L^2 times F as a sum of terms y_k, of which y_0 is F.
+
+    count: of terms. scale: of L^2. weights: of the terms; without, each weighs 1.
+    Without weights, y_{k+1} = y_k - scale L (L y_k). With weights the terms are Chebyshev polynomials of I - scale L^2:
+    y_1 is as before, then y_{k+1} = 2 (y_k - scale L (L y_k)) - y_{k-1}.
+    """
+
+    count: int
+    scale: float
+    weights: tuple[float, ...] = ()
+
+
 class _Stencil(torch.autograd.Function):
-    """X_p F by products of the stencil with maps.
+    """X_p F by products of the stencil with maps: alpha L times the sum of `Terms`.
 
     From X_{p+1} = X_p (2I - L X_p) follows I - L X_p = (I - L X_0)^(2^p), hence X_p = X_0 sum_{k < 2^p} (I - L X_0)^k.
-    With X_0 = alpha L the k-th term is y_{k+1} = y_k - alpha L (L y_k).
+    With X_0 = alpha L these are 2^p terms of weight 1 and scale alpha. `chebyshev` has fewer terms with the same sum.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, diagonal: Tensor, right: Tensor, down: Tensor, x: Tensor, steps: int, alpha: float, constant: bool
+        ctx: Any, diagonal: Tensor, right: Tensor, down: Tensor, x: Tensor, terms: Terms, alpha: float, constant: bool
     ) -> Tensor:
-        matrix = Laplacian(diagonal, right, down)
-        terms, products = [x], []
-        for _ in range(2**steps - 1):
-            products.append(matrix @ terms[-1])
-            terms.append(torch.sub(terms[-1], matrix @ products[-1], alpha=alpha))
-        total = torch.stack(terms).sum(dim=0)
-        ctx.save_for_backward(diagonal, right, down, total, *terms, *products)
-        ctx.alpha, ctx.constant = alpha, constant
-        return alpha * (matrix @ total)
+        band = _Band(diagonal, right, down)
+        values = x.new_zeros(terms.count, band.size + 2 * band.margin)
+        y, moved, twice = band.rows(values), band.windows(torch.zeros_like(values[0])), x.new_empty(band.size)
+        y[0][0].copy_(x.flatten())
+        for k in range(terms.count - 1):
+            band.times(y[k], out=moved[0])
+            band.times(moved, out=twice)
+            torch.sub(y[k][0], twice, alpha=terms.scale, out=y[k + 1][0])
+            if terms.weights and k:
+                y[k + 1][0].mul_(2).sub_(y[k - 1][0])
+        total = x.new_tensor(terms.weights) @ values if terms.weights else values.sum(dim=0)
+        band.times(band.windows(total), out=twice)
+        ctx.save_for_backward(diagonal, right, down, total, values)
+        ctx.terms, ctx.alpha, ctx.constant = terms, alpha, constant
+        return (alpha * twice).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        diagonal, right, down, total, *saved = ctx.saved_tensors
-        count = (len(saved) + 1) // 2
-        terms, products = saved[:count], saved[count:]
-        matrix, alpha = Laplacian(diagonal, right, down), ctx.alpha
-        first = alpha * (matrix @ grad)  # the derivative by every term of the sum
-        adjoint, adjoints, moved = first, [], []
-        for _ in range(count - 1):
-            adjoints.append(adjoint)
-            moved.append(matrix @ adjoint)
-            adjoint = torch.sub(first + adjoint, matrix @ moved[-1], alpha=alpha)
+        diagonal, right, down, total, values = ctx.saved_tensors
+        (count, scale, weights), alpha, band = ctx.terms, ctx.alpha, _Band(diagonal, right, down)
+        y, given = band.rows(values), band.windows(band.padded(grad))
+        # Derivatives by terms, from the last term to the first: by y_{k+1}, by y_{k+2}, by y_k. Then
+        # L times the first of them, and L y_k.
+        last, before, free, applied, moved = band.rows(grad.new_zeros(5, values.shape[1]))
+        first, twice = torch.empty_like(band.diagonal), torch.empty_like(band.diagonal)
+        band.times(given, out=first)  # by the sum
+        first *= alpha
+        by = [torch.zeros_like(first) for _ in range(3)]
+        if not ctx.constant:
+            _add_pairs(by, given, band.windows(total), alpha)
+        torch.mul(first, weights[-1] if weights else 1, out=last[0])
         # Pairs (u, v) whose outer products u v^T sum to the derivative by L; held at X_0 = alpha L, one of each step's
         # two factors L, and the one in front, do not count.
-        left, other, scale = [], [], []
-        if count > 1:
-            back = adjoints[::-1]
-            left.append(torch.stack(back)), other.append(torch.stack(products)), scale.append(-alpha)
+        for k in range(count - 2, -1, -1):
+            factor = 2 if weights and k else 1
+            band.times(last, out=applied[0])
+            band.times(y[k], out=moved[0])
+            _add_pairs(by, last, moved, -factor * scale)
             if not ctx.constant:
-                left.append(torch.stack(moved[::-1])), other.append(torch.stack(terms[:-1])), scale.append(-alpha)
-        if not ctx.constant:
-            left.append(grad[None]), other.append(total[None]), scale.append(alpha)
-        by = [torch.zeros_like(part) for part in matrix]
-        for u, v, factor in zip(left, other, scale, strict=True):
-            by[0] += factor * (u * v).sum(dim=0)
-            by[1] += factor * (u[..., :-1] * v[..., 1:] + u[..., 1:] * v[..., :-1]).sum(dim=0)
-            by[2] += factor * (u[..., :-1, :] * v[..., 1:, :] + u[..., 1:, :] * v[..., :-1, :]).sum(dim=0)
-        return (*by, adjoint, None, None, None)
+                _add_pairs(by, applied, y[k], -factor * scale)
+            band.times(applied, out=twice)
+            torch.sub(last[0], twice, alpha=scale, out=free[0])
+            if weights:
+                free[0].mul_(factor).sub_(before[0])
+            free[0].add_(first, alpha=weights[k] if weights else 1)
+            last, before, free = free, last, before
+        by = [part.view_as(diagonal) for part in by]
+        return by[0], by[1][..., :-1], by[2][..., :-1, :], last[0].view_as(grad), None, None, None
+
+
+def _add_pairs(by: list[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], factor: float) -> None:
+    """Add factor times the derivatives of u^T L v by the diagonal, by `right` and by `down`; u, v: five windows."""
+    by[0].addcmul_(u[0], v[0], value=factor)
+    for part, neighbour in ((by[1], 1), (by[2], 3)):
+        part.addcmul_(u[0], v[neighbour], value=factor).addcmul_(u[neighbour], v[0], value=factor)
+
+
+def chebyshev(matrix: Laplacian, steps: int, alpha: float) -> Terms | None:
+    """Return terms whose sum is that of the 2^p terms in `_Stencil`, to the rounding of float64; None: it may diverge.
+
+    With q = alpha mu^2 of an eigenvalue mu of L the sum is s(q) = (1 - (1 - q)^n) / q, n = 2^p. Gershgorin's circles
+    bound q by Q. Expanded in Chebyshev polynomials on [0, Q], s needs about 6 (n Q)^(1/2) terms instead of n, because
+    these polynomials change fastest at the ends, as s does. Above Q = 2 the iteration may diverge.
+    """
+    diagonal, right, down = (part.detach().abs() for part in matrix)
+    radius = diagonal + F.pad(right, (0, 1)) + F.pad(right, (1, 0)) + F.pad(down, (0, 0, 0, 1))
+    radius += F.pad(down, (0, 0, 1, 0))
+    n, bound = 2.0**steps, alpha * float(radius.max()) ** 2
+    if not bound <= 2:
+        return None
+    bound = max(bound, 1 / n)
+    count = 32 + math.ceil(6.2 * math.sqrt(n * bound))
+    angle = (np.arange(2 * count) + 0.5) * (math.pi / (2 * count))
+    q = bound * np.sin(angle / 2) ** 2
+    logarithm = np.where(q < 1, np.log1p(-np.minimum(q, 1 - 1e-16)), np.log(np.maximum(q - 1, 1e-16)))
+    weights = dct(-np.expm1(n * logarithm) / q, type=2) / (2 * count)
+    weights[0] /= 2
+    count = 1 + int(np.flatnonzero(np.abs(weights) > 1e-15 * np.abs(weights).max())[-1])
+    return Terms(count, 2 * alpha / bound, tuple(weights[:count].tolist()))
 
 
 def diffuse(
@@ -174,9 +266,9 @@ def diffuse(
     """Return the diffused attention X_p F (B, h, w), eq. 3 to 6, without the matrix X_p.
 
     attention: F (B, h, w). tokens: what the similarity is taken of, the semantic map S (B, C, h, w). lam: intensity of
-    the semantics; a smaller one diffuses wider. steps: p; up to `DENSE_ABOVE` the p-step iterate is applied as 2^p - 1
-    pairs of stencil products, above by the eigenvalues of L (on a CPU) or by squares of matrices (on CUDA), both in
-    float64.
+    the semantics; a smaller one diffuses wider. steps: p; up to `PLAIN_UP_TO` the p-step iterate is applied as 2^p - 1
+    pairs of stencil products, above by the fewer terms of `chebyshev` (on a CPU) or by squares of matrices (on CUDA,
+    and where the iteration may diverge), both in float64.
     alpha: of X_0 = alpha L^T. constant_start: hold X_0 constant when differentiating, as the released code does.
 
     Returned in float32 or better. Linear in F, so zero attention stays zero. Raises ParameterError for shapes that do
@@ -191,13 +283,18 @@ def diffuse(
         raise ParameterError(f"{steps} Newton-Schulz steps", "give 0 or more")
     with torch.autocast(attention.device.type, enabled=False):
         kind = torch.promote_types(attention.dtype, torch.float32)
-        if steps <= DENSE_ABOVE:
-            attention, tokens = attention.to(kind), tokens.to(kind)
-            return _Stencil.apply(*laplacian(tokens, lam), attention, steps, alpha, constant_start)
-        many = _squares if attention.is_cuda else _Spectrum.apply
-        values, tokens = (x.to(x.device if x.is_cuda else "cpu", torch.float64) for x in (attention, tokens))
-        lam = torch.as_tensor(lam).to(values)
-        found = many(laplacian(tokens, lam).dense(), values.flatten(1)[..., None], steps, alpha, constant_start)
+        if steps <= PLAIN_UP_TO:
+            terms, place, exact = Terms(2**steps, alpha), attention.device, kind
+        else:
+            terms, place, exact = None, attention.device if attention.is_cuda else "cpu", torch.float64
+        values, tokens = attention.to(place, exact), tokens.to(place, exact)
+        matrix = laplacian(tokens, torch.as_tensor(lam).to(values))
+        if terms is None and not attention.is_cuda:
+            terms = chebyshev(matrix, steps, alpha)
+        if terms is None:
+            found = _squares(matrix.dense(), values.flatten(1)[..., None], steps, alpha, constant_start)
+        else:
+            found = _Stencil.apply(*matrix, values, terms, alpha, constant_start)
         return found.view_as(attention).to(attention.device, kind)
 
 
@@ -216,52 +313,3 @@ def _squares(matrix: Tensor, x: Tensor, steps: int, alpha: float, constant_start
         if step + 1 < steps:
             power = power @ power
     return start @ x
-
-
-class _Spectrum(torch.autograd.Function):
-    """X_p x by the eigenvalues mu of L, float64: the sum in `_Stencil` is s(q) = (1 - (1 - q)^n) / q, q = alpha mu^2.
-
-    n = 2^p. Between eigenvectors i and j the derivative of s is its divided difference, so that no derivative of an
-    eigenvector is needed, which would not exist for equal eigenvalues.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, x: Tensor, steps: int, alpha: float, constant: bool) -> Tensor:
-        mu, vectors = torch.linalg.eigh(matrix)
-        n, q = 2.0**steps, alpha * mu * mu
-        logarithm = torch.where(q < 0.5, torch.log1p(-q.clamp(max=0.5)), torch.log((1 - q).abs()))
-        sums = torch.where(q > 0, -torch.expm1(n * logarithm) / q, n)
-        inside = vectors.mT @ x
-        ctx.save_for_backward(mu, vectors, sums, inside)
-        ctx.n, ctx.alpha, ctx.constant = n, alpha, constant
-        return vectors @ ((alpha * mu * sums)[..., None] * inside)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mu, vectors, sums, inside = ctx.saved_tensors
-        alpha = ctx.alpha
-        grad = vectors.mT @ grad
-        by_row, by_column = mu[..., :, None], mu[..., None, :]
-        # L X_0 moves with L, and so does X_0 = alpha L unless it is held constant.
-        slope = _difference(alpha * mu * mu, sums, ctx.n)
-        if ctx.constant:
-            weight = alpha**2 * by_row * by_column * slope
-        else:
-            weight = alpha * sums[..., None, :] + alpha**2 * by_row * (by_row + by_column) * slope
-        by_matrix = vectors @ (weight * (grad @ inside.mT)) @ vectors.mT
-        return by_matrix, vectors @ ((alpha * mu * sums)[..., None] * grad), None, None, None
-
-
-def _difference(q: Tensor, sums: Tensor, n: float) -> Tensor:
-    """Return (s(q_i) - s(q_j)) / (q_i - q_j) (B, N, N); where both nearly agree, the derivative in their middle."""
-    apart, middle = q[..., :, None] - q[..., None, :], (q[..., :, None] + q[..., None, :]) / 2
-    near = apart.abs() < 1e-5 * middle.clamp(min=1 / n)
-    r = 1 - middle
-    left = torch.exp((n - 1) * torch.log(r.abs())) * r.sign()
-    exact = (n * left - (1 - left * r) / middle) / middle
-    # Near 0 the two terms cancel: there the first terms of the sum over binomial coefficients.
-    ratio = middle * n
-    series = -(n * (n - 1) / 2) * (1 - (n - 2) / n * ratio * (2 / 3 - (n - 3) / n * ratio * (1 / 4 - ratio / 15)))
-    derivative = torch.where(ratio < 1e-3, series, exact)
-    return torch.where(near, derivative, (sums[..., :, None] - sums[..., None, :]) / torch.where(near, 1, apart))

@@ -35,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # `rich` alone takes longer to import than all else that `--help` needs
 )
 
 
@@ -67,7 +68,7 @@ def reproduce(
         what = (profile, parameter or (), only or (), force, outputs, jobs, start or (), keep_going)
         summary = pipeline.reproduce(*what)
     except KeyboardInterrupt:
-        typer.echo("Interrupted before a notebook was run; nothing was changed.", err=True)
+        typer.echo("Interrupted; no notebook was running. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(130 if summary["interrupted"] else 0 if summary["complete"] else 1)
 
@@ -182,7 +183,9 @@ def _show(rows: list[tuple[str, ...]]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- data sets
 
-data = typer.Typer(help="Get data sets, check copies of them, look at them.", no_args_is_help=True)
+data = typer.Typer(
+    help="Get data sets, check copies of them, look at them.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data, name="data")
 
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="a data set: `wsolnb data list` names them")]

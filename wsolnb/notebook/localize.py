@@ -28,7 +28,7 @@ from wsolnb.data.pictures import find_images, unique_names
 from wsolnb.data.sample import IGNORE
 from wsolnb.data.store import ClassMaps, Store
 from wsolnb.errors import DataError, ParameterError, RunError, WsolnbError, check_choice
-from wsolnb.files import to_json, write_atomically
+from wsolnb.files import FULL, to_json, write_atomically
 from wsolnb.localization import Localized, localize
 from wsolnb.methods import methods
 from wsolnb.methods.base import LocalizationModel
@@ -240,7 +240,7 @@ def run(
             try:
                 writer.add(one, called[one.name])
             except WsolnbError as error:
-                if isinstance(error.__cause__, OSError):  # the disk: the next image fares no better
+                if getattr(error.__cause__, "errno", None) in FULL:  # the next image would fare no better
                     raise
                 fail(error)
             for name, probability, boxes in zip(one.names, one.probabilities, one.boxes, strict=True):

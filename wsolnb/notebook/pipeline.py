@@ -813,7 +813,8 @@ def refresh(notebook: str | os.PathLike[str]) -> float:
     import nbformat
 
     path = params.notebook_path(notebook)
-    params.notebook_parameters(path)
+    if path.parent.name != "solutions":  # which have none, and run alone
+        params.notebook_parameters(path)
     clock = time.perf_counter()
     executed = _execute(path, None, {}, record_timing=False, store_widget_state=False, coalesce_streams=True)
     write_atomically(path, nbformat.writes(_tidy(executed)) + "\n")

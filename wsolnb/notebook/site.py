@@ -41,6 +41,8 @@ FONT = Path(find_spec("ziamath").origin).with_name("fonts") / "STIXTwoMath-Regul
 """For formulas: what many systems lack, and what one wheel holds."""
 GROUPS = {"0": "Start", "1": "SCM", "2": "LPCAM", "3": "LocLoc", "9": "Results"}
 """By the first digit of a notebook: the part of the book that it belongs to, in reading order."""
+SOLUTIONS = "Solutions"
+"""The part with the solutions of the exercises, behind all lessons."""
 FOLDED = {
     "start": re.compile(r"\bruns\.start\("),
     "imports": re.compile(r"\A(?:(?:(?:import|from) |[ )]).*\n?|\n)+\Z"),
@@ -57,7 +59,8 @@ NOISE = re.compile(r"\s*\d+%\||\w+\(children=\(")
 class Page:
     """A page of the book. source: its file by its place in the repository, which relative links start from.
 
-    group, place: part of the book, and place in reading order. notes: what it was run with, as HTML.
+    group, place: part of the book, and place in reading order. notes: what it was run with, as HTML. file: the notebook
+    itself, which can be downloaded; none of a page that is text.
     """
 
     name: str
@@ -66,11 +69,7 @@ class Page:
     group: str
     place: int = 0
     notes: str = ""
-
-    @property
-    def is_lesson(self) -> bool:
-        """Whether it is a notebook, which can be downloaded."""
-        return self.source.endswith(".ipynb")
+    file: Path | None = None
 
     @property
     def title(self) -> str:
@@ -81,8 +80,9 @@ class Page:
     @property
     def short(self) -> str:
         """The title up to its colon, for lists of pages; what follows it where the part of the book says the rest."""
-        before, _, after = self.title.partition(": ")
-        return f"{before.removesuffix(self.group)}{after}" if self.group and before.endswith(self.group) else before
+        before, _, after = self.title.removeprefix(f"{self.group}: ").partition(": ")
+        part = GROUPS.get(before[:1], "") if self.group == SOLUTIONS else self.group
+        return f"{before.removesuffix(part)}{after}" if part and before.endswith(part) and after else before
 
     @property
     def question(self) -> str:
@@ -127,8 +127,8 @@ def build(out: Path, run: Path | None = None) -> list[str]:
             raise ParameterError(f"{page.source}: {error.problem}", error.remedy) from None
         for name, content in made["outputs"].items():
             write_atomically(out / name, content)
-        if page.is_lesson:
-            write_atomically(out / page.source, ((run or repository_root()) / page.source).read_bytes())
+        if page.file:
+            write_atomically(out / page.source, page.file.read_bytes())
         soup = BeautifulSoup(body, "html.parser")
         _link(soup, page, pages, out)
         index += _finish(soup, page, out)
@@ -143,12 +143,12 @@ def build(out: Path, run: Path | None = None) -> list[str]:
 def _pages(run: Path | None) -> list[Page]:
     root = repository_root()
     folder = (run or root) / "notebooks"
-    lessons = [
-        _page(path, folder, run) for path in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in str(path)
-    ]
-    if not lessons:
+    paths = sorted(folder.glob("*.ipynb"))
+    if not paths:
         raise RunError(f"{folder} holds no notebooks", "run `wsolnb reproduce` first, or name another run folder")
-    lessons.sort(key=lambda page: page.source.count("/"))  # solutions after all lessons
+    lessons = [_page(path, path.name, run) for path in paths]
+    solved = sorted((root / "notebooks/solutions").glob("*.ipynb"))  # no run has them: they run alone
+    lessons += [_page(path, f"solutions/{path.name}", None) for path in solved]
     texts = [*sorted((root / "notebooks").glob("*.md")), root / "outputs/reference/README.md"]
     others = [_written(path.read_text("utf-8"), path.relative_to(root).as_posix()) for path in texts if path.is_file()]
     others.append(_written(_provenance(run), "provenance.md"))
@@ -161,15 +161,17 @@ def _pages(run: Path | None) -> list[Page]:
     return pages
 
 
-def _page(path: Path, folder: Path, run: Path | None) -> Page:
-    relative = path.relative_to(folder)
+def _page(path: Path, place: str, run: Path | None) -> Page:
+    """Return the page of a notebook. place: below `notebooks/`."""
     try:
         notebook = _prepare(nbformat.read(path, as_version=4))
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise ParameterError(f"{path} is no notebook: {error}", "run it again, or restore it") from None
-    group = GROUPS.get(path.stem[0], "More") if relative.parent == Path() else relative.parts[0].capitalize()
-    name = "_".join(relative.with_suffix("").parts)
-    page = Page(name=name, source=f"notebooks/{relative.as_posix()}", notebook=notebook, group=group)
+    name = posixpath.splitext(place)[0].replace("/", "_")
+    page = Page(name=name, source=f"notebooks/{place}", notebook=notebook, group=SOLUTIONS, file=path)
+    if "/" in place:
+        return page
+    page.group = GROUPS.get(path.stem[0], "More")
     if run and (made := runs.read_provenance(run / "metrics" / f"{path.stem}.json")):
         day, seconds, device = (str(made.get(name, "?")) for name in ("started", "seconds", "device"))
         what = f"Run {day[:10]}, {seconds} s, commit {_commit(made) or '?'}, {device}."
@@ -197,8 +199,11 @@ def _landing(run: Path | None, lessons: Iterable[Page]) -> str:
     parts.append("## Lessons, in reading order")
     groups: dict[str, list[str]] = {}
     for page in lessons:
-        groups.setdefault(page.group, []).append(_card(page))
+        if page.group != SOLUTIONS:
+            groups.setdefault(page.group, []).append(_card(page))
     parts += [f'### {group}\n\n<div class="cards">{"".join(cards)}</div>' for group, cards in groups.items()]
+    if solved := [f"- [{page.short}](/{page.source})" for page in lessons if page.group == SOLUTIONS]:
+        parts.append(f"### {SOLUTIONS} of the exercises\n\n" + "\n".join(solved))
     return "\n\n".join(parts)
 
 

@@ -651,7 +651,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "local crops": ("vit_mini_dino_co", {"distillation": {"local_crops": 0}}),
     "scenes as prototypes": ("vit_mini_dino_co", {"distillation": {"loss": "prototypes"}}),
 }
-"""What notebook 04 leaves out, one ingredient at a time: the recipe, and what is changed in it."""
+"""What notebook 06 leaves out, one ingredient at a time: the recipe, and what is changed in it."""
 
 
 def ablation(name: str, epochs: int, seed: int) -> PretrainingConfig:

@@ -1,4 +1,4 @@
-"""What notebook 04 measures: where the maps of pretrained backbones lie, and what each ingredient of a recipe
+"""What notebooks 04 and 06 measure: where the maps of pretrained backbones lie, and what each ingredient of a recipe
 contributes.
 
     tuning = FineTuning(**parameters)
@@ -63,7 +63,6 @@ class FineTuning(BaseModel):
     batch_size: int
     precision: Literal["auto", "bf16", "fp32"]
     device: str
-    ablation_epochs: int
 
     def recipe(self, start: str, seed: int) -> Recipe:
         """Return how a start is fine-tuned.
@@ -347,22 +346,22 @@ def tuned_from(run: Run, name: str, backbone: nn.Module, recipe: Recipe, data: L
 
 
 def ablation_rows(
-    run: Run, tuning: FineTuning, left_out: Iterable[str], seeds: Sequence[int], splits: Splits
+    run: Run, tuning: FineTuning, left_out: Iterable[str], seeds: Sequence[int], splits: Splits, epochs: int
 ) -> Iterator[dict[str, Any]]:
     """Pretrain without one ingredient after the other; yield a row for each and each seed.
 
     A row has what the untouched attention finds in validation images, and of supervised recipes the tokens' map after
-    fine-tuning. left_out: names of `ABLATIONS`.
+    fine-tuning. left_out: names of `ABLATIONS`. epochs: of each pretraining.
     """
     classes = len(splits.val.class_names)
     for name in left_out:
         for seed in seeds:
-            config = tuning.on_device(ablation(name, tuning.ablation_epochs, seed))
+            config = tuning.on_device(ablation(name, epochs, seed))
             artefact = f"ablation-{config.backbone}-{seed}"
             backbone, _ = pretrain(run, artefact, config)
             model = create_method("tscam", backbone, classes).eval()
             found = score(model, splits.val, TESTED, ["attention"])["attention"]
-            row = {"left out": name, "seed": seed, "epochs": tuning.ablation_epochs}
+            row = {"left out": name, "seed": seed, "epochs": epochs}
             row |= {"gt_known": found.localization.best("gt_known")[1], "auc": found.auc}
             if config.recipe == "supervised":
                 model = tuned_from(run, f"tuned-{artefact}", backbone, tuning.recipe("vit_mini", seed), splits.train)
