@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,6 +50,8 @@ PARAMETERS = """\
 seed: int = 0  # of the scores
 lr: float = 1e-3  # step size
 run_folder: str = "outputs/mini"  # where results go"""
+
+PICTURE = sweeps.picture
 
 exec(SCORE)  # the same scores here as in the notebook: `score`
 
@@ -97,6 +100,7 @@ def reproduced(monkeypatch):
         return made | {"interrupted": False, "steps": [step], "tables": {"03_cam": rows}}
 
     monkeypatch.setattr(pipeline, "reproduce", reproduce)
+    monkeypatch.setattr(sweeps, "picture", lambda *_: plt.figure(figsize=(1, 1)))
     return calls, broken
 
 
@@ -164,7 +168,8 @@ def test_a_column_that_nobody_recorded_is_refused_at_the_first_result(repository
     assert len(reproduced[0]) == 1  # the run itself was good, and is not made again
 
 
-def test_means_and_paired_intervals_are_those_of_an_obvious_computation(repository, reproduced):
+def test_means_and_paired_intervals_are_those_of_an_obvious_computation(repository, reproduced, monkeypatch):
+    monkeypatch.setattr(sweeps, "picture", PICTURE)
     summary = sweeps.run("pairs")
     folder = repository.root / "outputs/sweeps/pairs"
     assert (summary["complete"], summary["runs"], summary["failed"]) == (True, 6, {})
@@ -329,10 +334,12 @@ def test_the_sweeps_of_the_repository_are_in_order(monkeypatch):
         assert len(planned) == np.prod([len(v) for v in (*sweep.grid.values(), *sweep.seeds.values())]), name
         recorded = pd.read_csv(ROOT / f"outputs/reference/{sweep.table.notebook}.csv")
         made_of = {"parameters": {}, "code": {}, "versions": {}}
-        result = {"values": planned[0].values, "made_of": made_of, "tables": {sweep.table.notebook: recorded}}
-        rows = sweeps._rows(sweep, result)
-        assert len(rows) == np.prod([len(v) for v in sweep.table.rows.values()])
-        assert np.isfinite(rows[sweep.table.measures].to_numpy()).all()
+        result = {"values": planned[0].values, "made_of": made_of}
+        texts = recorded.astype(dict.fromkeys(sweep.table.rows, str))  # as a table can hold them
+        for table in (recorded, texts):
+            rows = sweeps._rows(sweep, result | {"tables": {sweep.table.notebook: table}})
+            assert len(rows) == np.prod([len(v) for v in sweep.table.rows.values()])
+            assert np.isfinite(rows[sweep.table.measures].to_numpy()).all()
 
 
 def test_the_job_script_asks_slurm_for_what_the_sweep_says(tmp_path, monkeypatch):

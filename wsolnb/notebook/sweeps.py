@@ -486,11 +486,13 @@ def _rows(sweep: Sweep, result: Mapping[str, Any]) -> pd.DataFrame:
             problem = f"{where} has no column {name!r}{nearest(name, table.columns)}"
             raise ParameterError(problem, f"use one of: {', '.join(table.columns)}")
     for name, wanted in sweep.table.rows.items():
-        if lacking := [value for value in wanted if value not in set(table[name])]:
+        # Where a table holds numbers as texts, as names of columns become, they are the numbers of the sweep.
+        named = table[name].map({**{str(value): value for value in wanted}, **{value: value for value in wanted}})
+        if lacking := [value for value in wanted if value not in set(named)]:
             known = ", ".join(map(str, table[name].unique()))
             raise ParameterError(f"{where} has no row with {name} {lacking[0]!r}", f"use some of: {known}")
-    for name, wanted in sweep.table.rows.items():
-        table = table[table[name].isin(wanted)]
+        table = table.assign(**{name: named})
+    table = table.dropna(subset=list(sweep.table.rows))
     own = table["seed"] if "seed" in table and not sweep.seeds else 0
     seed = ", ".join(str(_cell(values[name])) for name in sweep.seeds) if sweep.seeds else own
     found = pd.DataFrame(index=table.index).assign(version=_version(result))
@@ -626,27 +628,29 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     for place in places[1:]:
         merged = _united(merged, _sweep_in(place), place)
     varied = {**merged.grid, **merged.seeds}
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    seen: dict[str, tuple[Path, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for place in places:
         for path in sorted((place / "results").glob("*.json")):
             if not (result := _result(path)):
                 raise RunError(f"{path} is damaged", "delete it, and run its sweep again")
             if any(result["values"].get(name) not in values for name, values in varied.items()):
                 continue  # of an earlier grid
-            if path.stem in found and found[path.stem][1]["tables"] != result["tables"]:
-                raise _conflict(*found[path.stem], path, result)
-            for _, other in found.values():
+            first = seen.setdefault(path.stem, (path, result))
+            if first[1]["tables"] != result["tables"]:
+                raise _conflict(*first, path, result)
+            for other in found.values():
                 if _numbers(other) == _numbers(result):  # where versions differ, too
                     known = other["provenance"]
                     other["provenance"] = known + [one for one in result["provenance"] if one not in known]
                     break
             else:
-                found[path.stem] = path, result
+                found[path.stem] = result
     if not found:
         raise ParameterError("there are no results in these folders", "give folders that `wsolnb sweep` has written")
-    for key, (_, result) in found.items():
+    for key, result in found.items():
         write_atomically(target / "results" / f"{key}.json", to_json(result))
-    results = [result for _, result in found.values()]
+    results = list(found.values())
     count = math.prod(map(len, varied.values()))
     distinct = len({fingerprint(result["made_of"]["parameters"]) for result in results})
     summary = {"complete": distinct >= count, "interrupted": False, "failed": {}, "runs": count, "done": distinct}
