@@ -3,7 +3,9 @@
 ViT-S/16 with random weights, 200 classes, sizes as published. Data loading is part of both: the images lie as JPEG
 files of 320 x 240 in memory; LocLoc decodes and transforms each once, PPD once for the class (resize, centre crop) and
 once for the map (resize). Time is the median of repeated batches; memory is what one batch adds to the process at its
-peak (on a GPU: to the allocator). FLOPs are counted by torch's counter.
+peak (on a GPU: to the allocator). FLOPs are counted by torch's counter, which explain the ratio: LocLoc's two passes of
+12 blocks are as long as PPD's, and its generator and classifier compute more than PPD's decoder and probe. On the CPU
+time is that of the processor.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import io
 import multiprocessing
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from wsolnb.data.transforms import Resize, ResizeCenterCrop
 from wsolnb.methods.base import LocalizationModel
 from wsolnb.methods.locloc import GrabCutEnhancedGenerator, LocalFeatureDigging, LocLoc
 from wsolnb.methods.ppd import PPD, LinearProbe, ProxyProbingDecoder
-from wsolnb.papers.locloc import computations, seconds
+from wsolnb.papers import locloc
 
 BATCH, CLASSES = 32, 200
 
@@ -64,9 +68,22 @@ def tasks(both: dict[str, LocalizationModel], device) -> dict[str, Callable[[], 
     def load() -> torch.Tensor:
         return decode(encoded, once, device)
 
-    named = computations(both, load, lambda: decode(encoded, crop, device))
+    named = locloc.computations(both, load, lambda: decode(encoded, crop, device))
     flat = {f"{name}, {part}": task for name, parts in named.items() for part, task in parts.items()}
     return {**flat, "loading once": load}
+
+
+def seconds(task: Callable[[], object], device, repeats: int) -> float:
+    """Return the median time of a task, after one that is not counted; on the CPU that of the processor."""
+    if device.type == "cuda":
+        return locloc.seconds(task, device, repeats)
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = time.process_time()
+            task()
+            times.append(time.process_time() - started)
+    return statistics.median(times[1:])
 
 
 def flops(module_call: Callable[[], object]) -> float:
@@ -125,7 +142,11 @@ def main(repeats: int = 3) -> dict:
         print(f"{name}: {value:.0f} MB beside the weights at the peak")
     features = torch.randn(1, 384, 14, 14, device=device)
     tokens = torch.randn(1, 197, 384, device=device)
+    image = torch.randn(1, 3, 224, 224, device=device)
     parts = {
+        "LocLoc": lambda: both["LocLoc"](image),
+        "PPD": lambda: both["PPD"](image),
+        "frozen transformer": lambda: both["LocLoc"].frozen(image),
         "generator": lambda: both["LocLoc"].generator(features),
         "PPD decoder": lambda: both["PPD"].decoder(features),
         "classifier": lambda: both["LocLoc"].classifier(tokens),
