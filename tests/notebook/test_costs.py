@@ -108,6 +108,7 @@ def test_the_default_profile_takes_what_was_measured_within_a_factor_of_two(monk
     steps = pipeline.resolved(pipeline.plan("mini"))
     monkeypatch.setattr(costs, "_has_bf16", lambda: True)
     found = {one.notebook: one.hours * 3600 for one in estimate(steps, DEVICES["cpu"])}
+    found["04_pretraining"] += found.pop("06_pretraining_appendix")  # one notebook when the seconds were measured
     assert found.keys() == MEASURED.keys()
     assert sum(found.values()) == pytest.approx(sum(MEASURED.values()), rel=0.3)
     far = {name: (took, MEASURED[name]) for name, took in found.items() if not 0.5 < took / MEASURED[name] < 2.1}
