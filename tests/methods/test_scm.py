@@ -262,6 +262,19 @@ def test_many_steps_by_chebyshev_terms_or_by_squares_equal_the_iteration(lam, sp
             assert relative(one, other) <= 1e-6
 
 
+def test_many_steps_where_the_bound_of_the_eigenvalues_is_too_large_take_squares():
+    attention, tokens = maps((6, 7), 4)
+    matrix = stencil.laplacian(tokens, 1.0)
+    largest = torch.linalg.eigvalsh(matrix.dense()).abs().max()
+    radius = matrix.dense().abs().sum(dim=2).max()
+    assert largest < 0.97 * radius
+    for bound, squares in ((1.9, False), (2.1, True)):
+        alpha = float(bound / radius.detach() ** 2)
+        assert (stencil.chebyshev(matrix, 9, alpha) is None) == squares
+        expected = reference_diffusion(attention, tokens, 1.0, 9, alpha, False)
+        assert relative(scm.diffuse(attention, tokens, 1.0, 9, alpha), expected) <= 1e-9
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.1])
 def test_the_first_block_is_as_good_in_float32_as_the_plain_iteration(spread):
     generator = torch.Generator().manual_seed(3)
