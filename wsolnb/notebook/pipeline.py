@@ -293,7 +293,7 @@ def reproduce(
     try:
         runs.start("pipeline", {}, folder)
     except RunError as error:
-        raise RunError(error.problem, "change its permissions, or give another folder with `--outputs DIR`") from error
+        raise RunError(error.problem, f"{error.remedy}; or give another folder with `--outputs DIR`") from error
     if jobs > (most := runs.cores()):
         say(f"note: {jobs} notebooks at once would share {most} cores; {most} run at once")
         jobs = most
@@ -525,7 +525,7 @@ class _Workers:
         if ended:
             problem = f"{source.stem}: its process ended with {process.returncode}: {noise[-300:]}"
             killed = "it has most often run out of memory; use fewer `--jobs`"
-            raise NotebookError(problem, killed if process.returncode < 0 else "mend what it says")
+            raise NotebookError(problem, killed if process.returncode == -signal.SIGKILL else "mend what it says")
         if answer["error"]:
             raise NotebookError(*answer["error"])
 
@@ -739,7 +739,17 @@ def _execute(
     except Exception as error:  # a dead kernel, a full disk: whatever it is, the other notebooks can still run
         at = f"cell {position} of {count} `{text.strip().partition(chr(10))[0]}`"
         problem = f"{source.stem}, {at}: {type(error).__name__}: {error}"
-        raise NotebookError(problem, "a kernel that dies has most often run out of memory") from error
+        raise NotebookError(problem, _remedy_of(error)) from error
+
+
+def _remedy_of(error: Exception) -> str:
+    from nbclient.exceptions import DeadKernelError
+
+    if isinstance(error, DeadKernelError):
+        return "a kernel that dies has most often run out of memory"
+    if isinstance(error, OSError) and error.errno in files.FULL:
+        return "free space there, and run again"
+    return "open the notebook, and run it up to that cell"
 
 
 def _failing_line(error: papermill.PapermillExecutionError) -> str:
