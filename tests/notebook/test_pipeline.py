@@ -386,7 +386,9 @@ def test_what_killed_processes_left_behind_is_swept(repository, executed, capsys
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     folder = repository.root / "outputs" / "mini"
-    names = [f".03_cam.json-{ended.pid}-{'0a' * 16}", f".03_cam.json-{os.getpid()}-{'0a' * 16}", ".a-b-c", ".hidden"]
+    here, elsewhere = f"{files.MACHINE}{'0a' * 10}", "0a" * 16
+    left = [f".03_cam.json-{ended.pid}-{here}", f".03_cam.json-{os.getpid()}-{here}"]
+    names = [*left, f".03_cam.json-{ended.pid}-{elsewhere}", ".a-b-c", ".hidden"]
     for name in names:
         runs.write_atomically(folder / "metrics" / "deep" / name, "part")
     pipeline.reproduce("mini", only=["01_data"])
