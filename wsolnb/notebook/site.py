@@ -45,7 +45,7 @@ SOLUTIONS = "Solutions"
 """The part with the solutions of the exercises, behind all lessons."""
 FOLDED = {
     "start": re.compile(r"\bruns\.start\("),
-    "imports": re.compile(r"\A(?:(?:(?:import|from) |[ )]).*\n?|\n)+\Z"),
+    "imports": re.compile(r"\A(?:(?:(?:import|from) |[ )]|viz\.set_style).*(?:\n|\Z)|\n)+\Z"),
     "code of the figure": re.compile(r"\bsave_figure\(|\bplt\.|\bviz\.(?!set_style)"),
 }
 """Code that is folded at first, by what a line of it says: it sets up or draws, and is not what the lesson is about."""
