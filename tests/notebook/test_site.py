@@ -60,8 +60,11 @@ def png(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def output(**data: str) -> nbformat.NotebookNode:
-    return v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()})
+def output(shown: int = 0, **data: str) -> nbformat.NotebookNode:
+    metadata = {"image/png": {"width": shown}} if shown else {}
+    return v4.new_output(
+        "display_data", {kind.replace("_", "/"): value for kind, value in data.items()}, metadata=metadata
+    )
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def repository(tmp_path, monkeypatch):
         v4.new_code_cell("seed: int = 0  # seed", metadata={"tags": ["parameters"]}),
         v4.new_markdown_cell(FORMULAS),
         v4.new_code_cell("half = 1 / 2", outputs=[output(text_plain=bar), output(text_html=table)]),
-        v4.new_code_cell("run.save_figure(figure, 'one')", outputs=[output(image_png=picture)]),
+        v4.new_code_cell("run.save_figure(figure, 'one')", outputs=[output(image_png=picture, shown=150)]),
         v4.new_markdown_cell(CAPTION),
     ]
     repository.write("01_data", cells)
@@ -145,7 +148,7 @@ def test_pages_follow_each_other_and_name_their_parts(book):
 def test_a_picture_has_its_caption_as_alternative_text_and_its_size(book):
     [picture] = read(book, "01_data.html").select("main img")
     assert picture["alt"] == "Figure: a bird, its box, and s of it."
-    assert (picture["width"], picture["height"]) == ("300", "100")
+    assert (picture["width"], picture["height"]) == ("150", "50")  # at which a notebook shows it, too
     assert (book / picture["src"]).read_bytes() == png(300, 100)
     [card] = read(book, "index.html").select(".card img")
     assert (card["src"], card["alt"]) == (picture["src"], picture["alt"])

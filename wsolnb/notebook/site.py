@@ -390,7 +390,10 @@ def _finish(soup: BeautifulSoup, page: Page, out: Path) -> Iterator[tuple[str, s
         picture["loading"] = "lazy"
         if (file := out / picture["src"]).is_file() and file.suffix != ".svg":
             width, height = Image.open(io.BytesIO(file.read_bytes())).size
-            picture["width"], picture["height"] = str(width), str(height)
+            # A picture for dense screens says at which width it is shown.
+            asked = picture.attrs.pop("data-width", "")
+            shown = int(asked) if asked.isdecimal() and int(asked) else width
+            picture["width"], picture["height"] = str(shown), str(round(height * shown / width))
             if width > 1.8 * height and not picture.find_parent("a"):
                 picture.wrap(soup.new_tag("div", attrs={"class": "scroll wide", "tabindex": "0"}))
     for text in soup.select("main em"):
