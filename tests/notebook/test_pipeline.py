@@ -847,11 +847,12 @@ def start(repository, *arguments, **options):
     return subprocess.Popen(command, cwd=repository.root / "params", **options)
 
 
-def until(condition):
+def until(condition, process=None):
+    """Wait for a condition, as long as the process (of `start`) that is to bring it about runs."""
     deadline = time.monotonic() + 180  # a few seconds where the machine has nothing else to do
-    while not condition() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline and (process is None or process.poll() is None):
         time.sleep(0.05)
-    assert condition()
+    assert condition(), process and (process.kill(), process.communicate()[0])[1]
 
 
 @pytest.mark.slow
@@ -863,7 +864,7 @@ def test_an_interruption_keeps_what_is_done(repository, jobs, number):
     repository.pipeline(step("01_data"), step("03_cam", "01_data"))
     folder = repository.root / "outputs" / "mini"
     process = start(repository, "--jobs", jobs)
-    until((folder / "started").exists)
+    until((folder / "started").exists, process)
     process.send_signal(getattr(signal, number))
     process.send_signal(signal.SIGINT)  # one that follows at once is no second one
     out, _ = process.communicate(timeout=180)
@@ -903,15 +904,16 @@ def test_a_killed_run_leaves_nothing_that_could_write_later(repository, number, 
         repository.notebook(name, "import subprocess, time", work, save)
     repository.pipeline(*map(step, names))
     folder = repository.root / "outputs" / "mini"
-    first = start(repository, "--jobs", "2", "-p", "seed=7", env={**os.environ, "TEST_MARK": number})
-    until(lambda: len(list(folder.glob("started-*"))) == count)
-    assert len(of_run(number)) == 1 + 3 * count, "the command, and for each notebook a worker, a kernel, a child of it"
+    mark = str(repository.root)
+    first = start(repository, "--jobs", "2", "-p", "seed=7", env={**os.environ, "TEST_MARK": mark})
+    until(lambda: len(list(folder.glob("started-*"))) == count, first)
+    assert len(of_run(mark)) == 1 + 3 * count, "the command, and for each notebook a worker, a kernel, a child of it"
     first.stdout.close()  # as with a terminal that is closed: what is printed from here on fails
     first.send_signal(getattr(signal, number))
     summary = pipeline.reproduce("mini", ["seed=1"], jobs=2)
-    assert of_run(number) == [] or [process.pid for process in of_run(number)] == [first.pid]
+    assert of_run(mark) == [] or [process.pid for process in of_run(mark)] == [first.pid]
     assert first.wait(180) == (-signal.SIGKILL if number == "SIGKILL" else 130)
-    assert of_run(number) == []
+    assert of_run(mark) == []
     assert status(summary) == {name: "done" for name in names}
     assert summary["tables"] == {name: [{"seed": 1}] for name in names}
     again = pipeline.reproduce("mini", ["seed=1"], jobs=2)
@@ -935,6 +937,30 @@ def test_after_a_fault_the_same_command_goes_on(tmp_path, name):
             assert all(faulted_runs.attempt(name, template, faults, expected, tmp_path / str(number)))
             return
     pytest.fail("the fault came too late")
+
+
+@pytest.mark.parametrize(("deaths", "cells", "runs"), [(1, 0, 2), (2, 0, 2), (1, 1, 1)])
+def test_a_kernel_that_dies_before_the_first_cell_is_started_once_more(repository, monkeypatch, deaths, cells, runs):
+    import papermill
+
+    calls = []
+
+    def execute(*args, on_cell_start, **options):
+        calls.append(options["start_timeout"])
+        for index in range(cells):
+            on_cell_start({"source": "1"}, cell_index=index)
+        if len(calls) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return "executed"
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    source = repository.root / "notebooks/01_data.ipynb"
+    if deaths < runs:
+        assert pipeline._execute(source, None, {}) == "executed"
+    else:
+        with pytest.raises(pipeline.NotebookError, match=r"01_data, .* Kernel died before replying"):
+            pipeline._execute(source, None, {})
+    assert len(calls) == runs
 
 
 @pytest.mark.slow

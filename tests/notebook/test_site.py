@@ -81,6 +81,8 @@ def repository(tmp_path, monkeypatch):
         v4.new_code_cell("half = 1 / 2", outputs=[output(text_plain=bar), output(text_html=table)]),
         v4.new_code_cell("run.save_figure(figure, 'one')", outputs=[output(image_png=picture, shown=150)]),
         v4.new_markdown_cell(CAPTION),
+        v4.new_code_cell("Image.open(file)", outputs=[output(image_png=picture)]),
+        v4.new_markdown_cell("*Figure: as it is.*"),
     ]
     repository.write("01_data", cells)
     repository.write(
@@ -146,7 +148,8 @@ def test_pages_follow_each_other_and_name_their_parts(book):
 
 
 def test_a_picture_has_its_caption_as_alternative_text_and_its_size(book):
-    [picture] = read(book, "01_data.html").select("main img")
+    picture, plain = read(book, "01_data.html").select("main img")
+    assert (plain["width"], plain["height"]) == ("300", "100")
     assert picture["alt"] == "Figure: a bird, its box, and s of it."
     assert (picture["width"], picture["height"]) == ("150", "50")  # at which a notebook shows it, too
     assert (book / picture["src"]).read_bytes() == png(300, 100)
@@ -200,7 +203,11 @@ def test_the_provenance_of_recorded_studies(book):
             "01_data.html: https://a.org/b.css would be loaded",
         ),
         ("<script src=", "<style>@import url(b.css);</style><script src=", "01_data.html: @import url(b.css) would be"),
-        ('alt="Figure:', 'alt="" title="Figure:', "01_data.html: files/01_data_4_0.png has no alternative text"),
+        (
+            'alt="Figure: a bird',
+            'alt="" title="Figure: a bird',
+            "01_data.html: files/01_data_4_0.png has no alternative text",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_book_is_found(book, old, new, problem):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 
+_START = 300  # seconds that a kernel has to start, where a machine is busy
 _GRACE = 10.0  # seconds that the workers have to end by themselves after an interruption
 _AGAIN = 0.5  # seconds after which a second Ctrl-C is one: a terminal and `timeout` may send the first one twice
 _THREADS = (
@@ -720,19 +721,28 @@ def _execute(
         position, text = cell_index + 1, cell["source"]
         progress(position, count)
 
+    run = functools.partial(
+        papermill.execute_notebook,
+        source,
+        output,
+        parameters=parameters,
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+        cwd=source.parent,
+        on_cell_start=on_cell,
+        start_timeout=_START,
+        extra_arguments=["--IPKernelApp.log_level=50"],  # what a kernel logs about its sockets and its end is noise
+        **options,
+    )
     try:
-        return papermill.execute_notebook(
-            source,
-            output,
-            parameters=parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            cwd=source.parent,
-            on_cell_start=on_cell,
-            extra_arguments=["--IPKernelApp.log_level=50"],  # what a kernel logs about its sockets and its end is noise
-            **options,
-        )
+        try:
+            return run()
+        except RuntimeError:
+            # The ports of a kernel are chosen before it takes them: another process may be faster, and it dies.
+            if position:
+                raise
+            return run()
     except papermill.PapermillExecutionError as error:
         problem = f"{source.stem}, cell In [{error.exec_count}]{_failing_line(error)}: {error.ename}: {error.evalue}"
         raise NotebookError(problem, f"open the notebook, run it up to cell In [{error.exec_count}]") from None
