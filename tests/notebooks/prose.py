@@ -24,6 +24,7 @@ NOT_PROSE = re.compile(
 NUMBER = re.compile(
     r"(?<![\w.,/^_-])[+-]?(?P<digits>\d{1,3}(?:,\d{3})+|\d*\.?\d+)(?![\w/]|\.\d|,\d{3})(?P<percent> ?%)?"
 )
+FIGURE = re.compile(r"<Figure size \d+x\d+ with \d+ Axes>")  # how an output names a picture: no result
 IN_OUTPUT = re.compile(r"\d+\.?\d*(?:e[+-]?\d+)?|\.\d+")
 
 
@@ -71,7 +72,7 @@ def shown(cells: list[dict]) -> set[float]:
         texts += [
             "".join(output.get("data", {}).get(kind, "")) for kind in ("text/plain", "text/html", "text/markdown")
         ]
-    return {value for text in texts for value in measured(text)}
+    return {value for text in texts for value in measured(FIGURE.sub("", text))}
 
 
 def unsourced(path: Path) -> list[str]:

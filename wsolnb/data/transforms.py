@@ -285,7 +285,7 @@ def _rand_augment(policy: str, side: int, mean: tuple[float, float, float]) -> C
 @dataclass(frozen=True)
 class RandomLongSideCrop:
     """Resize so that the longer side is drawn from `long_side`, then crop, or pad, to a random window of `crop` pixels:
-    how the LPCAM lineage trains on photographs.
+    how LPCAM's released program trains on photographs.
 
     Padding has the colour `mean` of the normalisation, in [0, 1], so that the network sees zeros; the mask is `IGNORE`
     there.

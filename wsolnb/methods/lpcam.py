@@ -301,7 +301,7 @@ class Directions(NamedTuple):
 def cam_of(
     scales: Sequence[Tensor], weight: Tensor, size: tuple[int, int], area: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return CAM (C, H, W) in [0, 1] of one image over scales and flips (eq. 1, as the lineage computes it).
+    """Return CAM (C, H, W) in [0, 1] of one image over scales and flips (eq. 1, as the released program computes it).
 
     scales: per scale features (F, D, h, w) of the image and, F = 2, of its mirror image, mirrored back.
     weight: (C, D) of the classes of interest. size: (H, W). area: that the cells see (`maps.enlarge`); None is `size`.

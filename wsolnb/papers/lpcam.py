@@ -139,7 +139,7 @@ class Classifier(TrainingSettings, DataSettings):
     def recipe(self) -> Recipe:
         """Return how the classifier is trained; the best epoch is that of the highest mean average precision."""
         loop: dict[str, Any] = {"seed": self.train_seed, "select": "map"}
-        if self.optimizer == "sgd":  # as the lineage trains: plain steps whose rate falls as (1 - progress) ** 0.9
+        if self.optimizer == "sgd":  # as the release trains: plain steps whose rate falls as (1 - progress) ** 0.9
             loop |= {"momentum": 0.0, "schedule": "poly", "warmup": 0.0, "clip": 0.0}
         options = {"dilations": self.dilations} if self.method == "amn" else {}
         return self.recipe_of(loop, options=options, long_side=self.long_side or None)

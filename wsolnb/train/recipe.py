@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     protocol: `resize` takes the whole image. `crop_resize` takes in training a random crop of the image resized to 8/7
         of the side, and at test the whole image (SCM and TS-CAM). `crop` has the same training; at test the shorter
         side is resized to 8/7 and the centre cropped (LocLoc, PPD).
-    long_side: range of the longer side in pixels before a random crop, as the LPCAM lineage trains on photographs.
+    long_side: range of the longer side in pixels before a random crop, as LPCAM's release trains on photographs.
     scale: range of the random factor on the image before a random crop. At most one of long_side, scale, and a protocol
         other than `resize` may be given.
     shift: largest random shift in pixels. brightness, contrast: half-widths of the random factors on the light and on
