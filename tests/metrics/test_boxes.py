@@ -220,6 +220,7 @@ def test_scaling_truncates_as_the_protocol_does_for_all_integers():
         ([[1, 4, 2, 3]], "no box"),
         ([[-2, 0, 5, 5]], "leaves"),
         ([[0, 0, 9, 12]], "leaves"),  # in pixels of the original image, say
+        ([[0.1, 0.2, 0.9, 1]], "in shares of the image's sides"),
     ],
 )
 def test_what_is_no_ground_truth(boxes, message):

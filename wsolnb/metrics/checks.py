@@ -73,7 +73,8 @@ def check_gt_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return ground-truth boxes as (n, 4) float64, n >= 1: half-open `x0, y0, x1, y1` in an image of size (H, W).
 
     A box may leave the image by up to one pixel, as rounded annotations do.
-    Raises MapError if there is no box, for another shape, NaN, x1 < x0 or y1 < y0, and for boxes outside of the image.
+    Raises MapError if there is no box, for another shape, NaN, x1 < x0 or y1 < y0, for boxes outside of the image, and
+    for boxes that all lie in its first pixel, as those do that are given in shares of the image's sides.
     """
     boxes = np.asarray(boxes, dtype=np.float64)
     if boxes.size == 0:
@@ -84,6 +85,9 @@ def check_gt_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise MapError(f"the ground-truth boxes have shape {boxes.shape}", "pass (n, 4): x0, y0, x1, y1")
     if not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
         raise MapError(f"a ground-truth box is no box: {boxes.tolist()}", "give x0 <= x1 and y0 <= y1, not x, y, w, h")
+    if boxes.min() >= 0 and boxes.max() <= 1 and (boxes % 1).any():  # would count as missed, whatever the map is
+        problem = f"the ground-truth boxes are in shares of the image's sides, not in pixels: {boxes.tolist()}"
+        raise MapError(problem, "multiply x by the width and y by the height")
     height, width = size
     if boxes.min() < -1 or (boxes > np.array([width, height, width, height]) + 1.0).any():
         raise MapError(
