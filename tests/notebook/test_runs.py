@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -400,9 +401,26 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
         f"with runs.locked(Path({str(path)!r}), 'x'):\n"
     )
     subprocess.run([sys.executable, "-c", f"{hold}    os._exit(0)"], check=True)
-    assert path.read_text().strip().isdigit()
+    assert path.read_text().split()[0].isdigit()
     with runs.locked(path, "x"):
-        assert path.read_text().strip() == str(os.getpid())
+        assert path.read_text() == f"{os.getpid()} {platform.node()}"
+
+
+def test_a_lock_of_another_machine_names_it(tmp_path, capsys, monkeypatch):
+    path, held, real = tmp_path / "lock", threading.Event(), platform.node()
+
+    def hold():
+        with runs.locked(path, "x"):
+            held.set()
+            time.sleep(0.5)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    with runs.locked(path, "running in x"):
+        holder.join()
+    assert capsys.readouterr().out == f"waiting for process {os.getpid()} on {real}, which is running in x\n"
 
 
 def test_a_lock_is_held_by_the_children_that_have_its_file(tmp_path, capsys):
@@ -417,7 +435,7 @@ def test_a_lock_is_held_by_the_children_that_have_its_file(tmp_path, capsys):
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=read)
     os.close(read)
     parent.wait(60)
-    assert path.read_text() == f"{parent.pid}\ntoken\n"
+    assert path.read_text() == f"{parent.pid} {platform.node()}\ntoken"
     threading.Timer(0.5, os.close, [write]).start()
     with runs.locked(path, "running in x"):
         told = capsys.readouterr().out

@@ -395,7 +395,7 @@ def check_current(folder: str | os.PathLike[str]) -> None:
     if not own or os.path.realpath(place) != os.path.realpath(folder):
         return
     with contextlib.suppress(OSError):  # without a lock file nobody has taken over
-        current = (Path(folder) / ".lock").read_text().split()[1:2]
+        current = (Path(folder) / ".lock").read_text().splitlines()[1:2]
         if current and current != [own]:
             problem = f"this run was superseded: another `wsolnb reproduce` has started in {folder} since"
             raise RunError(problem, "use the results of that one, or start `wsolnb reproduce` again")
@@ -419,7 +419,7 @@ def stale(folder: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
-    """Hold the lock file `path`, which names the process that holds it; wait while another process does.
+    """Hold the lock file `path`, which names its process and machine; wait while another process does.
 
     The lock belongs to the open file, which is given: the system frees it when the last process that has this file
     open ends, in whatever way.
@@ -450,7 +450,7 @@ def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
         file.seek(0)
         file.truncate()
         try:
-            os.write(file.fileno(), (f"{os.getpid()}\n{token}\n" if token else f"{os.getpid()}\n").encode())
+            os.write(file.fileno(), f"{os.getpid()} {platform.node()}\n{token}".strip().encode())
         except OSError as error:
             raise cannot_write(path, error) from error
         yield file
@@ -458,7 +458,9 @@ def locked(path: Path, work: str, token: str = "") -> Iterator[TextIO]:
 
 def _holder(file: TextIO) -> str:
     file.seek(0)
-    number = next(iter(file.read().split()), "?")
+    number, _, machine = next(iter(file.read().splitlines()), "?").partition(" ")
+    if machine and machine != platform.node():  # the folder is shared, and its processes cannot be seen from here
+        return f"process {number} on {machine}, which is"
     if number.isdigit() and not psutil.pid_exists(int(number)):
         return f"what process {number}, ended since, has left behind: it was"
     return f"process {number}, which is"
