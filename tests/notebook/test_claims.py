@@ -216,6 +216,7 @@ def test_rows_are_told_apart_and_told_of():
     made_up = pd.concat(
         [table(0.1 + spread, data="birds"), table(-0.1 + spread, data="pets"), table(0.2 + spread, data=None)]
     )
+    assert [one.row for one in judge(made_up.assign(of="-"), rows=["of", "data"]).estimates] == ["birds", "pets", ""]
     found = judge(made_up, rows=["data"])
     assert [one.row for one in found.estimates] == ["birds", "pets", ""]
     assert [one.verdict for one in found.estimates] == ["reproduced", "contradicted", "reproduced"]

@@ -289,7 +289,8 @@ def estimate(test: Test, table: pd.DataFrame) -> list[Estimate]:
         elif not test.pair_by:
             half, n, unit = 0.0, 0, "one number"
         verdict = row_verdict(test, mean, half, unit in ("images", "one number") or n >= SEEDS_WANTED)
-        found.append(Estimate(", ".join(str(v) for v in key if pd.notna(v)), mean, half, n, unit, verdict))
+        name = ", ".join(str(v) for v in key if pd.notna(v) and v != "-")
+        found.append(Estimate(name, mean, half, n, unit, verdict))
     return found
 
 
