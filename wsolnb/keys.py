@@ -311,7 +311,7 @@ def _defined_in(name: str, module: str = "", seen: frozenset[str] = frozenset())
     return found
 
 
-HARNESS = (f"{PACKAGE}.notebook", f"{PACKAGE}.keys")
+HARNESS = (f"{PACKAGE}.notebook", f"{PACKAGE}.keys", f"{PACKAGE}.locks")
 """What says where and when a builder runs; it makes no number."""
 
 

@@ -2,13 +2,15 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from wsolnb.data import aviary
+from wsolnb.data import aviary, rendered
 from wsolnb.data.aviary import AviaryConfig
 from wsolnb.data.sample import CONTEXT, DISCRIMINATIVE, REST
 from wsolnb.errors import DataError, ParameterError
@@ -187,7 +189,7 @@ def test_cached_by_configuration_and_independent_of_workers(tmp_path):
 def test_rendering_does_not_hang_where_opencv_has_threads(tmp_path):
     program = f"""
 import cv2, numpy as np
-from wsolnb.data import aviary
+from wsolnb.data import aviary, rendered
 cv2.setNumThreads(2)
 cv2.GaussianBlur(np.zeros((3000, 3000, 3), np.uint8), (31, 31), 5)
 aviary.ensure(aviary.AviaryConfig(train=120, val=60, test=30, classes=2, size=64), {str(tmp_path)!r}, workers=2)
@@ -203,7 +205,22 @@ def test_interrupted_rendering_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(aviary, "_write_chunk", interrupt)
     with pytest.raises(KeyboardInterrupt):
         aviary.ensure(AviaryConfig(train=2, val=1, test=1), tmp_path, workers=1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_several_want_at_once_is_rendered_once(tmp_path, capsys):
+    written = []
+
+    def write(folder):
+        written.append(folder)
+        time.sleep(0.5)
+        (folder / "image").write_text("rendered")
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(rendered.ensure_rendered, tmp_path / "set", write, "a set") for _ in range(3)]
+    assert {one.result() for one in asked} == {tmp_path / "set"}
+    assert len(written) == 1
+    assert capsys.readouterr().out.count("which is rendering a set") == 2
 
 
 def test_bad_parameters_are_named(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from wsolnb import files, keys
+from wsolnb import files, keys, locks
 from wsolnb.errors import ParameterError
 from wsolnb.notebook import pipeline, runs
 
@@ -707,14 +707,14 @@ def test_an_interruption_before_or_behind_the_notebooks(repository, executed, mo
                 assert "Interrupted; no notebook was running. The same command goes on from here." in done.output
                 assert not (repository.root / "outputs").exists()
         lock = repository.root / "outputs/mini/.lock"
-        usual = runs._holder
+        usual = locks._holder
 
         def holder(file):
             threading.Timer(0.5, send_interrupt).start()
             return usual(file)
 
-        with runs.locked(lock, "x"), monkeypatch.context() as patch:
-            patch.setattr(runs, "_holder", holder)
+        with locks.locked(lock, "x"), monkeypatch.context() as patch:
+            patch.setattr(locks, "_holder", holder)
             done = CliRunner().invoke(app, ["reproduce"])
         assert (done.exit_code, executed) == (130, [])
         assert f"waiting for process {os.getpid()}, which is running in {lock.parent}" in done.output

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from wsolnb import files
+from wsolnb import files, locks
 from wsolnb.notebook import runs
 
 
@@ -380,7 +380,7 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
 def test_of_two_processes_one_builds(root):
     program = (
         "import sys, time\n"
-        "from wsolnb.notebook import runs\n"
+        "from wsolnb import locks\n"
         "run = runs.start('a', {'run_folder': sys.argv[1]})\n"
         "def build(folder):\n"
         "    time.sleep(2)\n"
@@ -397,12 +397,11 @@ def test_of_two_processes_one_builds(root):
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     path = tmp_path / "lock"
     hold = (
-        "from pathlib import Path; from wsolnb.notebook import runs; import os\n"
-        f"with runs.locked(Path({str(path)!r}), 'x'):\n"
+        f"from pathlib import Path; from wsolnb import locks; import os\nwith locks.locked(Path({str(path)!r}), 'x'):\n"
     )
     subprocess.run([sys.executable, "-c", f"{hold}    os._exit(0)"], check=True)
     assert path.read_text().split()[0].isdigit()
-    with runs.locked(path, "x"):
+    with locks.locked(path, "x"):
         assert path.read_text() == f"{os.getpid()} {platform.node()}"
 
 
@@ -410,7 +409,7 @@ def test_a_lock_of_another_machine_names_it(tmp_path, capsys, monkeypatch):
     path, held, real = tmp_path / "lock", threading.Event(), platform.node()
 
     def hold():
-        with runs.locked(path, "x"):
+        with locks.locked(path, "x"):
             held.set()
             time.sleep(0.5)
 
@@ -418,7 +417,7 @@ def test_a_lock_of_another_machine_names_it(tmp_path, capsys, monkeypatch):
     holder.start()
     assert held.wait(60)
     monkeypatch.setattr(platform, "node", lambda: "another")
-    with runs.locked(path, "running in x"):
+    with locks.locked(path, "running in x"):
         holder.join()
     assert capsys.readouterr().out == f"waiting for process {os.getpid()} on {real}, which is running in x\n"
 
@@ -426,8 +425,8 @@ def test_a_lock_of_another_machine_names_it(tmp_path, capsys, monkeypatch):
 def test_a_lock_is_held_by_the_children_that_have_its_file(tmp_path, capsys):
     path = tmp_path / "lock"
     code = (
-        "import subprocess, sys; from pathlib import Path; from wsolnb.notebook import runs\n"
-        f"with runs.locked(Path({str(path)!r}), 'x', 'token') as file:\n"
+        "import subprocess, sys; from pathlib import Path; from wsolnb import locks\n"
+        f"with locks.locked(Path({str(path)!r}), 'x', 'token') as file:\n"
         "    wait = [sys.executable, '-c', 'input()']\n"
         "    subprocess.Popen(wait, pass_fds=[file.fileno()], stdout=subprocess.DEVNULL)\n"
     )
@@ -437,7 +436,7 @@ def test_a_lock_is_held_by_the_children_that_have_its_file(tmp_path, capsys):
     parent.wait(60)
     assert path.read_text() == f"{parent.pid} {platform.node()}\ntoken"
     threading.Timer(0.5, os.close, [write]).start()
-    with runs.locked(path, "running in x"):
+    with locks.locked(path, "running in x"):
         told = capsys.readouterr().out
     assert told == f"waiting for what process {parent.pid}, ended since, has left behind: it was running in x\n"
 
@@ -452,10 +451,10 @@ def test_a_superseded_run_saves_nothing(run, root, monkeypatch):
 
     monkeypatch.setenv(runs.TOKEN, f"mine {run.folder}")
     save(run)  # without a lock file
-    with runs.locked(run.folder / ".lock", "x", "mine"):
+    with locks.locked(run.folder / ".lock", "x", "mine"):
         save(run)
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    with runs.locked(run.folder / ".lock", "x", "other"):
+    with locks.locked(run.folder / ".lock", "x", "other"):
         for call in (
             lambda: run.save_metrics({}),
             lambda: run.save_table(pd.DataFrame({"a": [1]}), "curve"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from wsolnb import keys
 from wsolnb.errors import DataError, RunError
 from wsolnb.files import sweep, temporary_of
+from wsolnb.locks import locked
 
 SEAL = ".tree"
 """The hidden file that holds the fingerprint of a folder as it was rendered."""
@@ -40,23 +41,26 @@ def is_whole(folder: Path) -> bool:
 def ensure_rendered(target: Path, write: Callable[[Path], None], what: str) -> Path:
     """Return the folder `target`, written first if it is not there whole.
 
-    It appears only when it is complete: an interrupted rendering leaves nothing that could be mistaken for it.
+    It appears only when it is complete: an interrupted rendering leaves nothing that could be mistaken for it. Where
+    several processes want it at once, one writes it and the others wait.
     write: fills the empty folder it is given. what: the name of what it writes. Raises DataError when it cannot.
     """
     if is_whole(target):
         return target
     remedy = "free space there and run again, or choose another cache folder"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent)  # what a killed rendering has left
-        temporary = temporary_of(target)
-        temporary.mkdir()
-        try:
-            write(temporary)
-            (temporary / SEAL).write_text(keys.tree(temporary))
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with locked(target.parent / f".{target.name}.lock", f"rendering {what}"):
+            if target.is_dir():  # made while this process waited
+                return target
+            sweep(target.parent)  # what a killed rendering has left
+            temporary = temporary_of(target)
+            temporary.mkdir()
+            try:
+                write(temporary)
+                (temporary / SEAL).write_text(keys.tree(temporary))
+                os.replace(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except RunError as error:
         raise DataError(f"cannot write {what}: {error.problem}", remedy) from error
     except OSError as error:

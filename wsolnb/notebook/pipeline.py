@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import psutil
 from pydantic import BaseModel, ValidationError
 
-from wsolnb import files, keys
+from wsolnb import files, keys, locks
 from wsolnb.errors import ParameterError, RunError, WsolnbError, nearest
 from wsolnb.files import repository_root, resolve, to_json, write_atomically
 from wsolnb.notebook import costs, params, preflight, runs
@@ -299,7 +299,7 @@ def reproduce(
         say(f"note: {jobs} notebooks at once would share {most} cores; {most} run at once")
         jobs = most
     token = uuid.uuid4().hex
-    with runs.locked(folder / ".lock", f"running in {folder}", token) as lock:
+    with locks.locked(folder / ".lock", f"running in {folder}", token) as lock:
         if removed := files.sweep(folder):
             say(f"removed {removed} temporary files, left behind by processes that were killed")
         workers = _Workers(jobs, lock, f"{token} {folder}", {runs.REMAKE: token} if force else {})
@@ -426,7 +426,7 @@ class _Workers:
         self.stopped = False
         self.say: Callable[[str], None] = say
         self._environment = {**os.environ, **environment, runs.TOKEN: token, **_shares(jobs)}
-        self._files = (lock.fileno(),) if runs.fcntl else ()  # Windows has neither the lock nor a way to pass it
+        self._files = (lock.fileno(),) if locks.fcntl else ()  # Windows has neither the lock nor a way to pass it
         self._processes: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._asked = 0.0
