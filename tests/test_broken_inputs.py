@@ -22,6 +22,8 @@ BOM = b"\xef\xbb\xbf"
 def picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 30), (90, 120, 60)).save(path)
+    with path.open("ab") as file:  # behind the picture's end, so that no two files are equal
+        file.write(str(path).encode())
 
 
 def voc(root, listed=b"a\nb\nc\n", box=(6, 6, 15, 15)):

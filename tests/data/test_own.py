@@ -26,8 +26,15 @@ def picture(path: Path, height: int = HEIGHT, width: int = WIDTH, **options) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, : width // 2, 0], pixels[:, width // 2 :, 2] = 200, 200
-    Image.fromarray(pixels).save(path, **options)
+    save(Image.fromarray(pixels), path, **options)
     return pixels
+
+
+def save(image: Image.Image, path: Path, **options) -> None:
+    """Save an image as a file like no other: its own path stands behind the image's end."""
+    image.save(path, **options)
+    with path.open("ab") as file:
+        file.write(str(path).encode())
 
 
 def mask(path: Path, values: np.ndarray, mode: str = "L") -> None:
@@ -134,6 +141,15 @@ class TestFolder:
         picture(pets / "käse" / "0.jpg")
         with pytest.raises(DataError, match="differ by blanks or by the coding of letters only"):
             ImageFolder(pets, "train")
+
+    @pytest.mark.parametrize(("copy", "more"), [("dog/copy.jpg", " with other labels"), ("cat/z.jpg", "")])
+    def test_a_copy_of_an_image_is_told(self, pets, copy, more):
+        """Its class is not clear, or one of both could be trained on and the other be scored."""
+        (pets / copy).write_bytes((pets / "cat" / "0.jpg").read_bytes())
+        with pytest.raises(DataError, match=rf"'{copy}' is the same file as 'cat/0.jpg', byte for byte{more}"):
+            ImageFolder(pets, "train")
+        (pets / copy).write_bytes((pets / "cat" / "0.jpg").read_bytes()[:-1] + b"?")  # of its size, but another file
+        assert len(ImageFolder(pets, "train"))
 
     def test_links_are_followed(self, pets, tmp_path):
         for i in range(3):
@@ -251,7 +267,7 @@ class TestPixels:
     )
     def test_modes(self, pets, mode, suffix, left):
         for path in (pets / "cat").iterdir():
-            Image.open(path).convert(mode).save(path.with_suffix(f".{suffix}"))
+            save(Image.open(path).convert(mode), path.with_suffix(f".{suffix}"))
             if suffix != "jpg":
                 path.unlink()
         image = ImageFolder(pets, "test")[0].image
@@ -264,15 +280,15 @@ class TestPixels:
         """Pillow's own conversion clips at 255: nearly all would be white."""
         for path in (pets / "cat").iterdir():
             values = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
-            Image.fromarray(values).save(path.with_suffix(f".{suffix}"))
+            save(Image.fromarray(values), path.with_suffix(f".{suffix}"))
             path.unlink()
         image = ImageFolder(pets, "test")[0].image
         np.testing.assert_array_equal(image[..., 1], np.rint(values / 257))
 
-    @pytest.mark.parametrize(("kind", "value"), [(np.int32, 70000), (np.float32, 2)])
+    @pytest.mark.parametrize(("kind", "value"), [(np.int32, 70000), (np.float32, 2), (np.uint16, 4095)])
     def test_values_of_no_known_range_are_refused(self, pets, kind, value):
         for path in (pets / "cat").iterdir():
-            Image.fromarray(np.full((4, 4), value, kind)).save(path.with_suffix(".tif"))
+            save(Image.fromarray(np.full((4, 4), value, kind)), path.with_suffix(".tif"))
             path.unlink()
         with pytest.raises(DataError, match=rf"cat.\d\.tif: its values are {np.dtype(kind)} from {value} to {value}"):
             ImageFolder(pets, "test")[0]

@@ -395,8 +395,8 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as 8-bit RGB, turned as its EXIF orientation says.
 
-    What is transparent becomes white. Grey values of 16 bits are divided by 257, floats in [0, 1] multiplied by 255.
-    Of several frames or pages the first is taken. Raises DataError for grey values of another range.
+    What is transparent becomes white. Grey values of 16 bits are divided by 257, floats in [0, 1] multiplied by 255
+    (`eight_bits`). Of several frames or pages the first is taken. Raises DataError for grey values of another range.
     """
     try:
         turned = ImageOps.exif_transpose(image)
@@ -412,7 +412,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def eight_bits(values: np.ndarray) -> np.ndarray:
     """Return grey or colour values as uint8: bool, uint8, integers of 16 bits, or floats in [0, 1].
 
-    Raises DataError for any other type or range, and for NaN.
+    Raises DataError for any other type or range, for NaN, and for integers that use 12 or fewer of their 16 bits:
+    whether they are dark or are of a camera with 12 bits cannot be told.
     """
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
@@ -420,6 +421,9 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
         return values
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     if values.dtype.kind in "iu" and (values.dtype == np.uint16 or values.dtype.itemsize >= 4) and low >= 0:
+        if 0 < high < 4096:
+            problem = f"its values are {values.dtype} from {low:g} to {high:g}, a small part of 16 bits"
+            raise DataError(problem, "scale them to the full range, 0 to 65535, or bring them to uint8")
         if high <= 65535:
             return np.rint(values / 257).astype(np.uint8)
     elif values.dtype.kind == "f" and low >= 0 and high <= 1:  # false for NaN, which min and max pass on

@@ -11,14 +11,17 @@ the turned image.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import os
 import posixpath
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -44,6 +47,7 @@ MASK_REMEDY = (
     "save masks as grey PNG of the image's size: 0 background, 255 (or 1) object, 128 not counted; where images have "
     "several labels 0 background, 1 the first class by name, 2 the second, ..., 255 not counted"
 )
+KEEP_ONCE = "keep every image once; a CSV has several labels in one line: cat;dog"
 BOXES_REMEDY = (
     "boxes.csv begins with the line image,x0,y0,x1,y1 and has one line for each box: the image as the data set calls "
     "it, left, top, right and bottom in pixels of the image as it is shown, the right and bottom edges not inside"
@@ -58,6 +62,32 @@ class Row(NamedTuple):
     labels: tuple[str, ...]
     split: str
     where: str
+
+
+HEAD = 1 << 16
+"""Bytes of a file that are compared before the whole file is."""
+
+
+def _twins(rows: Sequence[Row]) -> list[Row]:
+    """Return two rows whose image files are equal byte for byte, or nothing. Only files of equal size are opened."""
+    left = list(rows)
+    for told in (lambda path: path.stat().st_size, partial(_digest, size=HEAD), _digest):
+        alike: defaultdict[object, list[Row]] = defaultdict(list)
+        for row in left:
+            with contextlib.suppress(OSError):  # what cannot be read, and what is empty, is told by its reader
+                if value := told(row.path):
+                    alike[value].append(row)
+        found = [group for group in alike.values() if len(group) > 1]
+        left = [row for group in found for row in group]
+    for group in found:
+        with contextlib.suppress(Exception), Image.open(group[0].path):  # a web page in place of each is another fault
+            return group[:2]
+    return []
+
+
+def _digest(path: Path, size: int = -1) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(size)).digest()
 
 
 class OwnImages(FolderDataset):
@@ -89,6 +119,7 @@ class OwnImages(FolderDataset):
         self._paths = tuple(row.path for row in chosen)
         self._masks = self._list_masks(rows)
         self._boxes = self._read_boxes(labels)
+        self._check_copies(rows)
 
     def _check_distinct(self, rows: Sequence[Row]) -> None:
         seen: dict[str, Row] = {}
@@ -98,7 +129,15 @@ class OwnImages(FolderDataset):
                 if other is not row:
                     more = " with other labels" if set(other.labels) != set(row.labels) else ""
                     problem = f"{row.where}: {row.name!r} is listed a second time{more}, first at {other.where}"
-                    raise self.problem(problem, "keep every image once; a CSV has several labels in one line: cat;dog")
+                    raise self.problem(problem, KEEP_ONCE)
+
+    def _check_copies(self, rows: Sequence[Row]) -> None:
+        """Raise DataError for two equal files: one of them could be trained on and the other be scored."""
+        if twins := _twins(rows):
+            other, row = twins
+            more = " with other labels" if set(other.labels) != set(row.labels) else ""
+            problem = f"{row.where}: {row.name!r} is the same file as {other.name!r}, byte for byte{more}"
+            raise self.problem(problem, KEEP_ONCE)
 
     def _check_classes(self, parts: Mapping[str, Sequence[Row]]) -> None:
         if not parts["train"]:
