@@ -370,10 +370,13 @@ def test_a_board_has_means_and_intervals_over_seeds():
     assert shown.Other.tolist() == ["", "", ""]
     assert "0.300 $\\pm$ 0.497" in reports.latex(shown, "100 %")
     assert reports.markdown(shown).splitlines()[2].startswith("| new | n | s | t | 3 | 0.300 ± 0.497 |")
-    missing = board | {"rows": [row | {"table": "missing", "optional": True}, row]}
+    one = row | {"where": row["where"] | {"method": "new"}}
+    missing = board | {"rows": [row | {"table": "missing", "optional": True}, one]}
     assert len(reports.Board.model_validate(missing).ours(lambda n: made_up if n == "made_up" else claims.read(n))) == 1
     with pytest.raises(ParameterError, match=r"leaderboard b, .*no row has"):
         reports.Board.model_validate(board | {"rows": [row | {"where": {"seed": 9}}]}).ours(lambda name: made_up)
+    with pytest.raises(ParameterError, match=r"leaderboard b, : 2 rows of the seed 0(?s:.*)they differ in method"):
+        reports.Board.model_validate(board | {"rows": [row]}).ours(lambda name: made_up)
 
 
 def test_every_letter_of_a_reported_row_is_explained():

@@ -105,7 +105,7 @@ class Board(BaseModel):
     def ours(self, table_of: Callable[[str], pd.DataFrame] = read) -> pd.DataFrame:
         """Return the lines: by measure the mean over seeds, and `<measure> ±`, the half width of its 95 % interval.
 
-        Raises ParameterError where a table that is not optional is missing, or a line has no row.
+        Raises ParameterError where a table that is not optional is missing, or a line has no row, or two of one seed.
         """
         lines = [line for row in self.rows for line in self._lines(row, table_of)]
         table = pd.DataFrame(lines)
@@ -119,12 +119,23 @@ class Board(BaseModel):
                 return
             raise ParameterError(f"leaderboard {self.name}, {row.method}: {error.problem}", error.remedy) from None
         for key, group in data.groupby(row.each, sort=False) if row.each else [((), data)]:
+            self._check_one_condition(row, group)
             line = row.model_dump(include={"method", "network", "start", "training"})
             line |= {"method": row.method or ", ".join(dict.fromkeys(map(str, key))), "seeds": len(group)}
             for measure in self.measures:
                 values = group.get(measure, [])
                 line[measure], line[f"{measure} ±"] = interval(values)
             yield line
+
+    def _check_one_condition(self, row: Row, group: pd.DataFrame) -> None:
+        """Raise ParameterError where two rows of one seed would be averaged as if they were two seeds."""
+        if "seed" in group and (twice := group[group.seed.duplicated(keep=False)]).size:
+            one = twice[twice.seed == twice.seed.iloc[0]]
+            apart = [name for name in one if name not in self.measures and one[name].nunique(dropna=False) > 1]
+            problem = f"leaderboard {self.name}, {row.method}: {len(one)} rows of the seed {one.seed.iloc[0]}"
+            raise ParameterError(
+                problem, f"choose one with `where`; they differ in {', '.join(apart) or 'scores only'}"
+            )
 
     def shown(self, table_of: Callable[[str], pd.DataFrame] = read) -> pd.DataFrame:
         """Return the lines as text, with an interval where there are three seeds or more; reported ones below."""
@@ -178,8 +189,9 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
     board = boards()[0][0].shown(table_of).query("protocol == 'ours' and `top-1 loc` != ''")
     paragraphs = [
         f"This repository lists {len(found)} claims of the three papers, and computes each verdict from recorded\n"
-        "tables. To decide a claim takes five seeds, and a 95 % interval that lies wholly on one side; `±` is half\n"
-        "of its width.\n"
+        "tables. To decide a claim about trainings takes five seeds, and a 95 % interval that lies wholly on one\n"
+        "side; `±` is half of its width. Where nothing is trained the interval is over images, or there is one\n"
+        "number.\n"
         "[91_claims](notebooks/91_claims.ipynb) shows all claims and the rule.",
         markdown(verdict_counts(found).reset_index().rename(columns={"paper": "claims of"})),
         "Here are some of the claims. `ours` is measured on rendered birds, on pets and on Tiny-ImageNet. Where\n"
