@@ -13,12 +13,12 @@ REFERENCE = ROOT / "outputs" / "reference"
 # What states no result: code, formulas, links, numbers of equations, figures and years, and what a run takes
 # (minutes, memory, pixels), which no stored output holds.
 NOT_PROSE = re.compile(
-    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|https?://\S+"
+    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[\d\d(?: \w+)?\]\([^)]*\)|\]\([^)]*\)|https?://\S+"
     r"|\b(?:eqs?|figs?|figures?|tables?|sec|sections?|notebooks?|exercises?|listing)\.? *"
     r"[\dSB][\w.]*(?:(?:, *(?:and +)?| +(?:and|or|to) +)\d[\w.]*)*"
     r"|95 % (?:confidence )?intervals?"
     r"|\b(?:CVPR|ECCV|ICCV|ACM MM|TIP|NeurIPS) \d+|\b(?:19|20)\d\d\b"
-    r"|\b[\d.,]+(?:(?: to | x )[\d.,]+)? *(?:minutes?|seconds?|hours?|s|ms|GB|GiB|MB|px|pixels?|bytes)\b",
+    r"|\b[\d.,]+(?:(?: to | x )[\d.,]+)? *(?:minutes?|seconds?|hours?|s|ms|GB|GiB|MB|px|pixels?|cells|bytes)\b",
     re.S | re.I,
 )
 NUMBER = re.compile(
@@ -78,16 +78,18 @@ def shown(cells: list[dict]) -> set[float]:
 def unsourced(path: Path) -> list[str]:
     """Return, with the cell, the numbers in a notebook's prose that nothing in sight says.
 
-    A number may come from the notebook's code and outputs, from recorded tables of this notebook or of one that the
-    cell names, or from `papers.csv`.
+    A number may come from the notebook's code and outputs, from a recorded table that the cell names, from those of
+    another notebook that it names, or from `papers.csv`.
     """
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    known = shown(cells) | recorded(path.name[:2]) | recorded("papers")
+    known = shown(cells) | recorded("papers")
     problems = []
     for cell in cells:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            others = re.findall(r"(?i)notebooks? (\d\d)(?:(?:,| and| to) (\d\d))*|\((\d\d)_\w+\.ipynb\)", text)
+            others = re.findall(
+                r"(?i)notebooks? (\d\d)(?:(?:,| and| to) (\d\d))*|\((\d\d)_\w+\.ipynb|\b(\d\d_\w+)\.csv", text
+            )
             near = known.union(*(recorded(prefix) for found in others for prefix in found if prefix))
             problems += [f"{cell['id']}: {number.text}" for number in in_prose(text) if not is_among(number, near)]
     return problems
