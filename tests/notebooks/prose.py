@@ -16,7 +16,7 @@ NOT_PROSE = re.compile(
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[\d\d(?: \w+)?\]\([^)]*\)|\]\([^)]*\)|https?://\S+"
     r"|\b(?:eqs?|figs?|figures?|tables?|sec|sections?|notebooks?|exercises?|listing)\.? *"
     r"[\dSB][\w.]*(?:(?:, *(?:and +)?| +(?:and|or|to) +)\d[\w.]*)*"
-    r"|95 % (?:confidence )?intervals?"
+    r"|95 % (?:confidence )?intervals?|Solutions: \d\d"
     r"|\b(?:CVPR|ECCV|ICCV|ACM MM|TIP|NeurIPS) \d+|\b(?:19|20)\d\d\b"
     r"|\b[\d.,]+(?:(?: to | x )[\d.,]+)? *(?:minutes?|seconds?|hours?|s|ms|GB|GiB|MB|px|pixels?|cells|bytes)\b",
     re.S | re.I,
