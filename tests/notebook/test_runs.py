@@ -380,7 +380,7 @@ def test_the_second_builder_waits_for_the_first(run, capsys):
 def test_of_two_processes_one_builds(root):
     program = (
         "import sys, time\n"
-        "from wsolnb import runs\n"
+        "from wsolnb.notebook import runs\n"
         "run = runs.start('a', {'run_folder': sys.argv[1]})\n"
         "def build(folder):\n"
         "    time.sleep(2)\n"
