@@ -184,10 +184,10 @@ def test_drift_is_half_the_distance_of_two_maps(pair, trained):
     assert np.mean(by_hand) > 0
 
 
-def plan(pair):
+def plan(pair, **changes):
     settings = defaults(
         "12_scm_results", pair_seeds=[0, 1], study_seeds=[2], cues=[0.2], starts=["a", "b"], rates=[1e-4],
-        photo_starts=["vit_mini", "vit_photo"],
+        photo_starts=["vit_mini", "vit_photo"], **changes,
     )  # fmt: skip
     return scm.Studies(pair=pair, **settings)
 
@@ -235,6 +235,11 @@ def test_pairs_from_other_pretrainings_start_from_their_weights(run, pair, monke
     assert [(t.variant, t.seed, t.method) for t in trials[4:8]] == [
         ("pretraining 1", n, m) for n in (0, 1) for m in ("tscam", "scm")
     ]
+    monkeypatch.setattr(scm, "taught_start", lambda run, seed, root: {"checkpoint": f"{root}-{seed}"})
+    photographs = list(plan(pair, tiny_root="tiny").trials("pretrainings", run))[len(trials) :]
+    assert {(t.variant, t.pair.backbone, t.pair.dataset, t.pair.checkpoint) for t in photographs} == {
+        (f"pretraining {seed}", "vit_photo", "tiny_imagenet", f"tiny-{seed}") for seed in (0, 1)
+    }
     for method in scm.PAIR:
         embedded, other = trials[0].pair.recipe(method, 0), trials[4].pair.recipe(method, 0)
         assert (embedded.pretrained, embedded.checkpoint) == (True, None)

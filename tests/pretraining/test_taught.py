@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,22 @@ def test_the_whole_is_made_once_and_read_back(images, tmp_path, monkeypatch, cap
     changed = config.model_copy(update={"training": TrainingConfig(epochs=1, lr=2e-3)})
     assert taught.taught(run, changed, "somewhere", progress=False)[1] != folder
     assert "reusing lessons" in capsys.readouterr().out
+
+
+def test_another_seed_makes_another_file_of_the_same_lessons(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(taught, "open_dataset", lambda *_: images)
+    quick = partial(TrainingConfig, epochs=1, lr=1e-3)
+    monkeypatch.setattr(
+        taught, "TaughtConfig", partial(taught.TaughtConfig, components=8, batch_size=5, training=quick())
+    )
+    run = runs.start("12_scm_results", {"seed": 0}, tmp_path)
+    assert taught.taught_start(run, 0, "somewhere") == {"pretrained": True, "checkpoint": ""}
+    starts = [taught.taught_start(run, seed, "somewhere") for seed in (1, 2, 1)]
+    assert starts[0] == starts[2] != starts[1]
+    said = capsys.readouterr().out
+    assert (said.count("reusing lessons"), said.count("reusing pretraining-vit_photo-1")) == (2, 1)
+    first, second = (create_backbone("vit_photo", **start).vit for start in starts[:2])
+    embedded = create_backbone("vit_photo", pretrained=True).vit
+    assert not torch.equal(first.pos_embed, second.pos_embed)
+    for own, same in zip(first.patch_embed.stages.parameters(), embedded.patch_embed.stages.parameters(), strict=True):
+        torch.testing.assert_close(own, same, atol=0, rtol=0)

@@ -32,6 +32,7 @@ from wsolnb.methods.scm import SCM, SCMConfig
 from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
 from wsolnb.pretraining.recipes import start_of
+from wsolnb.pretraining.taught import taught_start
 from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
 from wsolnb.train.loop import history, load_checkpoint
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -373,6 +374,11 @@ class Studies(BaseModel):
     def _pretrainings(self, run: Run) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for backbone, seed in itertools.product(self.starts, self.pretraining_seeds):
             yield f"pretraining {seed}", {"backbone": backbone, **start_of(run, backbone, seed)}, {}
+        if self.tiny_root:  # the recipe of vit_photo needs Tiny-ImageNet
+            for _, changes, _ in self._variants("tiny"):
+                if changes["backbone"] == "vit_photo":
+                    for seed in self.pretraining_seeds:
+                        yield f"pretraining {seed}", {**changes, **taught_start(run, seed, self.tiny_root)}, {}
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Return name, changes of the pair, and changes of the module."""

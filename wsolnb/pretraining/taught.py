@@ -32,7 +32,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.files import open_array, resolve, write_atomically
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.notebook.runs import Run
-from wsolnb.pretraining.recipes import Pretext, look, random_crops
+from wsolnb.pretraining.recipes import Pretext, export, look, random_crops
 from wsolnb.train import loop
 from wsolnb.train.loop import TrainingConfig, set_seed
 
@@ -221,8 +221,10 @@ class TaughtPretext(Pretext):
         return tokens.patches, (weights[:, None] @ tokens.patches.float()).squeeze(1), tokens.class_token
 
 
-def taught(run: Run, config: TaughtConfig, data_root: str, progress: bool = True) -> tuple[TransformerBackbone, Path]:
-    """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
+def taught(
+    run: Run, config: TaughtConfig, data_root: str, progress: bool = True, name: str = "vit_photo"
+) -> tuple[TransformerBackbone, Path]:
+    """Return the backbone that a recipe gives, and the folder `name` of its training (`history.csv`).
 
     Lessons and training are made once per run folder; the training is resumable, epoch by epoch. The lessons of 25,000
     images in two views take 2.4 GB; they are written on the CPU.
@@ -239,6 +241,22 @@ def taught(run: Run, config: TaughtConfig, data_root: str, progress: bool = True
         loader = Lessons(lessons, labels, config.batch_size, config.training.seed)
         loop.train(config.build(classes, lessons), loader, config.training, folder, progress=progress)
 
-    folder = run.cached(config.backbone, build)
+    folder = run.cached(name, build)
     model = loop.load_checkpoint(config.build(classes, lessons), folder, "last")
     return model.backbone.eval(), folder
+
+
+def taught_start(run: Run, seed: int, data_root: str) -> dict[str, Any]:
+    """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a `vit_photo` trained with a seed.
+
+    seed: of its first weights, and of the order of the images. The views and the frozen stages are the same for all
+    seeds. 0: the embedded weights. Any other: weights made by the same recipe, once per run folder, in about an hour of
+    a core. data_root: folder of Tiny-ImageNet. Raises as `taught` does.
+    """
+    if seed == 0:
+        return {"pretrained": True, "checkpoint": ""}
+    config = TaughtConfig(training=TaughtConfig().training.model_copy(update={"seed": seed}))
+    backbone, folder = taught(run, config, data_root, progress=False, name=f"pretraining-{config.backbone}-{seed}")
+    target = run.folder / "weights" / f"seed-{seed}"
+    export(backbone, config.backbone, config, target, run.seconds_of(folder) / 60)
+    return {"pretrained": False, "checkpoint": str(target / f"{config.backbone}.safetensors")}
