@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,8 +46,8 @@ PAIR = {
 def claim(command="", given=None, **test):
     return claims.Claim.model_validate(
         {"id": "one", "paper": "SCM", "where": "table 1", "claim": "New is better.", "data": "made up",
-         "notebook": "12", "test": PAIR | test if test is not None else None, "given": given, "command": command,
-         "given_says": "it is so" if given else ""}
+         "notebook": "12", "section": "Results", "test": PAIR | test if test is not None else None, "given": given,
+         "command": command, "given_says": "it is so" if given else ""}
     )  # fmt: skip
 
 
@@ -311,7 +312,11 @@ def test_every_claim_has_a_verdict(judged):
     assert 3 * verdicts.count("needs real data") <= len(verdicts)
     assert {one.claim.paper for one in judged} == {"SCM", "LPCAM", "LocLoc"}
     for one in judged:
-        assert (ROOT / f"notebooks/{one.claim.notebook}.ipynb").is_file(), one.claim.id
+        cells = nbformat.read(ROOT / f"notebooks/{one.claim.notebook}.ipynb", 4).cells
+        headings = [
+            re.sub("^#+ ", "", line) for c in cells if c.cell_type == "markdown" for line in c.source.splitlines()
+        ]
+        assert headings.count(one.claim.section) == 1, one.claim.id
         if one.verdict in ("reproduced", "contradicted"):
             rows = [e for e in one.estimates if e.verdict == one.verdict]
             assert all(e.n >= 5 or e.unit == "one number" for e in rows), one.claim.id

@@ -80,8 +80,8 @@ class Test(BaseModel):
 class Claim(BaseModel):
     """A testable claim of a paper, in our words. Without a `test` it needs the data that `command` asks for.
 
-    given: a precondition; if it does not hold, the claim is not in this regime. given_says: the precondition in words.
-    headline: whether the README shows the claim.
+    notebook, section: what shows it; the section by its heading. given: a precondition; if it does not hold, the claim
+    is not in this regime. given_says: the precondition in words. headline: whether the README shows the claim.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,6 +92,7 @@ class Claim(BaseModel):
     paper_says: str = ""
     data: str
     notebook: str
+    section: str
     test: Test | None = None
     given: Test | None = None
     given_says: str = ""

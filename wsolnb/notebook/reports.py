@@ -58,7 +58,8 @@ def claims_table(found: Iterable[Judged]) -> pd.DataFrame:
     return pd.DataFrame(
         {"id": one.claim.id, "paper": one.claim.paper, "where": one.claim.where, "claim": one.claim.claim,
          "paper's number": one.claim.paper_says, "ours": ours(one), "verdict": explained(one),
-         "measured on": one.claim.data, "notebook": one.claim.notebook, "with the paper's data": one.claim.command}
+         "measured on": one.claim.data, "notebook": one.claim.notebook, "section": one.claim.section,
+         "with the paper's data": one.claim.command}
         for one in found
     )  # fmt: skip
 

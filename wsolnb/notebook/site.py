@@ -285,9 +285,9 @@ class _Renderer(IPythonRenderer):
     """Markdown as nbconvert renders it, with formulas as MathML, and the forge's anchors of headings."""
 
     def heading(self, text: str, level: int, **attributes: Any) -> str:
-        anchor = html.escape(_anchor(BeautifulSoup(text, "html.parser").get_text()))
-        link = f'<a class="anchor-link" href="#{anchor}" aria-label="Link to this section">¶</a>'
-        return f'<h{level} id="{anchor}">{text}{link}</h{level}>\n'
+        name = html.escape(anchor(BeautifulSoup(text, "html.parser").get_text()))
+        link = f'<a class="anchor-link" href="#{name}" aria-label="Link to this section">¶</a>'
+        return f'<h{level} id="{name}">{text}{link}</h{level}>\n'
 
     def block_math(self, body: str) -> str:
         return f'<div class="formula" tabindex="0">{_mathml(body, "block")}</div>'
@@ -296,7 +296,8 @@ class _Renderer(IPythonRenderer):
         return _mathml(body, "inline")
 
 
-def _anchor(heading: str) -> str:
+def anchor(heading: str) -> str:
+    """Return the anchor that the forge and this book give a heading, without `#`."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
