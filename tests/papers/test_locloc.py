@@ -405,6 +405,15 @@ def test_the_variants_of_the_studies_are_those_that_the_notebooks_offer():
     assert all(repr(name) in offered for name in locloc.VARIANTS)
 
 
+def test_longer_multiplies_the_epochs_and_changes_nothing_else():
+    for part in ("generator", "decoder", "classifier"):
+        short, long = (small().recipe(part, 1, longer=longer) for longer in (1, 4))
+        assert short == small().recipe(part, 1)
+        assert long.training.epochs == 4 * short.training.epochs
+        same = long.training.model_copy(update={"epochs": short.training.epochs})
+        assert long.model_copy(update={"training": same}) == short
+
+
 def test_paired_differences_over_seeds():
     table = pd.DataFrame({"seed": [0, 1, 0, 1], "variant": ["a", "a", "b", "b"], "iou": [0.5, 0.75, 0.25, 0.75]})
     assert locloc.paired(table, "variant", "iou", "a", "b") == "+0.125 ± 1.588 (above 0 for 1 of 2 seeds)"

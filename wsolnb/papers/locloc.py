@@ -170,7 +170,8 @@ class Experiment(BaseModel):
         return preset(**{"channels": self.decoders.channels, "momentum": self.decoders.momentum, **changes})
 
     def recipe(self, part: Part, seed: int, **changes: Any) -> Recipe:
-        """Return the recipe of a part and a seed. changes: as of `config`, or `threshold` of PPD's target.
+        """Return the recipe of a part and a seed. changes: as of `config`; `threshold` of PPD's target; `longer`, a factor
+        on the epochs.
 
         A recipe holds nothing that its part does not depend on, so a change of other parameters does not train the part
         again.
@@ -181,7 +182,8 @@ class Experiment(BaseModel):
             own, images = decoders, decoders.generator_images
         if own is None:
             raise ParameterError(f"the {part} has no settings", "give those of notebook 32 as `classifiers`")
-        loop = {"epochs": getattr(own, f"{part}_epochs"), "lr": getattr(own, f"{part}_lr"), "seed": seed}
+        epochs = getattr(own, f"{part}_epochs") * changes.pop("longer", 1)
+        loop = {"epochs": epochs, "lr": getattr(own, f"{part}_lr"), "seed": seed}
         loop |= {"precision": own.precision, "device": own.device}
         options: dict[str, Any] = {"part": part}
         if part == "decoder":
@@ -519,9 +521,12 @@ VARIANTS = {
     "GEG": Variant("generator", {}),
     "GEG, third level alive": Variant("generator", {"third_level": True}),
     "GEG, attention >= 0.07": Variant("generator", {}, "attention"),
+    "GEG, four times as long": Variant("generator", {"longer": 4}),
     "PPD": Variant("decoder", {}),
     "PPD, attention >= 0.07": Variant("decoder", {"threshold": BEST_PLAIN}),
+    "PPD, four times as long": Variant("decoder", {"longer": 4}),
     "LFDM": Variant("classifier", {}),
+    "LFDM, four times as long": Variant("classifier", {"longer": 4}),
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
     "LFDM, GrabCut": Variant("classifier", PAPER, same_at_test=True),
     "LFDM, generator": Variant("classifier", PAPER, "generator", same_at_test=True),
