@@ -170,8 +170,8 @@ class Experiment(BaseModel):
         return preset(**{"channels": self.decoders.channels, "momentum": self.decoders.momentum, **changes})
 
     def recipe(self, part: Part, seed: int, **changes: Any) -> Recipe:
-        """Return the recipe of a part and a seed. changes: as of `config`; `threshold` of PPD's target; `longer`, a factor
-        on the epochs.
+        """Return the recipe of a part and a seed. changes: as of `config`, `threshold` of PPD's target, or
+        `longer`, a factor on the epochs.
 
         A recipe holds nothing that its part does not depend on, so a change of other parameters does not train the part
         again.
