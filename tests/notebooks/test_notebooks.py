@@ -29,14 +29,11 @@ def by_depth(steps):
 
 STEPS = {step.notebook: step for step in pipeline.plan("mini")}
 NOTEBOOKS = by_depth(STEPS.values())
-SMALL = {
-    "SCM": ("03_cam_and_tscam", "04_pretraining", "06_pretraining_appendix", "11_scm_training", "12_scm_results",
-            "00_overview"),
-    "LPCAM": ("23_lpcam_segmentation",),
-    "LocLoc": ("31_locloc_generator", "32_locloc_classifier", "33_locloc_results"),
-}  # fmt: skip
+SMALL = (
+    "03_cam_and_tscam", "04_pretraining", "06_pretraining_appendix", "11_scm_training", "12_scm_results", "00_overview",
+    "23_lpcam_segmentation", "31_locloc_generator", "32_locloc_classifier", "33_locloc_results",
+)  # fmt: skip
 """`make test` runs them in small, `make test-full` as they are. No other notebook needs one of them."""
-LONG = {name for names in SMALL.values() for name in names}
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
@@ -51,17 +48,17 @@ def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain", SMALL)  # first, as they take longest
-def test_the_long_notebooks_give_the_recorded_tables_in_small(chain, tmp_path):
+def test_the_long_notebooks_give_the_recorded_tables_in_small(tmp_path):
+    # One run of all: most of them go on from the same notebooks.
     command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
     command += ["--outputs", str(tmp_path)]
     environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [word for name in SMALL[chain] for word in ("--only", name)]
+    command += [word for name in SMALL for word in ("--only", name)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
-    assert set(SMALL[chain]) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
-    for name in set(SMALL[chain]) & set(reference.ROOM):
+    assert set(SMALL) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
+    for name in set(SMALL) & set(reference.ROOM):
         reference.compare_small(name, tmp_path / "smoke")
 
 
@@ -90,7 +87,7 @@ def await_needs(name: str, selected: set[str], shared: Path) -> None:
 
 
 def marked(path: Path):
-    return pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem)
+    return pytest.param(path, marks=pytest.mark.long if path.stem in SMALL else (), id=path.stem)
 
 
 @pytest.mark.slow
