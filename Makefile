@@ -5,9 +5,8 @@ RUN := $(VENV)/bin
 PROFILE ?= mini
 # Notebooks at once. They share the cores; of those that train, one at a time has a GPU.
 JOBS ?= 2
-# Tests side by side, a core each: two trainings on one thread each finish sooner than one after the other on two. Tests of a
-# group, which share what takes long to make, stay together.
-WORKERS ?= -n auto --maxprocesses 4 --dist loadgroup
+# Tests side by side, a core each: two trainings on one thread each finish sooner than one after the other on two.
+WORKERS ?= -n auto --maxprocesses 4 --maxschedchunk 1
 
 .PHONY: help setup reproduce test test-full unit lattice lab site bench lint clean
 

@@ -85,7 +85,6 @@ def parameters(folder, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("launched")
 def test_a_killed_process_leaves_a_message_and_a_state_to_go_on_from(launched):
     _, said, again = launched
     assert "error: " in said
@@ -94,7 +93,6 @@ def test_a_killed_process_leaves_a_message_and_a_state_to_go_on_from(launched):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("launched")
 def test_two_processes_train_to_the_numbers_of_one(launched, tmp_path, capsys):
     """Of equal batches: losses to 1e-3, weights to 1e-2 of the largest of their layer, equal shares of right images."""
     folder, _, again = launched
@@ -119,7 +117,6 @@ def test_two_processes_train_to_the_numbers_of_one(launched, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("launched")
 def test_two_processes_score_every_validation_image_once(launched):
     """The last row of the history is what one process measures with the weights that were kept; 7 images are odd."""
     folder, *_ = launched

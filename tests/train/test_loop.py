@@ -645,7 +645,6 @@ def alone_and_together(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone_and_together")
 def test_two_processes_take_the_steps_of_one(alone_and_together):
     """As many images a step: the same rates down to zero, losses, and weights."""
     alone, together, folder = alone_and_together
@@ -661,7 +660,6 @@ def test_two_processes_take_the_steps_of_one(alone_and_together):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone_and_together")
 def test_two_processes_end_with_the_same_model_and_its_file(alone_and_together):
     _, (first, second), folder = alone_and_together
     assert equal(first["weights"], second["weights"])
@@ -673,7 +671,6 @@ def test_two_processes_end_with_the_same_model_and_its_file(alone_and_together):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone_and_together")
 def test_two_processes_draw_their_own_dropout_and_resume_it(alone_and_together):
     _, (first, second), _ = alone_and_together
     assert not torch.equal(first["mask"], second["mask"])
@@ -683,7 +680,6 @@ def test_two_processes_draw_their_own_dropout_and_resume_it(alone_and_together):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone_and_together")
 def test_what_stops_one_process_stops_both(alone_and_together):
     _, together, folder = alone_and_together
     for found in together:
