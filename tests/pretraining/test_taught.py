@@ -164,10 +164,8 @@ def test_the_whole_is_made_once_and_read_back(images, tmp_path, monkeypatch, cap
 
 def test_another_seed_makes_another_file_of_the_same_lessons(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(taught, "open_dataset", lambda *_: images)
-    quick = partial(TrainingConfig, epochs=1, lr=1e-3)
-    monkeypatch.setattr(
-        taught, "TaughtConfig", partial(taught.TaughtConfig, components=8, batch_size=5, training=quick())
-    )
+    quick = {"components": 8, "batch_size": 5, "training": TrainingConfig(epochs=1, lr=1e-3)}
+    monkeypatch.setattr(taught, "TaughtConfig", partial(taught.TaughtConfig, **quick))
     run = runs.start("12_scm_results", {"seed": 0}, tmp_path)
     assert taught.taught_start(run, 0, "somewhere") == {"pretrained": True, "checkpoint": ""}
     starts = [taught.taught_start(run, seed, "somewhere") for seed in (1, 2, 1)]

@@ -374,11 +374,10 @@ class Studies(BaseModel):
     def _pretrainings(self, run: Run) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for backbone, seed in itertools.product(self.starts, self.pretraining_seeds):
             yield f"pretraining {seed}", {"backbone": backbone, **start_of(run, backbone, seed)}, {}
-        if self.tiny_root:  # the recipe of vit_photo needs Tiny-ImageNet
-            for _, changes, _ in self._variants("tiny"):
-                if changes["backbone"] == "vit_photo":
-                    for seed in self.pretraining_seeds:
-                        yield f"pretraining {seed}", {**changes, **taught_start(run, seed, self.tiny_root)}, {}
+        # The recipe of vit_photo needs Tiny-ImageNet.
+        photographs = [changes for _, changes, _ in self._variants("tiny") if changes["backbone"] == "vit_photo"]
+        for changes, seed in itertools.product(photographs if self.tiny_root else (), self.pretraining_seeds):
+            yield f"pretraining {seed}", {**changes, **taught_start(run, seed, self.tiny_root)}, {}
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Return name, changes of the pair, and changes of the module."""

@@ -769,5 +769,11 @@ def start_of(run: Run, name: str, seed: int) -> dict[str, Any]:
     seeded = {part: getattr(own, part).model_copy(update={"seed": seed}) for part in ("scenes", "training")}
     config = own.model_copy(update=seeded)
     backbone, folder = pretrain(run, f"pretraining-{name}-{seed}", config, progress=False)
-    export(backbone, name, config, target := run.folder / "weights" / f"seed-{seed}", run.seconds_of(folder) / 60)
+    return exported_start(run, backbone, name, config, folder)
+
+
+def exported_start(run: Run, backbone: nn.Module, name: str, config: Any, folder: Path) -> dict[str, Any]:
+    """Export what a training of `folder` gave into the run folder; returns `pretrained` and `checkpoint` of it."""
+    target = run.folder / "weights" / f"seed-{config.training.seed}"
+    export(backbone, name, config, target, run.seconds_of(folder) / 60)
     return {"pretrained": False, "checkpoint": str(target / f"{name}.safetensors")}

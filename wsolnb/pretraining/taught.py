@@ -32,7 +32,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.files import open_array, resolve, write_atomically
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.notebook.runs import Run
-from wsolnb.pretraining.recipes import Pretext, export, look, random_crops
+from wsolnb.pretraining.recipes import Pretext, exported_start, look, random_crops
 from wsolnb.train import loop
 from wsolnb.train.loop import TrainingConfig, set_seed
 
@@ -250,13 +250,11 @@ def taught_start(run: Run, seed: int, data_root: str) -> dict[str, Any]:
     """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a `vit_photo` trained with a seed.
 
     seed: of its first weights, and of the order of the images. The views and the frozen stages are the same for all
-    seeds. 0: the embedded weights. Any other: weights made by the same recipe, once per run folder, in about an hour of
-    a core. data_root: folder of Tiny-ImageNet. Raises as `taught` does.
+    seeds. 0: the embedded weights. Any other: weights made by the same recipe, once per run folder, in one to two hours
+    of a core. data_root: folder of Tiny-ImageNet. Raises as `taught` does.
     """
     if seed == 0:
         return {"pretrained": True, "checkpoint": ""}
     config = TaughtConfig(training=TaughtConfig().training.model_copy(update={"seed": seed}))
     backbone, folder = taught(run, config, data_root, progress=False, name=f"pretraining-{config.backbone}-{seed}")
-    target = run.folder / "weights" / f"seed-{seed}"
-    export(backbone, config.backbone, config, target, run.seconds_of(folder) / 60)
-    return {"pretrained": False, "checkpoint": str(target / f"{config.backbone}.safetensors")}
+    return exported_start(run, backbone, config.backbone, config, folder)
