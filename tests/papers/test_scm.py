@@ -235,11 +235,12 @@ def test_pairs_from_other_pretrainings_start_from_their_weights(run, pair, monke
     assert [(t.variant, t.seed, t.method) for t in trials[4:8]] == [
         ("pretraining 1", n, m) for n in (0, 1) for m in ("tscam", "scm")
     ]
-    monkeypatch.setattr(scm, "taught_start", lambda run, seed, root: {"checkpoint": f"{root}-{seed}"})
-    photographs = list(plan(pair, tiny_root="tiny").trials("pretrainings", run))[len(trials) :]
-    assert {(t.variant, t.pair.backbone, t.pair.dataset, t.pair.checkpoint) for t in photographs} == {
-        (f"pretraining {seed}", "vit_photo", "tiny_imagenet", f"tiny-{seed}") for seed in (0, 1)
-    }
+    monkeypatch.setattr(scm.taught, "taught_start", lambda run, *of: {"checkpoint": "-".join(map(str, of))})
+    for name in scm.taught.RECIPES:
+        photographs = list(plan(pair, tiny_root="tiny", tiny_starts=[name]).trials("pretrainings", run))[len(trials) :]
+        assert {(t.variant, t.pair.backbone, t.pair.dataset, t.pair.checkpoint) for t in photographs} == {
+            (f"pretraining {seed}", name, "tiny_imagenet", f"{name}-{seed}-tiny") for seed in (0, 1)
+        }
     for method in scm.PAIR:
         embedded, other = trials[0].pair.recipe(method, 0), trials[4].pair.recipe(method, 0)
         assert (embedded.pretrained, embedded.checkpoint) == (True, None)

@@ -15,9 +15,11 @@ from wsolnb.backbones.photo import load_stages
 from wsolnb.data import aviary
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.transforms import resize
+from wsolnb.errors import WeightsError
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.notebook import runs
-from wsolnb.pretraining import taught
+from wsolnb.pretraining import recipes, taught
+from wsolnb.pretraining.recipes import export
 from wsolnb.train.loop import TrainingConfig
 
 EVERY = 1280  # components: as many as the teacher has channels
@@ -102,7 +104,7 @@ def test_an_epoch_shows_every_image_once_with_what_belongs_to_it(lessons):
 
 def test_the_losses_term_by_term_and_what_they_train(lessons):
     config = taught.TaughtConfig(components=EVERY, weights={"label": 1, "looked": 2, "image": 3, "token": 4})
-    model = config.build(10, lessons).eval()
+    model = config.build(10, 1, lessons).eval()
     batch = next(iter(taught.Lessons(lessons, np.arange(10), 4, seed=0)))
     terms = model.losses(batch)
     tokens = nn.Module.__call__(model.backbone.vit, batch["image"]), model.backbone.vit.forward_features(batch["image"])
@@ -166,9 +168,10 @@ def test_another_seed_makes_another_file_of_the_same_lessons(images, tmp_path, m
     monkeypatch.setattr(taught, "open_dataset", lambda *_: images)
     quick = {"components": 8, "batch_size": 5, "training": TrainingConfig(epochs=1, lr=1e-3)}
     monkeypatch.setattr(taught, "TaughtConfig", partial(taught.TaughtConfig, **quick))
+    monkeypatch.setitem(taught.RECIPES, "vit_photo", taught.TaughtConfig)
     run = runs.start("12_scm_results", {"seed": 0}, tmp_path)
-    assert taught.taught_start(run, 0, "somewhere") == {"pretrained": True, "checkpoint": ""}
-    starts = [taught.taught_start(run, seed, "somewhere") for seed in (1, 2, 1)]
+    assert taught.taught_start(run, "vit_photo", 0, "somewhere") == {"pretrained": True, "checkpoint": ""}
+    starts = [taught.taught_start(run, "vit_photo", seed, "somewhere") for seed in (1, 2, 1)]
     assert starts[0] == starts[2] != starts[1]
     said = capsys.readouterr().out
     assert (said.count("reusing lessons"), said.count("reusing pretraining-vit_photo-1")) == (2, 1)
@@ -177,3 +180,78 @@ def test_another_seed_makes_another_file_of_the_same_lessons(images, tmp_path, m
     assert not torch.equal(first.pos_embed, second.pos_embed)
     for own, same in zip(first.patch_embed.stages.parameters(), embedded.patch_embed.stages.parameters(), strict=True):
         torch.testing.assert_close(own, same, atol=0, rtol=0)
+
+
+def test_a_view_of_a_photograph_and_of_its_stems_map_give_the_same_tokens():
+    backbone = create_backbone("vit_photo", pretrained=True).eval()
+    for side in (160, 96):  # the size of the position embedding, and one that it is resampled for
+        images = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            own, of_map = (
+                recipes.forward_view(backbone, x) for x in (images, backbone.vit.patch_embed.features(images))
+            )
+        assert own.patches.shape == (2, (side // 16) ** 2, 192)
+        for one, other in zip(own, of_map, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_self_taught_see_every_image_once_in_all_views_and_nothing_else(lessons):
+    stem = np.load(lessons / "stem.npy")
+    loader = taught.SelfTaughtConfig(batch_size=5).loader(lessons, np.arange(10))
+    shown = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert all(set(batch) == {"image"} for batch in batches)
+        shown.append(torch.cat([batch["image"] for batch in batches]).numpy())
+    assert np.array_equal(shown[0], shown[2])
+    assert not np.array_equal(shown[0], shown[1])
+    whole = stem[0].reshape(10, -1)
+    order = [int(np.flatnonzero((whole == image[0].reshape(-1)).all(axis=1))[0]) for image in shown[0]]
+    assert sorted(order) == list(range(10))
+    np.testing.assert_array_equal(shown[0], stem[:, order].swapaxes(0, 1))
+
+
+def test_what_the_self_taught_learn_from_and_what_moves(lessons):
+    config = taught.SelfTaughtConfig(batch_size=5)
+    model = config.build(10, steps=4)
+    published = create_backbone("vit_photo").vit.patch_embed
+    load_stages(published)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for batch in config.loader(lessons, np.arange(10)):
+        loss = model.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    still = {n for n, v in model.state_dict().items() if torch.equal(v, before[n])}
+    stages = {n for n in before if ".stages." in n}
+    assert stages <= still, "the stages were trained"
+    for key, value in published.stages.state_dict().items():
+        assert torch.equal(model.state_dict()[f"backbone.vit.patch_embed.stages.{key}"], value)
+    assert "backbone.vit.patch_embed.proj.weight" not in still
+    assert "teacher.0.vit.patch_embed.proj.weight" not in still  # it follows the student
+    views, narrow = model.views(torch.randn(5, 2, 112, 10, 10))
+    assert [tuple(v.shape) for v in (*views, *narrow)] == 2 * [(5, 112, 10, 10)] + 2 * [(5, 112, 6, 6)]
+
+
+def test_the_self_taught_are_made_once_of_the_same_lessons_and_without_labels(images, tmp_path, monkeypatch, capsys):
+    run = runs.start("04_pretraining", {"seed": 0}, tmp_path)
+    monkeypatch.setattr(taught, "open_dataset", lambda *_: images)
+    once = TrainingConfig(epochs=1, lr=1e-3)
+    taught.taught(run, taught.TaughtConfig(batch_size=5, training=once), "somewhere", progress=False)
+    config = taught.SelfTaughtConfig(batch_size=5, training=once)
+    backbone, _ = taught.taught(run, config, "somewhere", progress=False)
+    assert "reusing lessons" in capsys.readouterr().out
+    labels = np.array([label for label, *_ in images.labels])
+    own, other = (config.loader(next(tmp_path.glob("**/stem.npy")).parent, y) for y in (labels, labels[::-1]))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(own, other, strict=True))
+    path = export(backbone, "vit_photo_dino", config, tmp_path, minutes=1).with_suffix(".safetensors")
+    assert not any(name.startswith("patch_embed.stages.") for name in load_file(path))
+    read = create_backbone(
+        "vit_photo_dino", checkpoint=path
+    ).vit.state_dict()  # the stages are those of vit_photo's file
+    for name, value in backbone.vit.state_dict().items():
+        torch.testing.assert_close(read[name], value, atol=1e-2, rtol=1e-3)
+    with pytest.raises(WeightsError, match="tensors missing"):
+        create_backbone("vit_photo", checkpoint=path)

@@ -14,6 +14,7 @@ from wsolnb.backbones.conformer import ConformerBackbone
 from wsolnb.backbones.registry import (
     BACKBONES,
     MIXING,
+    SHARED,
     TRANSFORMERS,
     create_backbone,
     linear_classifier,

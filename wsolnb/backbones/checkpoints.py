@@ -24,13 +24,13 @@ HEADS = ("head", "fc.", "classifier", "mask_token")
 """A backbone does not need tensors whose names begin like this; `mask_token` serves DINOv2's training alone."""
 
 
-def load_weights(model: nn.Module, path: str | Path) -> list[str]:
+def load_weights(model: nn.Module, path: str | Path, kept: str | None = None) -> list[str]:
     """Load a local file of weights into `model`; returns the names of the file's tensors that were left out.
 
     The file is read by `read_tensors`. A prefix of all of the model's names (`module.`, `backbone.vit.`) is taken off,
     and tensors without this prefix are left out. If the file holds a teacher and a student, the teacher is taken.
     Classifier heads that the model does not have are left out. A position embedding of another square grid is resampled
-    to the model's grid.
+    to the model's grid. kept: where the file lacks tensors whose names begin like this, the model keeps its own.
 
     Raises WeightsError as `read_tensors` does, and when the file misses a tensor, changes the shape of one, or holds
     one that the model lacks.
@@ -44,6 +44,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     state = _fit_positions(state, own, model)
     # Files older than PyTorch 0.4.1 do not count the batches of a normalisation.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    missing = [name for name in missing if kept is None or not name.startswith(kept)]
     reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or reshaped:
         name = (missing or reshaped)[0]

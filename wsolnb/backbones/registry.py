@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -43,8 +44,19 @@ CONFORMERS = {"conformer_tiny": (64, 384, 12, 6), "conformer_small": (256, 384, 
 PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
 """timm's names of the short ones that timm has weights of."""
 
-PHOTO = ("vit_photo",)
-"""A small transformer for photographs, with embedded weights; see `wsolnb.backbones.photo`."""
+PHOTO = ("vit_photo", "vit_photo_dino")
+"""A small transformer for photographs with embedded weights, taught or self-distilled; see `wsolnb.backbones.photo`."""
+
+
+class Shared(NamedTuple):
+    """Tensors that an embedded file lacks. names: how their names begin. of: the embedded backbone that has them."""
+
+    names: str
+    of: str
+
+
+SHARED = {"vit_photo_dino": Shared("patch_embed.stages.", of="vit_photo")}
+"""The stages of EfficientNet-Lite0 are the same in both files, so one of them has them."""
 
 BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI, *PHOTO)
 """The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
@@ -113,7 +125,10 @@ def create_backbone(
         if not dilate:
             backbone.undilate()
     if checkpoint:
-        load_weights(backbone.cnn if isinstance(backbone, ConvBackbone) else backbone.vit, checkpoint)
+        network, shared = backbone.cnn if isinstance(backbone, ConvBackbone) else backbone.vit, SHARED.get(name)
+        if shared:
+            load_weights(network, weights.verified(shared.of))
+        load_weights(network, checkpoint, shared and shared.names)
     return backbone
 
 

@@ -31,8 +31,8 @@ from wsolnb.methods.base import LocalizationModel, pick
 from wsolnb.methods.scm import SCM, SCMConfig
 from wsolnb.methods.tscam import TSCAM
 from wsolnb.notebook.runs import Run
+from wsolnb.pretraining import taught
 from wsolnb.pretraining.recipes import start_of
-from wsolnb.pretraining.taught import taught_start
 from wsolnb.train.evaluation import Evaluation, Reader, evaluate, validator
 from wsolnb.train.loop import history, load_checkpoint
 from wsolnb.train.recipe import Recipe, TrainingSettings, fit
@@ -374,10 +374,11 @@ class Studies(BaseModel):
     def _pretrainings(self, run: Run) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for backbone, seed in itertools.product(self.starts, self.pretraining_seeds):
             yield f"pretraining {seed}", {"backbone": backbone, **start_of(run, backbone, seed)}, {}
-        # The recipe of vit_photo needs Tiny-ImageNet.
-        photographs = [changes for _, changes, _ in self._variants("tiny") if changes["backbone"] == "vit_photo"]
+        # The recipes of photographs need Tiny-ImageNet.
+        photographs = [changes for _, changes, _ in self._variants("tiny") if changes["backbone"] in taught.RECIPES]
         for changes, seed in itertools.product(photographs if self.tiny_root else (), self.pretraining_seeds):
-            yield f"pretraining {seed}", {**changes, **taught_start(run, seed, self.tiny_root)}, {}
+            start = taught.taught_start(run, changes["backbone"], seed, self.tiny_root)
+            yield f"pretraining {seed}", {**changes, **start}, {}
 
     def _variants(self, study: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Return name, changes of the pair, and changes of the module."""
@@ -385,7 +386,7 @@ class Studies(BaseModel):
         photographs = {"dataset": "pets", "data_root": self.photos_root, "epochs": self.photo_epochs}
         tiny = {"dataset": "tiny_imagenet", "data_root": self.tiny_root, "body_cue": 0.0, **PHOTO}
         tiny |= {"epochs": self.tiny_epochs, "images": self.tiny_images}
-        sized = {"vit_photo": PHOTO}
+        sized = dict.fromkeys(taught.RECIPES, PHOTO)
         changes = {
             "tiny": [("-", {"backbone": b, **tiny}) for b in self.tiny_starts],
             "pairs": [("-", {"backbone": b, "body_cue": cue}) for cue in self.cues for b in self.starts],

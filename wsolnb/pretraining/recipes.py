@@ -324,14 +324,18 @@ def look(tokens: Tokens, vary: bool = False) -> Tensor:
 
 
 def forward_view(backbone: TransformerBackbone, images: Tensor) -> Tokens:
-    """Run a transformer on (B, 3, H, H) views of any size that its patches divide: resamples the position embedding."""
-    vit, grid = backbone.vit, images.shape[-1] // backbone.patch_size
-    if images.shape[-1] == backbone.image_size:
-        return backbone(images)
+    """Run a transformer on (B, 3, H, H) views of any size that its patches divide: resamples the position embedding.
+
+    Views of any other number of channels are maps (B, C, h, h) of the stem, a cell for each patch.
+    """
+    vit, grid = backbone.vit, images.shape[-1] // (backbone.patch_size if images.shape[1] == 3 else 1)
+    if grid == backbone.grid[0]:
+        return forward_tapped(vit, images, backbone.masks)
     whole, prefix = vit._parameters["pos_embed"], positioned_prefix(vit)
     try:
         vit._parameters["pos_embed"] = resample_abs_pos_embed(whole, (grid, grid), num_prefix_tokens=prefix)
-        return forward_tapped(vit, images, _masks(backbone.mixing, grid, backbone.depth, images.device))
+        masks = _masks(backbone.mixing, grid, backbone.depth, images.device) if backbone.mixing else ()
+        return forward_tapped(vit, images, masks)
     finally:
         vit._parameters["pos_embed"] = whole
 
@@ -422,7 +426,7 @@ class DistillationHead(nn.Module):
 
 
 def random_crops(images: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Cut a square out of each image (B, 3, H, W), `scale` of its area, resized to `size`, half of them mirrored."""
+    """Cut a square out of each image (B, C, H, W), `scale` of its area, resized to `size`, half of them mirrored."""
     batch = len(images)
     side = torch.empty(batch).uniform_(*scale, generator=generator).sqrt()
     shift = (1 - side)[:, None] * torch.empty(batch, 2).uniform_(-1, 1, generator=generator)
@@ -451,8 +455,9 @@ class SelfDistillation(BaseModel):
 
     loss: `contrast` compares a view with the teacher's views of the batch's scenes (MoCo v3), `prototypes` with learned
     prototypes, balanced by Sinkhorn-Knopp (DINO, SwAV). prototypes: their number.
-    global_size, local_size: sides of the views in pixels; global_scale, local_scale: shares of the image's area that
-    they show. local_crops: number of local views. jitter: strength of the changes of light.
+    global_size, local_size: sides of the views in pixels (of a stem's maps: in cells); global_scale, local_scale:
+    shares of the image's area that they show. local_crops: number of local views. jitter: strength of the changes of
+    light.
     momentum: of the teacher at the start; rises to 1. temperature: divides the student's cosines;
     teacher_temperature: the teacher's (`prototypes` only).
     common: weight of the term that asks the student's attention to be where the teacher finds what both frames of a
@@ -494,12 +499,12 @@ class SelfDistilled(Pretext):
         self.teacher = nn.ModuleList([copy.deepcopy(backbone), copy.deepcopy(projection)]).requires_grad_(False)
 
     def views(self, frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Cut the global and local views out of (B, frames, 3, H, W) images."""
+        """Cut the global and local views out of (B, frames, 3, H, W) images, or of maps of a stem."""
         c, generator = self.config, self.generator()
 
         def view(position: int, size: int, scale: tuple[float, float]) -> Tensor:
             crop = random_crops(frames[:, position % frames.shape[1]], size, scale, generator)
-            return jitter(crop, c.jitter, generator)
+            return jitter(crop, c.jitter, generator) if c.jitter else crop
 
         wide = [view(i, c.global_size, c.global_scale) for i in range(2)]
         return wide, [view(i, c.local_size, c.local_scale) for i in range(c.local_crops)]
@@ -724,13 +729,16 @@ def pretrain(
 def export(backbone: nn.Module, name: str, config: BaseModel, folder: str | Path, minutes: float) -> Path:
     """Write a backbone in half precision to `<name>.safetensors`, and what is known of it into its model card.
 
-    config: a `PretrainingConfig`, or the recipe of a backbone that no scenes have made. minutes: of the training. The
+    config: a `PretrainingConfig`, or the recipe of a backbone that no scenes have made. minutes: of the training.
+    Tensors that another embedded file has (`backbones.SHARED`) are left out. The
     card has room for scores, which are measured later; its text below the front matter is kept. Returns the path of the
     card.
     """
     folder = Path(folder)
     model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.cnn
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {n: v.detach().cpu().contiguous() for n, v in model.state_dict().items()}
+    if name in backbones.SHARED:
+        state = {n: v for n, v in state.items() if not n.startswith(backbones.SHARED[name].names)}
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     content = safetensors.torch.save(half)
     write_atomically(folder / f"{name}.safetensors", content)

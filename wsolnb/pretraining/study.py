@@ -35,13 +35,13 @@ from wsolnb.methods.tscam import TSCAM, TSCAMOutput
 from wsolnb.metrics import LocalizationAccuracy, pixel_auc, spill
 from wsolnb.metrics.localization import Localization
 from wsolnb.notebook.runs import Run
+from wsolnb.pretraining import taught
 from wsolnb.pretraining.recipes import RECIPES, PretrainingConfig, ablation, export, on_photographs, pretrain
-from wsolnb.pretraining.taught import TaughtConfig, taught
 from wsolnb.train.evaluation import THRESHOLDS, Reader, box_accuracy, centre_box, evaluate, predict, validator
 from wsolnb.train.loop import TrainingConfig, history, load_checkpoint, pick_device, train
 from wsolnb.train.recipe import Recipe, evenly, fit
 
-Config = TypeVar("Config", PretrainingConfig, TaughtConfig)
+Config = TypeVar("Config", PretrainingConfig, taught.TaughtConfig, taught.SelfTaughtConfig)
 
 TESTED = transforms.Resize(112)
 """What every image of the study is transformed by."""
@@ -93,11 +93,12 @@ class FineTuning(BaseModel):
     def pretrained(self, run: Run, name: str, dataset: str = "", data_root: str = "") -> tuple[nn.Module, Path]:
         """Pretrain an embedded backbone anew; return it and the model card beside its exported weights.
 
-        dataset, data_root: of photographs that are used instead of rendered scenes, and that `vit_photo` needs.
+        dataset, data_root: of photographs that are used instead of rendered scenes, and that `vit_photo` and
+        `vit_photo_dino` need.
         """
-        if name == "vit_photo":
-            config = self.on_device(TaughtConfig(**{"dataset": dataset} if dataset else {}))
-            backbone, folder = taught(run, config, data_root)
+        if name in taught.RECIPES:
+            config = self.on_device(taught.RECIPES[name](**{"dataset": dataset} if dataset else {}))
+            backbone, folder = taught.taught(run, config, data_root)
         else:
             config = self.on_device(on_photographs(name, dataset) if dataset else RECIPES[name])
             backbone, folder = pretrain(run, name, config, data_root)

@@ -1,12 +1,18 @@
-"""`vit_photo`: a transformer that learns from photographs, their labels, and a network trained on labels only.
+"""`vit_photo` and `vit_photo_dino`: transformers that learn from photographs.
 
-    config = TaughtConfig()
-    backbone, folder = taught(run, config, data_root)
+    backbone, folder = taught(run, TaughtConfig(), data_root)
+    backbone, folder = taught(run, SelfTaughtConfig(), data_root)
+
+`vit_photo` learns from the photographs' labels, and from a network trained on labels only.
 
 The teacher is the network whose first stages are the transformer's stem. Its logits of ImageNet's classes are a linear
 function of the mean of its final map over positions, so the map says what the teacher sees at every place. No box, no
 mask and no rendered image enters. The teacher's maps are stored once for a few views of every image, beside the map of
 the stem (`write_lessons`). So an epoch costs no more than the transformer alone.
+
+`vit_photo_dino` sees the maps of the stem alone. It learns to predict from one view what a moving average of itself
+says of another, as DINO does (Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294). No label of the photographs
+enters; the stem has seen those of ImageNet.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from wsolnb.errors import ParameterError
 from wsolnb.files import open_array, resolve, write_atomically
 from wsolnb.methods.cam import CAMClassifier
 from wsolnb.notebook.runs import Run
-from wsolnb.pretraining.recipes import Pretext, exported_start, look, random_crops
+from wsolnb.pretraining.recipes import Pretext, SelfDistillation, SelfDistilled, exported_start, look, random_crops
 from wsolnb.train import loop
 from wsolnb.train.loop import TrainingConfig, set_seed
 
@@ -40,25 +46,45 @@ TERMS = ("label", "looked", "image", "token")
 """The terms of the loss; see `TaughtPretext`."""
 
 
-class TaughtConfig(BaseModel):
-    """How `vit_photo` is made.
+class _Photographs(BaseModel):
+    """Which photographs are seen, and in which views.
 
     dataset: of single labels; its training images are seen. views: of each image; the first is the whole image, the
-    others are random crops, of the area shares `scale`. components: principal components of the teacher's map that are
-    kept. weights: of `TERMS`. Views do not depend on the training's seed.
+    others are random crops, of the area shares `scale`. Views do not depend on the training's seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: Literal["taught"] = "taught"
-    backbone: Literal["vit_photo"] = "vit_photo"
     dataset: str = "tiny_imagenet"
     views: int = Field(2, ge=1)
     scale: tuple[float, float] = (0.4, 1.0)
+    batch_size: int = Field(64, ge=2)
+    training: TrainingConfig
+
+    def backbone_on_stem(self) -> TransformerBackbone:
+        """Return the backbone with the published stages and a transformer of random weights."""
+        set_seed(self.training.seed)
+        backbone = create_backbone(self.backbone)
+        load_stages(backbone.vit.patch_embed)
+        return backbone
+
+
+class TaughtConfig(_Photographs):
+    """How `vit_photo` is made; dataset, views and scale say of what.
+
+    components: principal components of the teacher's map that are kept. weights: of `TERMS`.
+    """
+
+    recipe: Literal["taught"] = "taught"
+    backbone: Literal["vit_photo"] = "vit_photo"
     components: int = Field(128, ge=2, le=1280)
     weights: dict[str, float] = {"label": 1.0, "looked": 1.0, "image": 1.0, "token": 1.0}
-    batch_size: int = Field(64, ge=2)
     training: TrainingConfig = TrainingConfig(epochs=16, lr=1e-3)
+
+    @property
+    def lessons(self) -> TaughtConfig:
+        """What `write_lessons` depends on: loss, batches and length of the training do not change what is written."""
+        return TaughtConfig(**self.model_dump(include={"dataset", "views", "scale", "components"}))
 
     @field_validator("weights")
     @classmethod
@@ -67,16 +93,52 @@ class TaughtConfig(BaseModel):
             raise ValueError(f"weights of {sorted(weights)}; give one for each of {', '.join(TERMS)}")
         return weights
 
-    def build(self, num_classes: int, lessons: Path | None = None) -> TaughtPretext:
+    def build(self, num_classes: int, steps: int, lessons: Path | None = None) -> TaughtPretext:
         """Return the backbone, whose transformer has random weights, inside of what trains it.
 
-        lessons: the folder of `write_lessons`, with what turns components into the teacher's logits.
+        lessons: the folder of `write_lessons`, with what turns components into the teacher's logits. steps: of the
+        training; they change nothing here.
         """
-        set_seed(self.training.seed)
-        backbone = create_backbone(self.backbone)
-        load_stages(backbone.vit.patch_embed)
-        logits = published_logits(self.components, lessons)
+        backbone, logits = self.backbone_on_stem(), published_logits(self.components, lessons)
         return TaughtPretext(backbone, num_classes, logits, self.components, self.weights)
+
+    def loader(self, lessons: Path, labels: np.ndarray) -> Lessons:
+        """Return the batches of a training."""
+        return Lessons(lessons, labels, self.batch_size, self.training.seed)
+
+
+class SelfTaughtConfig(_Photographs):
+    """How `vit_photo_dino` is made; dataset, views and scale say of what. It sees neither labels nor a teacher's maps.
+
+    distillation: how student and teacher learn; their views are cut out of the stem's maps, in cells.
+    """
+
+    recipe: Literal["self-taught"] = "self-taught"
+    backbone: Literal["vit_photo_dino"] = "vit_photo_dino"
+    distillation: SelfDistillation = SelfDistillation(
+        global_size=10, global_scale=(0.5, 1.0), local_size=6, local_scale=(0.15, 0.4), jitter=0.0
+    )
+    training: TrainingConfig = TrainingConfig(epochs=10, lr=1e-3)
+
+    @property
+    def lessons(self) -> TaughtConfig:
+        """What `write_lessons` depends on; the teacher's maps beside the stem's are not read."""
+        return TaughtConfig(**self.model_dump(include={"dataset", "views", "scale"}))
+
+    def build(self, num_classes: int, steps: int, lessons: Path | None = None) -> SelfDistilled:
+        """Return student and teacher, whose transformers have random weights, for a training of so many steps."""
+        return SelfDistilled(self.backbone_on_stem(), self.distillation, steps, self.training.seed)
+
+    def loader(self, lessons: Path, labels: np.ndarray) -> Views:
+        """Return the batches of a training; of the labels only their number is used."""
+        return Views(lessons, labels, self.batch_size, self.training.seed)
+
+
+RECIPES: dict[str, type[TaughtConfig] | type[SelfTaughtConfig]] = {
+    "vit_photo": TaughtConfig,
+    "vit_photo_dino": SelfTaughtConfig,
+}
+"""How each embedded backbone for photographs was made: the configuration, with its defaults."""
 
 
 def published_logits(components: int, lessons: Path | None) -> nn.Linear:
@@ -167,16 +229,27 @@ class Lessons:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order, grid = rng.permutation(len(self.labels)), self.stem.shape[-2:]
-        for step in range(len(self)):
-            chosen = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
+        rng, grid = np.random.default_rng((self.seed, self.epoch)), self.stem.shape[-2:]
+        for chosen in self.chosen(rng):
             view = rng.integers(len(self.stem), size=len(chosen))
             mirrored = torch.from_numpy(rng.random(len(chosen)) < 0.5)[:, None, None, None]
             stem = torch.from_numpy(self.stem[view, chosen].astype(np.float32))
             told = torch.from_numpy(self.told[view, chosen].astype(np.float32)).unflatten(1, grid)
             stem, told = torch.where(mirrored, stem.flip(3), stem), torch.where(mirrored, told.flip(2), told)
             yield {"image": stem, "told": told.flatten(1, 2), "label": torch.from_numpy(self.labels[chosen])}
+
+    def chosen(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the indices of the images of each batch, in rising order, as it is fast to read them."""
+        order = rng.permutation(len(self.labels))
+        yield from (np.sort(order[step * self.batch_size :][: self.batch_size]) for step in range(len(self)))
+
+
+class Views(Lessons):
+    """Batches of the stem's maps alone, in all views of an image: `image` (B, views, 112, h, w)."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for chosen in self.chosen(np.random.default_rng((self.seed, self.epoch))):
+            yield {"image": torch.from_numpy(self.stem[:, chosen].astype(np.float32)).transpose(0, 1)}
 
 
 class TaughtPretext(Pretext):
@@ -222,32 +295,31 @@ class TaughtPretext(Pretext):
 
 
 def taught(
-    run: Run, config: TaughtConfig, data_root: str, progress: bool = True, name: str = "vit_photo"
+    run: Run, config: TaughtConfig | SelfTaughtConfig, data_root: str, progress: bool = True, name: str = ""
 ) -> tuple[TransformerBackbone, Path]:
-    """Return the backbone that a recipe gives, and the folder `name` of its training (`history.csv`).
+    """Return the backbone that a recipe gives, and the folder of its training (`history.csv`).
 
     Lessons and training are made once per run folder; the training is resumable, epoch by epoch. The lessons of 25,000
-    images in two views take 2.4 GB; they are written on the CPU.
-    data_root: folder of the photographs. Raises DataError, TrainingError and ParameterError as readers and loop do.
+    images in two views take 2.4 GB; they are written on the CPU. A self-taught recipe returns the moving average.
+    data_root: folder of the photographs. name: of the folder; the backbone's by default. Raises DataError,
+    TrainingError and ParameterError as readers and loop do.
     """
     dataset = open_dataset(config.dataset, resolve(data_root), "train")
     classes, labels = len(dataset.class_names), np.array([label for label, *_ in dataset.labels])
-    # Loss, batches and length of the training do not change what is written down.
-    kept = config.model_dump(include={"backbone", "dataset", "views", "scale", "components"})
-    same = TaughtConfig(**kept)
-    lessons = run.cached("lessons", partial(write_lessons, dataset, same))
+    lessons = run.cached("lessons", partial(write_lessons, dataset, config.lessons))
+    loader = config.loader(lessons, labels)
+    steps = config.training.epochs * len(loader)
 
     def build(folder: Path) -> None:
-        loader = Lessons(lessons, labels, config.batch_size, config.training.seed)
-        loop.train(config.build(classes, lessons), loader, config.training, folder, progress=progress)
+        loop.train(config.build(classes, steps, lessons), loader, config.training, folder, progress=progress)
 
-    folder = run.cached(name, build)
-    model = loop.load_checkpoint(config.build(classes, lessons), folder, "last")
-    return model.backbone.eval(), folder
+    folder = run.cached(name or config.backbone, build)
+    model = loop.load_checkpoint(config.build(classes, steps, lessons), folder, "last")
+    return (model.backbone if isinstance(model, TaughtPretext) else model.teacher[0]).eval(), folder
 
 
-def taught_start(run: Run, seed: int, data_root: str) -> dict[str, Any]:
-    """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a `vit_photo` trained with a seed.
+def taught_start(run: Run, backbone: str, seed: int, data_root: str) -> dict[str, Any]:
+    """Return `pretrained` and `checkpoint`, as `create_backbone` takes them, of a backbone of `RECIPES` made anew.
 
     seed: of its first weights, and of the order of the images. The views and the frozen stages are the same for all
     seeds. 0: the embedded weights. Any other: weights made by the same recipe, once per run folder, in one to two hours
@@ -255,6 +327,7 @@ def taught_start(run: Run, seed: int, data_root: str) -> dict[str, Any]:
     """
     if seed == 0:
         return {"pretrained": True, "checkpoint": ""}
-    config = TaughtConfig(training=TaughtConfig().training.model_copy(update={"seed": seed}))
-    backbone, folder = taught(run, config, data_root, progress=False, name=f"pretraining-{config.backbone}-{seed}")
-    return exported_start(run, backbone, config.backbone, config, folder)
+    own = RECIPES[backbone]()
+    config = own.model_copy(update={"training": own.training.model_copy(update={"seed": seed})})
+    found, folder = taught(run, config, data_root, progress=False, name=f"pretraining-{backbone}-{seed}")
+    return exported_start(run, found, backbone, config, folder)
