@@ -41,7 +41,8 @@ class Mixing(NamedTuple):
 
     local_layers: in this many first layers a patch attends only to patches at most `radius` rows and columns away.
     sees_class: whether patches attend to the class token, which would hand the whole image's content to each of them.
-    bound: largest magnitude of an attention score; None = unbounded. A bound keeps a softmax from choosing one token.
+    bound: largest magnitude of an attention score; None = unbounded. A bound keeps a softmax over many tokens from
+        choosing one.
     """
 
     local_layers: int = 2

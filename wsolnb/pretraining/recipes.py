@@ -689,8 +689,9 @@ def on_photographs(name: str, dataset: str) -> PretrainingConfig:
 def shrink_positions(backbone: TransformerBackbone, share: float) -> None:
     """Move the position embedding of the patches towards its mean over all places; `share` of the difference is left.
 
-    Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and can only
-    learn it from the position embedding. 1 changes nothing; with 0 the patches do not know where they are.
+    Where a creature cannot be told from the background, attention learns that creatures lie in the middle, and learns
+    it mainly from the position embedding. 1 changes nothing; with 0 only the windows of local layers, which the border
+    cuts off, tell a patch where it is.
     """
     patches = backbone.vit.pos_embed[:, positioned_prefix(backbone.vit) :]
     patches.lerp_(patches.mean(dim=1, keepdim=True), 1 - share)
