@@ -89,6 +89,14 @@ def test_voc_s_seeds_are_judged_on_training_images_and_segmentation_on_val(tmp_p
     assert enlarged.val.image_ids == found.val.image_ids
 
 
+def test_scenes_are_rendered_at_the_size_that_is_asked_for():
+    sizes = {}
+    for side in (48, 96):
+        settings = defaults("20_lpcam_classifier", **SMALL, render_size=side)
+        sizes[side] = [part[0].image.shape for part in lpcam.Classifier(**settings).splits()]
+    assert sizes == {side: 3 * [(side, side, 3)] for side in (48, 96)}
+
+
 def test_coco_is_evaluated_on_the_published_val_images(tmp_path):
     settings = defaults("20_lpcam_classifier", dataset="coco", data_root=str(trees.coco(tmp_path)))
     classifier = lpcam.Classifier(**settings)
@@ -481,3 +489,76 @@ def test_every_stage_after_the_other(run, host, base, capsys):
     list(lpcam.Pipeline(run, host, base, longer).rows())
     built = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("built")]
     assert {name.partition("-")[0] for name in built} == {"segmenter", "segmentation"}
+
+
+def test_boxes_are_scored_on_the_maps_that_masks_are_scored_on(host, run, base):
+    one = host.splits.val
+    flat = LPCAMConfig(**{**base.model_dump(), "scales": (1.0,)})
+    prototypes, _ = lpcam.cached_prototypes(run, host, flat)
+    by_name = directions_by_kind(prototypes, host.weight, flat, missing="zero")
+    reader = lpcam.Directed(host.model, by_name)
+    resized = [torch.from_numpy(resize(one[i], (64, 64)).image) for i in range(len(one))]
+    images = torch.stack(resized).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (reader.mean, reader.std))
+    with torch.no_grad():
+        output = reader.eval()((images - mean) / std)
+        assert torch.equal(output.logits, host.model((images - mean) / std).logits)
+    expected = list(variant_maps(host.sources.val, by_name, flat))
+    for place in range(2):  # each of an image's classes
+        classes = torch.tensor([own[min(place, len(own) - 1)] for own in one.labels])
+        with torch.no_grad():
+            found = reader.localize(output, classes)
+        assert tuple(found) == reader.maps == tuple(by_name)
+        for name, maps in found.items():
+            assert maps.shape == (len(one), 8, 8)
+            for index, own in enumerate(maps):
+                there = expected[index][name]
+                of_class = there.maps[there.classes.index(int(classes[index]))]
+                enlarged = upsample(own[None], one[index].size)[0].numpy()
+                # `upsample` scales to [0, 1], the maps of masks are divided by their maximum.
+                of_class = (of_class - of_class.min()) / max(np.ptp(of_class), 1e-12)
+                np.testing.assert_allclose(enlarged, of_class, atol=2e-4)
+
+
+def test_the_study_of_boxes_chooses_on_validation_images(tmp_path, run, host, base, monkeypatch):
+    settings = defaults(
+        "22_lpcam_results", claim_seeds=[0, 1], tiny_root=str(trees.tiny(tmp_path)), tiny_images=12,
+        grid_mu_f=[0.2, 0.9], grid_mu_b=[0.5],
+    )  # fmt: skip
+    claim = lpcam.Claim(**settings)
+    monkeypatch.setitem(lpcam.IMAGENET, "backbone", "resnet_mini")
+    monkeypatch.setitem(lpcam.IMAGENET, "output_stride", 8)
+    asked = []
+    whole = lpcam.box_rows
+
+    def rows(host, prototypes, grids, base):
+        asked.append((host, prototypes, grids, base))
+        return whole(host, prototypes, grids, base)
+
+    monkeypatch.setattr(lpcam, "box_rows", rows)
+    table = pd.DataFrame(claim.boxes(run, host.classifier, base))
+    names = [("cam", "paper"), ("lpcam-f", "paper"), ("lpcam", "paper"), ("lpcam-f", "chosen"), ("lpcam", "chosen")]
+    assert list(zip(table["map"], table.hyper, strict=True)) == 2 * names
+    assert table.seed.tolist() == 5 * [0] + 5 * [1]
+    for seed, (own, prototypes, grids, config) in enumerate(asked):
+        assert (config.seed, own.classifier.seed, len(own.splits.train)) == (seed, seed, 12)
+        assert (own.classifier.image_size, own.classifier.frozen) == (160, True)
+        assert (
+            not any(p.requires_grad for p in own.model.backbone.parameters())
+            or own.folder.joinpath("choice.csv").exists()
+        )
+        mine = table[table.seed == seed].set_index(["map", "hyper"])
+        for kind, tried in grids.items():
+            scores = []
+            for one in tried:
+                by_name = directions_by_kind(prototypes, own.weight, one, [kind], missing="zero")
+                reader, size = lpcam.Directed(own.model, by_name), lpcam.Resize(160)
+                val, test = (lpcam.score_boxes(reader, part, size) for part in own.splits[1:])
+                scores.append((val.localization[kind].best("gt_known")[1], test.table(val)[0], one))
+            best = max(range(len(tried)), key=lambda n: scores[n][0])
+            _, row, one = scores[best]
+            got = mine.loc[kind, "chosen"]
+            assert (got.mu_f, got.mu_b, got.gt_known, got.threshold) == (
+                one.mu_f, one.mu_b, row["gt_known"], row["threshold"],
+            )  # fmt: skip
+        assert mine.loc["cam", "paper"].gt_known <= mine.loc["cam", "paper"].oracle

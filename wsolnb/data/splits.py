@@ -59,6 +59,8 @@ class DataSettings(BaseModel):
         if self.dataset == "aviary":
             dials = self.model_dump(include={"classes", "body_cue", "context_correlation"})
             dials |= {split: getattr(self, f"{split}_images") for split in aviary.SPLITS} | {"variant": variant}
+            if hasattr(self, "render_size"):
+                dials["size"] = self.render_size
         if self.dataset == "metadata" and getattr(self, "protocol", "crop") != "crop":  # the test resizes whole images
             dials["square"] = self.image_size
         opened = load_splits(self.dataset, self.data_root, self.seed, **dials)

@@ -199,8 +199,8 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
         "a claim has several rows, `ours` has the lowest and the highest:",
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
         "The next table has the methods that localize and classify, on the same rendered test images. Compare rows\n"
-        "that agree in start and training. Each start is one pretrained file: from a second file of `vit_mini_dino` no\n"
-        "lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
+        "that agree in start and training. Each start is one pretrained file: from a second file of `vit_mini_dino`\n"
+        "no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
         "[90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and the papers' numbers with their\n"
         "protocols.",
         markdown(board.drop(columns=["mask IoU", "protocol"])),

@@ -34,18 +34,19 @@ from wsolnb.data.base import hold_out
 from wsolnb.data.loading import to_tensor
 from wsolnb.data.splits import PUBLISHED, DataSettings, Splits
 from wsolnb.data.store import ClassMaps, Store, WithMasks
-from wsolnb.data.transforms import resize, resize_map
+from wsolnb.data.transforms import Resize, resize, resize_map
 from wsolnb.errors import ParameterError
 from wsolnb.files import resolve, within
 from wsolnb.maps import upsample
 from wsolnb.methods.amn import AMN, ConditionedFeatures
 from wsolnb.methods.base import LocalizationModel
+from wsolnb.methods.cam import CAMClassifier
 from wsolnb.methods.crf import CRFConfig
 from wsolnb.methods.edam import EDAM
 from wsolnb.methods.features import ConvExtractor, Extractor, LiveFeatures, OwnMaps
 from wsolnb.methods.grabcut import Attend, GrabCutConfig, maker
 from wsolnb.methods.irn import IRN, IRNConfig, walk_steps, write_irn_labels, write_pseudo_masks
-from wsolnb.methods.lpcam import Directions, LPCAMConfig, centre_scores, lpcam_of
+from wsolnb.methods.lpcam import Directions, LPCAMConfig, cam_of, centre_scores, lpcam_of
 from wsolnb.methods.mctformer import MCTformer, PatchTokens, refine
 from wsolnb.methods.prototypes import (
     KINDS,
@@ -60,8 +61,10 @@ from wsolnb.notebook.runs import Run
 from wsolnb.notebook.studies import plus_minus, with_recorded
 from wsolnb.pretraining.recipes import start_of
 from wsolnb.train import multilabel
+from wsolnb.train.evaluation import Evaluation, Reader
+from wsolnb.train.evaluation import evaluate as score_boxes
 from wsolnb.train.loop import pick_device
-from wsolnb.train.recipe import Recipe, TrainingSettings, fit
+from wsolnb.train.recipe import Recipe, TrainingSettings, evenly, fit
 from wsolnb.train.seeds import (
     REGIONS,
     best_threshold,
@@ -93,6 +96,7 @@ class Classifier(TrainingSettings, DataSettings):
     """
 
     train_list: str
+    render_size: int
     image_size: int
     long_side: tuple[int, ...]
     method: Literal["cam", "mctformer", "amn", "edam"]
@@ -144,12 +148,13 @@ class Classifier(TrainingSettings, DataSettings):
         options = {"dilations": self.dilations} if self.method == "amn" else {}
         return self.recipe_of(loop, options=options, long_side=self.long_side or None)
 
-    def host(self, run: Run, progress: bool = False) -> Host:
+    def host(self, run: Run, progress: bool = False, splits: Splits | None = None) -> Host:
         """Return the trained classifier as a host of maps; trained once per run folder.
 
-        Raises ParameterError for frozen features of a transformer, or of images at their own sizes.
+        splits: other images than those of `splits`. Raises ParameterError for frozen features of a transformer, or of
+        images at their own sizes.
         """
-        splits, name = self.splits(), f"classifier-{self.train_seed}"
+        splits, name = splits or self.splits(), f"classifier-{self.train_seed}"
         if self.frozen:
             return Host(self, splits, *self._frozen(run, name, splits))
         if self.method == "amn":
@@ -496,6 +501,75 @@ IMAGENET = {
 """The classifier of the study `imagenet`: features of an ImageNet network, as published."""
 
 
+class DirectedOutput(NamedTuple):
+    """logits: (B, C). features: (B, 2, D, h, w), of the images and of their mirror images, mirrored back."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class Directed(Reader):
+    """CAM and LPCAM of a classifier as maps at one scale, for metrics of boxes.
+
+    by_name: LPCAM's directions of every class by name of the map; as of `variant_maps`, that of CAM is None.
+    """
+
+    def __init__(self, model: CAMClassifier, by_name: Mapping[str, Directions | None]):
+        super().__init__()
+        self.model, self.by_name, self.maps = model, dict(by_name), tuple(by_name)
+
+    def forward(self, images: Tensor) -> DirectedOutput:
+        """Classify (B, 3, H, W) normalised images."""
+        output, mirrored = self.model(images), self.model.backbone(images.flip(3)).flip(3)
+        return DirectedOutput(output.logits, torch.stack([output.features, mirrored], dim=1))
+
+    def localize(self, output: DirectedOutput, classes: Tensor) -> dict[str, Tensor]:
+        """Return the maps for one class per image, each (B, h, w)."""
+        weight, size = self.model.classifier.weight, output.features.shape[-2:]
+
+        def draw(features: Tensor, c: int, own: Directions | None) -> Tensor:
+            if own is None:
+                return cam_of([features], weight[c : c + 1], size)[0]
+            chosen = Directions(*(values[c : c + 1] for values in own))
+            return lpcam_of([features], chosen, size, LPCAMConfig(scales=(1.0,)))[0]
+
+        images = list(zip(output.features.float(), classes.tolist(), strict=True))
+        return {name: torch.stack([draw(*one, own) for one in images]) for name, own in self.by_name.items()}
+
+
+def box_rows(host: Host, prototypes: list[ClassPrototypes], grids: Grids, base: LPCAMConfig) -> list[dict[str, Any]]:
+    """Return box scores of CAM, and of LPCAM-F and LPCAM as configured by `base` and by the best of their grids.
+
+    Scores are those of test images. Validation images choose the threshold of every map, and among the configurations
+    of a grid the one with the highest GT-known (the first, where several have it). `gt_known_fixed`: GT-known at 0.3.
+    """
+    configs = {"cam, paper": base} | {f"{kind}, paper": base for kind in grids}
+    configs |= {f"{kind}, {n}": one for kind, tried in grids.items() for n, one in enumerate(tried)}
+
+    def score(names: Sequence[str], dataset: LocalizationDataset, quick: bool = False) -> Evaluation:
+        kinds = {name: name.partition(", ")[0] for name in names}
+        by_name = {
+            name: directions_by_kind(prototypes, host.weight, configs[name], [kind], "zero")[kind]
+            for name, kind in kinds.items()
+        }
+        return score_boxes(Directed(host.model, by_name), dataset, Resize(host.classifier.image_size), quick)
+
+    found = score(list(configs), host.splits.val, quick=True).localization
+    best = {
+        kind: max(range(len(grids[kind])), key=lambda n: found[f"{kind}, {n}"].best("gt_known")[1]) for kind in grids
+    }
+    names = {name: name for name in configs if name.endswith(", paper")}
+    names |= {f"{kind}, chosen": f"{kind}, {n}" for kind, n in best.items()}
+    val, test = (score(list(names.values()), part) for part in host.splits[1:])
+    tested = {row.pop("map"): row for row in test.table(val)}
+    rows = []
+    for name, own in names.items():
+        kind, _, hyper = name.partition(", ")
+        row = {"map": kind, "hyper": hyper, "mu_f": configs[own].mu_f, "mu_b": configs[own].mu_b, **tested[own]}
+        rows.append(row | {"gt_known_fixed": test.localization[own].at(0.3)["gt_known"]})
+    return rows
+
+
 HOSTS: dict[str, dict[str, Any]] = {
     "mctformer": {"method": "mctformer", "backbone": "vit_mini", "lr": 0.0002, "head_lr": 0.002},
     "amn": {"method": "amn"},
@@ -525,14 +599,19 @@ class Claim(BaseModel):
     grid_mu_b: tuple[float, ...]
     photos_root: str
     photo_epochs: int
+    tiny_root: str
+    tiny_images: int
 
     def choose(
         self, run: Run, host: Host, prototypes: list[ClassPrototypes], config: LPCAMConfig
     ) -> dict[str, LPCAMConfig]:
         """Return the configurations with mu_f and mu_b of the highest validation mIoU, of LPCAM-F and of LPCAM."""
+        return choose(run, host, host.sources.val, prototypes, self.grids(config), config)
+
+    def grids(self, config: LPCAMConfig) -> Grids:
+        """Return the configurations that validation images choose among, of LPCAM-F and of LPCAM."""
         grids = {"lpcam-f": grid(config, mu_f=self.grid_mu_f)}
-        grids["lpcam"] = grid(config, mu_f=self.grid_mu_f, mu_b=self.grid_mu_b)
-        return choose(run, host, host.sources.val, prototypes, grids, config)
+        return grids | {"lpcam": grid(config, mu_f=self.grid_mu_f, mu_b=self.grid_mu_b)}
 
     def measured(
         self, run: Run, classifier: Classifier, base: LPCAMConfig, study: str, where: Mapping[str, Any]
@@ -656,6 +735,19 @@ class Claim(BaseModel):
 
     def _imagenet(self, seed: int) -> dict[str, Any]:
         return {"dataset": "pets", "data_root": self.photos_root, "seed": seed, **IMAGENET}
+
+    def boxes(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
+        """Yield rows of `box_rows` on Tiny-ImageNet, with features of an ImageNet network, for every seed.
+
+        A seed holds out other validation images, and starts the clusters anew.
+        """
+        tiny = {**IMAGENET, "image_size": 160, "dataset": "tiny_imagenet", "data_root": self.tiny_root}
+        for seed in self.claim_seeds:
+            own, config = classifier.changed(**tiny, seed=seed, train_seed=seed), base.model_copy(update={"seed": seed})
+            splits = own.splits()
+            host = own.host(run, splits=splits._replace(train=evenly(splits.train, self.tiny_images)))
+            measure = partial(box_rows, host, cached_prototypes(run, host, config)[0], self.grids(config), config)
+            yield from ({"seed": seed, **row} for row in run.cached_rows(f"boxes-{seed}", measure))
 
     def tables(
         self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig
