@@ -87,6 +87,17 @@ def test_metrics_keep_rows_and_provenance(run):
     assert {"python", "torch", "timm", "numpy", "opencv-python"} <= set(provenance["versions"])
     assert {"commit", "dirty", "device", "processor", "seconds"} <= set(provenance)
     assert provenance["started"] <= provenance["finished"]
+    assert provenance["peak_memory_mb"] > 20  # of a process that holds torch
+
+
+def test_the_peak_of_memory_stays_when_memory_is_given_back():
+    before = runs.peak_memory()
+    block = bytearray(300 * 2**20)
+    block[::4096] = b"1" * len(block[::4096])
+    held = runs.peak_memory()
+    del block
+    assert before <= held <= runs.peak_memory()
+    assert held >= 300
 
 
 def test_torch_values_are_stored(run):

@@ -89,6 +89,16 @@ def device_name() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def peak_memory() -> int | None:
+    """Return the most memory (MB of 2^20 bytes) that this process has held so far; None where the system cannot say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
 def _made_on() -> dict[str, Any]:
     return {**commit(), "device": device_name(), "processor": cpu_model()}
 
@@ -162,7 +172,7 @@ class Run:
         return self.folder / "checkpoints"
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the numbers were made with: parameters, seed, versions, commit, device and time."""
+        """Return what the numbers were made with: parameters, seed, versions, commit, device, time and memory."""
         return {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -174,6 +184,7 @@ class Run:
             "started": self.started,
             "finished": now(),
             "seconds": round(time.perf_counter() - self._clock, 1),
+            "peak_memory_mb": peak_memory(),
         }
 
     def save_metrics(self, metrics: Mapping[str, Any]) -> None:
