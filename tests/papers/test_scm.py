@@ -260,3 +260,15 @@ def test_a_row_of_a_study_says_what_was_trained(run, pair):
         assert rows[1][f"lambda_{number}"] == pytest.approx(float(block.lam))
         assert rows[1][f"beta_{number}"] == pytest.approx(float(block.beta))
     assert "lambda_1" not in next(scm.measured(run, trial._replace(method="tscam", module={})))
+
+
+def test_the_epochs_of_the_longest_regime_are_those_of_its_trainings(run, pair, monkeypatch):
+    monkeypatch.setitem(scm.REGIMES, scm.LONGEST, {"epochs": 2})
+    monkeypatch.setattr(scm, "PAIR", {"scm": "SCM"})
+    studies = plan(pair, study_start=pair.backbone)
+    rows = list(studies.epochs(run))
+    trial = next(t for t in studies.trials("regimes") if t.variant == scm.LONGEST)
+    history = trial.pair.fit(run, "scm", 2, pair.splits(), progress=False).history
+    assert [(row["method"], row["seed"], row["epoch"]) for row in rows] == [("scm", 2, 1), ("scm", 2, 2)]
+    for name in ("top1", "gt_known", "gt_known_attention"):
+        assert [row[name] for row in rows] == history[name].tolist()

@@ -293,6 +293,9 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 """Changes of both trainings of a pair."""
 
+LONGEST = "five epochs"
+"""The regime of `Studies.epochs`."""
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "released": {},
     "p = 4 in the first block": {"first_steps": 4},
@@ -408,6 +411,15 @@ class Studies(BaseModel):
         for study in studies:
             for trial in self.trials(study, run) if study in STUDIES else ():
                 yield from measured(run, trial)
+
+    def epochs(self, run: Run) -> Iterator[dict[str, Any]]:
+        """Yield the validation scores of every epoch of the regime `LONGEST`, of every seed (fig. 5b and c)."""
+        for trial in self.trials("regimes"):
+            if trial.variant == LONGEST:
+                one = trial.pair.fit(run, trial.method, trial.seed, trial.pair.splits(), progress=False)
+                seen = one.history[["epoch", "top1", "gt_known", "gt_known_attention"]]
+                where = {"method": trial.method, "seed": trial.seed}
+                yield from ({**where, **row, "epoch": int(row["epoch"])} for row in seen.to_dict("records"))
 
     def factors(self, run: Run) -> Iterator[dict[str, Any]]:
         """Yield the rows of `swapped` for the pairs of every start and seed."""
