@@ -45,18 +45,19 @@ PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
 """timm's names of the short ones that timm has weights of."""
 
 PHOTO = ("vit_photo", "vit_photo_dino")
-"""A small transformer for photographs with embedded weights, taught or self-distilled; see `wsolnb.backbones.photo`."""
+"""A small transformer for photographs (`wsolnb.backbones.photo`). The weights of `vit_photo` are embedded; those of
+`vit_photo_dino` are made by its recipe (`wsolnb.pretraining.taught`)."""
 
 
 class Shared(NamedTuple):
-    """Tensors that an embedded file lacks. names: how their names begin. of: the embedded backbone that has them."""
+    """Tensors that a backbone's file lacks. names: how their names begin. of: the embedded backbone that has them."""
 
     names: str
     of: str
 
 
 SHARED = {"vit_photo_dino": Shared("patch_embed.stages.", of="vit_photo")}
-"""The stages of EfficientNet-Lite0 are the same in both files, so one of them has them."""
+"""The stages of EfficientNet-Lite0 are the same in both, so a file of `vit_photo_dino` leaves them out."""
 
 BACKBONES = (*TRANSFORMERS, *CONFORMERS, *RESNETS, *LITES, *MINI, *PHOTO)
 """The short names. They come before timm's: `resnet50` has the weights of torchvision's first version."""
