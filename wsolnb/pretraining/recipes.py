@@ -731,9 +731,8 @@ def export(backbone: nn.Module, name: str, config: BaseModel, folder: str | Path
     """Write a backbone in half precision to `<name>.safetensors`, and what is known of it into its model card.
 
     config: a `PretrainingConfig`, or the recipe of a backbone that no scenes have made. minutes: of the training.
-    Tensors that another embedded file has (`backbones.SHARED`) are left out. The
-    card has room for scores, which are measured later; its text below the front matter is kept. Returns the path of the
-    card.
+    Tensors that another embedded file has (`backbones.SHARED`) are left out. The card has room for scores, which are
+    measured later; its text below the front matter is kept. Returns the path of the card.
     """
     folder = Path(folder)
     model = backbone.vit if isinstance(backbone, TransformerBackbone) else backbone.cnn
