@@ -1,6 +1,5 @@
 """Every numbered notebook is run with its defaults: its outputs equal the stored, its numbers the recorded ones."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import inprocess
 import nbformat
 import pytest
 import reference
@@ -18,22 +18,28 @@ from wsolnb.notebook import pipeline
 ROOT = Path(__file__).parents[2]
 
 
-def by_depth(steps):
-    """Return the notebooks in the order of their needs, those far from each other's side by side: two workers that run
-    neighbours of one chain would wait for each other's training."""
-    depth = {}
-    for step in steps:
-        depth[step.notebook] = 1 + max((depth[need] for need in step.needs), default=0)
-    return [ROOT / "notebooks" / f"{name}.ipynb" for name in sorted(depth, key=depth.get)]
-
-
 STEPS = {step.notebook: step for step in pipeline.plan("mini")}
-NOTEBOOKS = by_depth(STEPS.values())
 SMALL = (
     "03_cam_and_tscam", "04_pretraining", "06_pretraining_appendix", "11_scm_training", "12_scm_results", "00_overview",
     "23_lpcam_segmentation", "31_locloc_generator", "32_locloc_classifier", "33_locloc_results",
 )  # fmt: skip
 """`make test` runs them in small, `make test-full` as they are. No other notebook needs one of them."""
+
+
+def by_depth(steps):
+    """Return the length of the chain of needs that each notebook stands at the end of, in the order of the tests.
+
+    Two workers that run neighbours of one chain wait for each other. So notebooks of one length follow each other, at
+    first those that another one of `make test` goes on from.
+    """
+    depth, needed = {}, {need for step in steps if step.notebook not in SMALL for need in step.needs}
+    for step in steps:
+        depth[step.notebook] = 1 + max((depth[need] for need in step.needs), default=0)
+    return dict(sorted(depth.items(), key=lambda item: (item[1], item[0] not in needed)))
+
+
+DEPTH = by_depth(STEPS.values())
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in DEPTH]
 
 
 def nbval(*paths: Path, root: Path) -> subprocess.CompletedProcess:
@@ -71,17 +77,22 @@ def await_needs(name: str, selected: set[str], shared: Path) -> None:
         assert (shared / need).read_text() == "passed", f"{name} goes on from {need}, whose test failed"
 
 
-def marked(path: Path):
-    return pytest.param(path, marks=pytest.mark.long if path.stem in SMALL else (), id=path.stem)
+def each(deep: bool):
+    """Parametrise by the notebooks whose needs have needs themselves, or by the others."""
+    paths = [path for path in NOTEBOOKS if (DEPTH[path.stem] > 2) == deep]
+    marks = [pytest.mark.long if path.stem in SMALL else () for path in paths]
+    return pytest.mark.parametrize(
+        "path", [pytest.param(path, marks=mark, id=path.stem) for path, mark in zip(paths, marks, strict=True)]
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
-def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path, request, shared):
+def check_notebook(path: Path, request: pytest.FixtureRequest, shared: Path) -> None:
+    """Assert that a notebook gives its stored outputs, and the recorded numbers."""
     outcome = "failed"
     try:
         calls = (getattr(item, "callspec", None) for item in request.session.items)
-        await_needs(path.stem, {call.params["path"].stem for call in calls if call and "path" in call.params}, shared)
+        paths = [call.params["path"] for call in calls if call and "path" in call.params]
+        await_needs(path.stem, {other.stem for other in paths if other.parent == path.parent}, shared)
         done = nbval(path, root=ROOT)
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-80:])
         assert done.returncode == 0, f"{tail}\nIf the new outputs are right: wsolnb refresh {path.stem}"
@@ -94,16 +105,19 @@ def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path, requ
 
 
 @pytest.mark.slow
-def test_the_long_notebooks_give_the_recorded_tables_in_small(tmp_path):
-    # One run of all: most of them go on from the same notebooks. It stands behind the tests above, which wait for each
-    # other: one of them in the queue behind this one would keep the other worker idle.
-    command = [str(Path(sys.executable).with_name("wsolnb")), "reproduce", "--profile", "smoke"]
-    command += ["--outputs", str(tmp_path)]
-    environment = {**os.environ, "WSOLNB_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [word for name in SMALL for word in ("--only", name)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
-    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
+@each(deep=False)
+def test_a_notebook_gives_its_stored_outputs_and_the_recorded_numbers(path, request, shared):
+    check_notebook(path, request, shared)
+
+
+@pytest.mark.slow
+def test_the_long_notebooks_give_the_recorded_tables_in_small(tmp_path, monkeypatch):
+    # One run of all, as most of them go on from the same notebooks, and in this process, which spares each of them the
+    # start and the imports of a kernel.
+    monkeypatch.setenv("WSOLNB_ROOT", str(ROOT))
+    monkeypatch.setattr(pipeline._Workers, "execute", inprocess.execute)
+    summary = pipeline.reproduce("smoke", only=SMALL, outputs=tmp_path)
+    assert summary["complete"], [step for step in summary["steps"] if step["status"] != "done"]
     assert set(SMALL) <= {step["notebook"] for step in summary["steps"] if step["status"] == "done"}
     for name in set(SMALL) & set(reference.ROOM):
         reference.compare_small(name, tmp_path / "smoke")
@@ -138,3 +152,11 @@ def test_nbval_takes_what_may_differ_and_finds_what_may_not(tmp_path, monkeypatc
     assert done.returncode == 1
     assert "1 failed, 13 passed" in done.stdout, done.stdout
     assert re.search(r"FAILED .*02_metrics.ipynb::Cell 6|Cell 6: Cell outputs differ", done.stdout), done.stdout
+
+
+# They stand behind other tests. A worker takes a test before the one it runs has ended: one of these in the queue
+# behind the long run above would keep the worker idle that waits for it.
+@pytest.mark.slow
+@each(deep=True)
+def test_a_notebook_at_the_end_of_a_chain_gives_its_stored_outputs_and_the_recorded_numbers(path, request, shared):
+    check_notebook(path, request, shared)

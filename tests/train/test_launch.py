@@ -56,10 +56,9 @@ def start(line, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """A launch of two processes of which one was killed after an epoch, and the same launch again: both outputs."""
-    folder = tmp_path_factory.mktemp("launched")
+def launched(folder):
+    """Launch two processes, kill one after an epoch, launch them again; return their run folder and both outputs."""
+    folder.mkdir()
     file = folder / "11_scm_training.yaml"
     file.write_text(yaml.safe_dump({**FEW, "run_folder": str(folder / "run")}))
     line = command(file, processes=2)
@@ -85,19 +84,20 @@ def parameters(folder, **changes):
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_message_and_a_state_to_go_on_from(launched):
-    _, said, again = launched
+def test_two_processes_go_on_after_a_kill_and_give_the_numbers_of_one(tmp_path, capsys):
+    # One test, as a launch takes longer than all that is then looked at.
+    folder, said, again = launched(tmp_path / "together")
     assert "error: " in said
     assert "the same command goes on from the last state" in said
     assert "resuming after epoch" in again
-
-
-@pytest.mark.slow
-def test_two_processes_train_to_the_numbers_of_one(launched, tmp_path, capsys):
-    """Of equal batches: losses to 1e-3, weights to 1e-2 of the largest of their layer, equal shares of right images."""
-    folder, _, again = launched
     assert again.count("built pair-") == 2  # one process says so
-    alone = runs.start("11_scm_training", parameters(tmp_path))
+    check_numbers(folder, tmp_path / "alone", capsys)
+    check_scores(folder)
+
+
+def check_numbers(folder, other, capsys):
+    """Of equal batches: losses to 1e-3, weights to 1e-2 of the largest of their layer, equal shares of right images."""
+    alone = runs.start("11_scm_training", parameters(other))
     TRAININGS["11_scm_training"](alone, alone.parameters)
     together = runs.start("11_scm_training", parameters(folder))
     capsys.readouterr()
@@ -116,10 +116,8 @@ def test_two_processes_train_to_the_numbers_of_one(launched, tmp_path, capsys):
                 torch.testing.assert_close(two.model.state_dict()[name], value, rtol=0, atol=1e-2 * value.abs().max())
 
 
-@pytest.mark.slow
-def test_two_processes_score_every_validation_image_once(launched):
+def check_scores(folder):
     """The last row of the history is what one process measures with the weights that were kept; 7 images are odd."""
-    folder, *_ = launched
     run = runs.start("11_scm_training", parameters(folder))
     pair = scm.Pair(**run.parameters)
     splits = pair.splits()
