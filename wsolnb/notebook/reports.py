@@ -182,25 +182,34 @@ def latex(table: pd.DataFrame, caption: str) -> str:
 # README
 
 
+def _mostly_against(found: Iterable[Judged]) -> int:
+    """Count the claims that hold partly although more rows contradict them than support them."""
+    rows = ([row.verdict for row in one.estimates] for one in found if one.verdict == "partly")
+    return sum(one.count("contradicted") > one.count("reproduced") + one.count("partly") for one in rows)
+
+
 def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
     """Return the README's results section, without its marks: verdicts counted, some claims, the first leaderboard."""
     found = judge_all(load(), table_of)
     table = claims_table([one for one in found if one.claim.headline])
     table["claim"] = table.claim + " (" + table["where"] + ")"
+    implied = sum("implied" in one.claim.where for one in found)
     board = boards()[0][0].shown(table_of).query("protocol == 'ours' and `top-1 loc` != ''")
     paragraphs = [
-        f"This repository lists {len(found)} claims of the three papers, and computes each verdict from recorded\n"
-        "tables. To decide a claim about trainings takes five seeds, and a 95 % interval that lies wholly on one\n"
-        "side; `±` is half of its width. Where nothing is trained the interval is over images, or there is one\n"
-        "number.\n"
+        f"This repository lists {len(found)} claims of the three papers, {implied} of them implied, not stated. It\n"
+        "computes each verdict from recorded tables. To decide a claim about trainings takes five seeds, and a 95 %\n"
+        "interval that lies wholly on one side; `±` is half of its width. Where nothing is trained the interval is\n"
+        "over images, or there is one number.\n"
         "[91_claims](notebooks/91_claims.ipynb) shows all claims and the rule.",
         markdown(verdict_counts(found).reset_index().rename(columns={"paper": "claims of"})),
+        "Some claims are measured on several starts and images, each in a row. *Partly* says that at least one row\n"
+        f"supports the claim. In {_mostly_against(found)} of the claims that hold partly more rows contradict it.",
         "Here are some of the claims. `ours` is measured on rendered birds, on pets and on Tiny-ImageNet. Where\n"
         "a claim has several rows, `ours` has the lowest and the highest:",
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
         "The next table has the methods that localize and classify, on the same rendered test images. Compare rows\n"
-        "that agree in start and training. Each start is one pretrained file: from a second file of `vit_mini_dino`\n"
-        "no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
+        "that agree in network, start and training. Each start is one pretrained file: from a second file of\n"
+        "`vit_mini_dino` no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
         "[90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and the papers' numbers with their\n"
         "protocols.",
         markdown(board.drop(columns=["mask IoU", "protocol"])),
