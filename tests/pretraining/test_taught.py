@@ -123,31 +123,33 @@ def test_the_losses_term_by_term_and_what_they_train(lessons):
     assert without == {n for n, _ in model.named_parameters() if ".stages." in n or n.startswith("logits.")}
 
 
-def test_file_card_and_code_agree():
-    card, state = weights.read_card("vit_photo"), load_file(weights.verified("vit_photo"))
-    recipe = taught.TaughtConfig.model_validate(card["recipe"])
-    assert recipe == taught.TaughtConfig(), "the card tells of another recipe than the code"
-    own = create_backbone("vit_photo", pretrained=True).vit
+@pytest.mark.parametrize("name", taught.RECIPES)
+def test_file_card_and_code_agree(name):
+    card, state = weights.read_card(name), load_file(weights.verified(name))
+    recipe = taught.RECIPES[name]
+    assert recipe.model_validate(card["recipe"]) == recipe(), "the card tells of another recipe than the code"
+    own = create_backbone(name, pretrained=True).vit
     assert card["parameters"] == sum(p.numel() for p in own.parameters())
     for key, value in state.items():
         torch.testing.assert_close(own.state_dict()[key], value.to(own.state_dict()[key].dtype), atol=0, rtol=0)
-    published = create_backbone("vit_photo").vit.patch_embed
+    published = create_backbone(name).vit.patch_embed
     load_stages(published)
     for key, value in published.stages.state_dict().items():  # the stem is the installed network's, in half precision
         torch.testing.assert_close(own.patch_embed.stages.state_dict()[key], value, atol=1e-2, rtol=1e-3)
 
 
-def test_the_cards_scores_are_the_recorded_ones():
+@pytest.mark.parametrize("name", taught.RECIPES)
+def test_the_cards_scores_are_the_recorded_ones(name):
     reference = Path(__file__).parents[2] / "outputs" / "reference"
-    start = pd.read_csv(reference / "04_photo.csv").set_index(["backbone", "map"]).loc["vit_photo"]
+    start = pd.read_csv(reference / "04_photo.csv").set_index(["backbone", "map"]).loc[name]
     photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc
     expected = {"top1_test": start.top1["cam"]}
-    expected |= {f"{name}_gt_known_test": start.gt_known[name] for name in ("cam", "attention")}
+    expected |= {f"{map_}_gt_known_test": start.gt_known[map_] for map_ in ("cam", "attention")}
     expected |= {
-        "attention_auc_photographs": photographs["vit_photo", False],
-        "attention_auc_photographs_off_centre": photographs["vit_photo", True],
+        "attention_auc_photographs": photographs[name, False],
+        "attention_auc_photographs_off_centre": photographs[name, True],
     }
-    assert weights.read_card("vit_photo")["scores"] == pytest.approx(expected, abs=2e-3)
+    assert weights.read_card(name)["scores"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_the_whole_is_made_once_and_read_back(images, tmp_path, monkeypatch, capsys):

@@ -45,8 +45,7 @@ PUBLISHED = {**TRANSFORMERS, **RESNETS, **LITES}
 """timm's names of the short ones that timm has weights of."""
 
 PHOTO = ("vit_photo", "vit_photo_dino")
-"""A small transformer for photographs (`wsolnb.backbones.photo`). The weights of `vit_photo` are embedded; those of
-`vit_photo_dino` are made by its recipe (`wsolnb.pretraining.taught`)."""
+"""A small transformer for photographs with embedded weights, taught or self-distilled; see `wsolnb.backbones.photo`."""
 
 
 class Shared(NamedTuple):
