@@ -33,12 +33,13 @@ def test_variants_are_compared_with_a_reference_of_the_same_seeds():
     scores = {"old": (0.1, 0.5, 0.3), "new": (0.2, 0.7, 0.6)}
     table = pd.DataFrame(
         [{"variant": v, "seed": n, "gt_known": x} for v, values in scores.items() for n, x in enumerate(values)]
-        + [{"variant": "fewer", "seed": 1, "gt_known": 0.25}]
+        + [{"variant": "fewer", "seed": 1, "gt_known": 0.25}, {"variant": "none", "seed": 1, "gt_known": math.nan}]
     )
     found = studies.against(table, "variant", "old", ["gt_known"])
     assert found.to_dict("index") == {
         "new": {"pairs": 3, "d gt_known": "+0.200 ± 0.248"},
         "fewer": {"pairs": 1, "d gt_known": "-0.250 ± nan"},
+        "none": {"pairs": 1, "d gt_known": ""},
     }
     assert studies.against(table, "variant", "not recorded", ["gt_known"]).empty
 

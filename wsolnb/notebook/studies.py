@@ -25,9 +25,9 @@ def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def plus_minus(differences: Sequence[float] | np.ndarray) -> str:
-    """Return `interval` as text, such as `+0.021 ± 0.008`."""
+    """Return `interval` as text, such as `+0.021 ± 0.008`; empty where there is no difference."""
     mean, half = interval(differences)
-    return f"{mean:+.3f} ± {half:.3f}"
+    return f"{mean:+.3f} ± {half:.3f}" if np.isfinite(mean) else ""
 
 
 def compare(
