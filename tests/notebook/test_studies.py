@@ -39,7 +39,7 @@ def test_variants_are_compared_with_a_reference_of_the_same_seeds():
     assert found.to_dict("index") == {
         "new": {"pairs": 3, "d gt_known": "+0.200 ± 0.248"},
         "fewer": {"pairs": 1, "d gt_known": "-0.250 ± nan"},
-        "none": {"pairs": 1, "d gt_known": ""},
+        "none": {"pairs": 0, "d gt_known": ""},
     }
     assert studies.against(table, "variant", "not recorded", ["gt_known"]).empty
 
