@@ -496,7 +496,7 @@ def test_boxes_are_scored_on_the_maps_that_masks_are_scored_on(host, run, base):
     flat = LPCAMConfig(**{**base.model_dump(), "scales": (1.0,)})
     prototypes, _ = lpcam.cached_prototypes(run, host, flat)
     by_name = directions_by_kind(prototypes, host.weight, flat, missing="zero")
-    reader = lpcam.Directed(host.model, by_name)
+    reader = lpcam.Directed(host.model, by_name | {lpcam.SIGNED: None})
     resized = [torch.from_numpy(resize(one[i], (64, 64)).image) for i in range(len(one))]
     images = torch.stack(resized).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (reader.mean, reader.std))
@@ -508,7 +508,13 @@ def test_boxes_are_scored_on_the_maps_that_masks_are_scored_on(host, run, base):
         classes = torch.tensor([own[min(place, len(own) - 1)] for own in one.labels])
         with torch.no_grad():
             found = reader.localize(output, classes)
-        assert tuple(found) == reader.maps == tuple(by_name)
+        assert tuple(found) == reader.maps == (*by_name, lpcam.SIGNED)
+        signed = found.pop(lpcam.SIGNED)
+        assert (signed < 0).any()
+        for index, own in enumerate(signed):
+            weight = host.model.classifier.weight[classes[index]]
+            seen = torch.stack([(weight[:, None, None] * one).sum(dim=0) for one in output.features[index]])
+            torch.testing.assert_close(own, seen.sum(dim=0), atol=1e-4, rtol=1e-4)
         for name, maps in found.items():
             assert maps.shape == (len(one), 8, 8)
             for index, own in enumerate(maps):
@@ -537,9 +543,16 @@ def test_the_study_of_boxes_chooses_on_validation_images(tmp_path, run, host, ba
 
     monkeypatch.setattr(lpcam, "box_rows", rows)
     table = pd.DataFrame(claim.boxes(run, host.classifier, base))
-    names = [("cam", "paper"), ("lpcam-f", "paper"), ("lpcam", "paper"), ("lpcam-f", "chosen"), ("lpcam", "chosen")]
+    names = [
+        ("cam", "paper"),
+        ("cam", "signed"),
+        ("lpcam-f", "paper"),
+        ("lpcam", "paper"),
+        ("lpcam-f", "chosen"),
+        ("lpcam", "chosen"),
+    ]
     assert list(zip(table["map"], table.hyper, strict=True)) == 2 * names
-    assert table.seed.tolist() == 5 * [0] + 5 * [1]
+    assert table.seed.tolist() == 6 * [0] + 6 * [1]
     for seed, (own, prototypes, grids, config) in enumerate(asked):
         assert (config.seed, own.classifier.seed, len(own.splits.train)) == (seed, seed, 12)
         assert (own.classifier.image_size, own.classifier.frozen) == (160, True)

@@ -501,6 +501,10 @@ IMAGENET = {
 """The classifier of the study `imagenet`: features of an ImageNet network, as published."""
 
 
+SIGNED = "cam, signed"
+"""The name of CAM without the ReLU of eq. 1: the scores of every place, the negative ones too."""
+
+
 class DirectedOutput(NamedTuple):
     """logits: (B, C). features: (B, 2, D, h, w), of the images and of their mirror images, mirrored back."""
 
@@ -511,7 +515,8 @@ class DirectedOutput(NamedTuple):
 class Directed(Reader):
     """CAM and LPCAM of a classifier as maps at one scale, for metrics of boxes.
 
-    by_name: LPCAM's directions of every class by name of the map; as of `variant_maps`, that of CAM is None.
+    by_name: LPCAM's directions of every class by name of the map; as of `variant_maps`, that of CAM is None, and so is
+        that of `SIGNED`.
     """
 
     def __init__(self, model: CAMClassifier, by_name: Mapping[str, Directions | None]):
@@ -527,23 +532,25 @@ class Directed(Reader):
         """Return the maps for one class per image, each (B, h, w)."""
         weight, size = self.model.classifier.weight, output.features.shape[-2:]
 
-        def draw(features: Tensor, c: int, own: Directions | None) -> Tensor:
+        def draw(features: Tensor, c: int, name: str, own: Directions | None) -> Tensor:
+            if name == SIGNED:
+                return torch.einsum("fdhw,d->hw", features, weight[c].to(features))
             if own is None:
                 return cam_of([features], weight[c : c + 1], size)[0]
             chosen = Directions(*(values[c : c + 1] for values in own))
             return lpcam_of([features], chosen, size, LPCAMConfig(scales=(1.0,)))[0]
 
         images = list(zip(output.features.float(), classes.tolist(), strict=True))
-        return {name: torch.stack([draw(*one, own) for one in images]) for name, own in self.by_name.items()}
+        return {n: torch.stack([draw(*one, n, own) for one in images]) for n, own in self.by_name.items()}
 
 
 def box_rows(host: Host, prototypes: list[ClassPrototypes], grids: Grids, base: LPCAMConfig) -> list[dict[str, Any]]:
-    """Return box scores of CAM, and of LPCAM-F and LPCAM as configured by `base` and by the best of their grids.
+    """Return box scores of CAM, also of `SIGNED`, and of LPCAM-F and LPCAM, by `base` and by the best of their grids.
 
     Scores are those of test images. Validation images choose the threshold of every map, and among the configurations
     of a grid the one with the highest GT-known (the first, where several have it). `gt_known_fixed`: GT-known at 0.3.
     """
-    configs = {"cam, paper": base} | {f"{kind}, paper": base for kind in grids}
+    configs = {"cam, paper": base, SIGNED: base} | {f"{kind}, paper": base for kind in grids}
     configs |= {f"{kind}, {n}": one for kind, tried in grids.items() for n, one in enumerate(tried)}
 
     def score(names: Sequence[str], dataset: LocalizationDataset, quick: bool = False) -> Evaluation:
@@ -558,7 +565,7 @@ def box_rows(host: Host, prototypes: list[ClassPrototypes], grids: Grids, base: 
     best = {
         kind: max(range(len(grids[kind])), key=lambda n: found[f"{kind}, {n}"].best("gt_known")[1]) for kind in grids
     }
-    names = {name: name for name in configs if name.endswith(", paper")}
+    names = {name: name for name in configs if name == SIGNED or name.endswith(", paper")}
     names |= {f"{kind}, chosen": f"{kind}, {n}" for kind, n in best.items()}
     val, test = (score(list(names.values()), part) for part in host.splits[1:])
     tested = {row.pop("map"): row for row in test.table(val)}
