@@ -746,7 +746,7 @@ class Claim(BaseModel):
     def boxes(self, run: Run, classifier: Classifier, base: LPCAMConfig) -> Iterator[dict[str, Any]]:
         """Yield rows of `box_rows` on Tiny-ImageNet, with features of an ImageNet network, for every seed.
 
-        A seed holds out other validation images, and starts the clusters anew.
+        A seed starts the clusters anew. Images and classifier, and so the scores of CAM, are the same for all seeds.
         """
         tiny = {**IMAGENET, "image_size": 160, "dataset": "tiny_imagenet", "data_root": self.tiny_root}
         for seed in self.claim_seeds:
