@@ -3,7 +3,7 @@
 The supervised recipe plays the role of DeiT's and sees labels. The self-distilled recipe plays the role of DINO's
 (Caron et al., ICCV 2021): a student learns to predict from one view what a slowly moving average of itself says of
 another view. It sees neither labels nor masks. Both read the scenes of `wsolnb.pretraining.scenes`, which share no
-class, part or colour with the rendered benchmark.
+class and no part with the rendered benchmark, and whose colours are drawn at a distance from its own.
 
     backbone, folder = pretrain(run, "vit_mini", RECIPES["vit_mini"])
     export(backbone, "vit_mini", RECIPES["vit_mini"], "wsolnb/weights", minutes=25)

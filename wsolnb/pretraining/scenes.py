@@ -1,12 +1,13 @@
 """Scenes of procedural creatures: what the embedded backbones are pretrained on.
 
-A creature is a random blob with limbs, a texture and, on its body, a sash of two bands in different colours. None of it
-is shared with the rendered benchmark (`wsolnb.data.aviary`): creatures have no head, beak, wing or class; no texture is
-a plumage pattern; and every colour drawn (before light and shade) keeps a distance of at least `COLOUR_DISTANCE`
-(CIE Lab) from every head and plumage colour of the birds. Backgrounds are patchworks of noise, not landscapes.
+A creature is a random blob with limbs, a texture and, on its body, a sash of two bands in different colours. It has no
+head, beak, wing or class of the rendered benchmark (`wsolnb.data.aviary`), and no texture is a plumage pattern (some
+creatures are nearly plain). Every colour that it is drawn from keeps a distance of at least `COLOUR_DISTANCE` (CIE Lab)
+from every head and plumage colour of the birds; light, shade and mixing bring a part of the pixels nearer (notebook
+06). Backgrounds are patchworks of noise, not landscapes.
 
-A scene has several *frames*: the same creatures in another pose and place, before another part of the background, as a
-camera that follows them would film. Frame `f` of scene `i` depends on (seed, i, f) only.
+A scene has several *frames*: the same creatures in another pose and place, before another background. Frame `f` of
+scene `i` depends on (seed, i, f) only.
 """
 
 from __future__ import annotations
