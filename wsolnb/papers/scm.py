@@ -311,7 +311,7 @@ SCALES = (("alpha", 0.001), ("alpha", 0.004), ("beta", 0.25), ("beta", 1.0), ("l
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "switches": SWITCHES,
     "steps": {f"p = {p}": {"steps": p, "first_steps": p} for p in (1, 2, 4, 6, 8)},
-    "scales": {f"{name} = {v}": {name: v} for name, v in SCALES},
+    "scales": {"released": {}, **{f"{name} = {v}": {name: v} for name, v in SCALES}},
     "blocks": {f"{n} blocks": {"blocks": n} for n in (1, 2, 4, 6)},
 }
 """Studies of SCM alone: by study and variant, changes of its `SCMConfig`."""
