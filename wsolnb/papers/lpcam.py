@@ -1067,7 +1067,7 @@ class Stages:
 
     @property
     def bound(self) -> Stages:
-        """The same maps, walking within the boundaries of an IRN that learns from true masks: an upper bound of IRN."""
+        """The same maps, walking within the boundaries of an IRN that learns from true masks, for reference."""
         return replace(self, taught_by="truth")
 
     @property
