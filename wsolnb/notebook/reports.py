@@ -75,7 +75,7 @@ def verdict_counts(found: Iterable[Judged]) -> pd.DataFrame:
 
 
 class Row(BaseModel):
-    """Recorded rows that make one line of a board, or one line for each combination of the columns `each`."""
+    """Recorded rows that make one line of a board."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     method: str
@@ -84,8 +84,6 @@ class Row(BaseModel):
     training: str
     table: str
     where: Filter
-    each: list[str] = []
-    optional: bool = False
 
 
 class Board(BaseModel):
@@ -106,27 +104,22 @@ class Board(BaseModel):
     def ours(self, table_of: Callable[[str], pd.DataFrame] = read) -> pd.DataFrame:
         """Return the lines: by measure the mean over seeds, and `<measure> ±`, the half width of its 95 % interval.
 
-        Raises ParameterError where a table that is not optional is missing, or a line has no row, or two of one seed.
+        Raises ParameterError where a line has no row, or two of one seed.
         """
-        lines = [line for row in self.rows for line in self._lines(row, table_of)]
-        table = pd.DataFrame(lines)
+        table = pd.DataFrame([self._line(row, table_of) for row in self.rows])
         return table.sort_values(self.sort, ascending=False, kind="stable", ignore_index=True) if self.sort else table
 
-    def _lines(self, row: Row, table_of: Callable[[str], pd.DataFrame]) -> Iterable[dict[str, Any]]:
+    def _line(self, row: Row, table_of: Callable[[str], pd.DataFrame]) -> dict[str, Any]:
         try:
             data = select(table_of(row.table), row.where)
         except ParameterError as error:
-            if row.optional and not resolve(f"outputs/reference/{row.table}.csv").is_file():
-                return
             raise ParameterError(f"leaderboard {self.name}, {row.method}: {error.problem}", error.remedy) from None
-        for key, group in data.groupby(row.each, sort=False) if row.each else [((), data)]:
-            self._check_one_condition(row, group)
-            line = row.model_dump(include={"method", "network", "start", "training"})
-            line |= {"method": row.method or ", ".join(dict.fromkeys(map(str, key))), "seeds": len(group)}
-            for measure in self.measures:
-                values = group.get(measure, [])
-                line[measure], line[f"{measure} ±"] = interval(values)
-            yield line
+        self._check_one_condition(row, data)
+        line = row.model_dump(include={"method", "network", "start", "training"}) | {"seeds": len(data)}
+        for measure in self.measures:
+            values = data.get(measure, [])
+            line[measure], line[f"{measure} ±"] = interval(values)
+        return line
 
     def _check_one_condition(self, row: Row, group: pd.DataFrame) -> None:
         """Raise ParameterError where two rows of one seed would be averaged as if they were two seeds."""
@@ -194,7 +187,7 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
     table = claims_table([one for one in found if one.claim.headline])
     table["claim"] = table.claim + " (" + table["where"] + ")"
     implied = sum("implied" in one.claim.where for one in found)
-    board = boards()[0][0].shown(table_of).query("protocol == 'ours' and `top-1 loc` != ''")
+    board = boards()[0][0].shown(table_of).query("protocol == 'ours' and `top-1 loc` != '' and start != 'random'")
     paragraphs = [
         f"This repository lists {len(found)} claims of the three papers, {implied} of them implied, not stated. It\n"
         "computes each verdict from recorded tables. To decide a claim about trainings takes five seeds, and a 95 %\n"
@@ -207,11 +200,11 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
         "Here are some of the claims. `ours` is measured on rendered birds, on pets and on Tiny-ImageNet. Where\n"
         "a claim has several rows, `ours` has the lowest and the highest:",
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
-        "The next table has the methods that localize and classify, on the same rendered test images. Compare rows\n"
-        "that agree in network, start and training. Each start is one pretrained file: from a second file of\n"
-        "`vit_mini_dino` no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
-        "[90_leaderboard](notebooks/90_leaderboard.ipynb) has the other boards, and the papers' numbers with their\n"
-        "protocols.",
+        "The next table has the methods that localize and classify from a pretrained start, on the same rendered test\n"
+        "images. Compare rows that agree in network, start and training. Each start is one pretrained file: from a\n"
+        "second file of `vit_mini_dino` no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
+        "[90_leaderboard](notebooks/90_leaderboard.ipynb) has the methods from random weights (HaS, CutMix, ADL, ACoL\n"
+        "and Grad-CAM among them), the other boards, and the papers' numbers with their protocols.",
         markdown(board.drop(columns=["mask IoU", "protocol"])),
     ]
     return "\n\n".join(text.strip() for text in paragraphs) + "\n"
