@@ -528,6 +528,7 @@ VARIANTS = {
     "LFDM": Variant("classifier", {}),
     "LFDM, four times as long": Variant("classifier", {"longer": 4}),
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
+    "LFDM, plain images, four times as long": Variant("classifier", {"enhance_training": False, "longer": 4}),
     "LFDM, GrabCut": Variant("classifier", PAPER, same_at_test=True),
     "LFDM, generator": Variant("classifier", PAPER, "generator", same_at_test=True),
     "LFDM, truth": Variant("classifier", PAPER, "true", same_at_test=True),
