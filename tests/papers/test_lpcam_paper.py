@@ -1,5 +1,6 @@
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -427,7 +428,7 @@ def test_edams_mask_and_lpcam_in_its_place_behind_the_cue(run, edam, base):
     directions = directions_by_kind(prototypes, edam.weight, base, ["lpcam"], "zero")
     cue = lpcam.salient(run, edam, data)
     plain = list(lpcam.drawn({"edam": edam}, directions, base, data))
-    masked = list(lpcam.drawn({"edam": edam}, directions, base, data, cue))
+    masked = list(lpcam.where_salient(run, edam, partial(lpcam.drawn, {"edam": edam}, directions, base), data))
     alone = variant_maps(edam.source(data), directions, base)
     for sample, own, cut, lpcams in zip(data, plain, masked, alone, strict=True):
         image, _ = by_hand(edam.model, sample, ())
@@ -450,15 +451,40 @@ def test_edams_mask_and_lpcam_in_its_place_behind_the_cue(run, edam, base):
     assert rows[rows.study == "edam, cue"].iloc[1].miou != of_hosts.miou
 
 
+STAGES = {
+    "images": 8, "tuning_images": 4, "grid_mu": [0.1, 0.9], "floors": [0.0], "crf_side": 16, "label_radius": 3,
+    "walk_radius": 3, "steps": [0, 2], "dampings": [0.0, 1.0], "irn_width": 8, "irn_size": 64, "irn_epochs": 1,
+    "irn_batch_size": 4, "dilations": [1, 2], "segmenter_size": 64, "segmenter_epochs": 1,
+    "segmenter_batch_size": 4,
+}  # fmt: skip
+"""Notebook 23 in small."""
+
+
+def test_pseudo_masks_of_a_hosts_own_maps(run, edam, base):
+    """LPCAM among EDAM's features is what the plain pipeline makes of that host; EDAM's own mask is another map."""
+    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **STAGES | {"grid_mu": []}))
+    claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.9], grid_mu_b=[0.9]))
+    found = pd.DataFrame(claim.pseudo_masks(run, edam.classifier, base, settings, {"host": "edam"}))
+    assert len(found) == 2 * 3 * len(lpcam.INSIDE)
+    assert set(found.study) == {"edam", "edam, cue"}
+    rows = found[(found.study == "edam") & (found.hyper == "paper")].set_index(["stage", "map"])
+    plain = pd.DataFrame(lpcam.Pipeline(run, edam, base, settings).rows()).set_index(["stage", "map"])
+    measures = ["threshold", "miou", "fp", "fn", "precision", "recall"]
+    for stage in ("seeds", "seeds, CRF", "pseudo masks"):
+        assert rows.loc[(stage, "lpcam"), measures].tolist() == plain.loc[(stage, "lpcam"), measures].tolist()
+    assert rows.loc[("seeds", "cam"), "miou"] != plain.loc[("seeds", "cam"), "miou"]
+    train, val = edam.splits.train.subset(range(8)), edam.splits.val.subset(range(4))
+    draw = partial(lpcam.drawn, {"x": edam}, {}, base)
+    val_own, train_own = (evaluate(lpcam.where_salient(run, edam, draw, part), part)["x"] for part in (val, train))
+    expected = scored(val_own, train_own)
+    behind = found[(found.study == "edam, cue") & (found.stage == "seeds") & (found["map"] == "cam")].iloc[0]
+    assert behind.miou == pytest.approx(expected["miou"], abs=2e-3)  # maps are stored in half precision
+    assert behind.threshold == pytest.approx(expected["threshold"])
+
+
 def test_every_stage_after_the_other(run, host, base, capsys):
     """From maps to segmentation on a few scenes: each stage is made of the one before it, and found again."""
-    changes = {
-        "images": 8, "tuning_images": 4, "grid_mu": [0.1, 0.9], "floors": [0.0], "crf_side": 16, "label_radius": 3,
-        "walk_radius": 3, "steps": [0, 2], "dampings": [0.0, 1.0], "irn_width": 8, "irn_size": 64, "irn_epochs": 1,
-        "irn_batch_size": 4, "dilations": [1, 2], "segmenter_size": 64, "segmenter_epochs": 1,
-        "segmenter_batch_size": 4,
-    }  # fmt: skip
-    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **changes))
+    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **STAGES))
     pipeline = lpcam.Pipeline(run, host, base, settings)
     assert [row["stage"] for row in pipeline.rows()].count(lpcam.BOUND) == 0
     rows = list(pipeline.rows(bound=True))

@@ -242,6 +242,9 @@ class Host:
         return self.classifier.evaluation(self.splits)
 
 
+Draw = Callable[[LocalizationDataset], Iterator[dict[str, ClassMaps]]]
+"""Makes maps of every image of a data set, by name."""
+
 SEED_SCALES = LPCAMConfig(scales=(1.0,))
 """How the maps are made that AMN's labels come from: one scale, and the mirror image."""
 
@@ -263,7 +266,7 @@ def taught(
     images; confident labels keep `SEED_MARGINS` from it. Where neither is sure, a pixel has no label.
     """
     number, train, by_name = first.number, first.splits.train, {name: chosen}
-    title = name.replace(", ", "-")
+    title = file_name(name)
     maps = run.cached(f"seeds-{title}-{number}", partial(write_maps, first.sources.train, by_name, SEED_SCALES))
     found = run.cached_rows(
         f"seed-threshold-{title}-{number}", partial(best_thresholds, first.sources.val, by_name, SEED_SCALES)
@@ -400,12 +403,6 @@ def plugged(
         yield result
 
 
-def score_plugged(host: Host, by_name: Mapping[str, Directions | None], config: LPCAMConfig) -> list[dict[str, float]]:
-    """Return test scores of each variant of `plugged`, in their order, at thresholds that validation images chose."""
-    val, test = (evaluate(plugged(host, by_name, config, part), part) for part in host.splits[1:])
-    return [score_pair(val[name], test[name]) for name in by_name]
-
-
 CUE = GrabCutConfig(fg_threshold=0.3, bg_threshold=0.005, uncertain="none", size=112)
 """How EDAM's background cue is cut: as notebook 30 cuts masks."""
 
@@ -420,14 +417,12 @@ def salient(run: Run, host: Host, dataset: LocalizationDataset) -> Store:
 
 
 def drawn(
-    hosts: Mapping[str, Host], by_name: Mapping[str, Directions], config: LPCAMConfig, dataset: LocalizationDataset,
-    cue: Store | None = None,
-) -> Iterator[dict[str, ClassMaps]]:  # fmt: skip
+    hosts: Mapping[str, Host], by_name: Mapping[str, Directions], config: LPCAMConfig, dataset: LocalizationDataset
+) -> Iterator[dict[str, ClassMaps]]:
     """Yield the maps that AMN or EDAM makes by itself of an image's classes, and maps of LPCAM in their place.
 
     hosts: by name; AMN's differ in the seeds that taught them. by_name: LPCAM's directions among the features of the
     first host. Both are made at the scales and with the mirror image of `config`, and divided by their maximum.
-    cue: masks of what is salient. Every map is zero outside of it.
     """
     first, *_ = hosts.values()
     size = first.classifier.recipe().map_size
@@ -436,24 +431,37 @@ def drawn(
         for name, host in hosts.items()
     ]
     for parts in zip(*made, variant_maps(first.source(dataset), by_name, config), strict=True):
-        found = {name: maps for part in parts for name, maps in part.items()}
-        if cue is not None:
-            image_id, _, maps = next(iter(found.values()))
-            inside = resize_map(cue.read_mask(image_id)[0], maps.shape[1:])
-            found = {name: own._replace(maps=own.maps * inside) for name, own in found.items()}
-        yield found
+        yield {name: maps for part in parts for name, maps in part.items()}
 
 
-def score_drawn(
-    hosts: Mapping[str, Host], by_name: Mapping[str, Directions], config: LPCAMConfig,
-    parts: Sequence[tuple[LocalizationDataset, Store | None]],
-) -> list[dict[str, float]]:  # fmt: skip
-    """Return test scores of each of the maps of `drawn`, in their order, at thresholds that validation images chose.
+def where_salient(run: Run, host: Host, draw: Draw, dataset: LocalizationDataset) -> Iterator[dict[str, ClassMaps]]:
+    """Yield the maps that `draw` makes of a data set, zero outside of what is `salient`."""
+    cue = salient(run, host, dataset)
+    for found in draw(dataset):
+        image_id, _, maps = next(iter(found.values()))
+        inside = resize_map(cue.read_mask(image_id)[0], maps.shape[1:])
+        yield {name: own._replace(maps=own.maps * inside) for name, own in found.items()}
 
-    parts: validation and test images, each with its cue. The coverage of parts is not measured.
+
+def score_own(draw: Draw, names: Sequence[str], held: Sequence[LocalizationDataset]) -> list[dict[str, float]]:
+    """Return test scores of the maps of `names` that `draw` makes, at thresholds that validation images chose.
+
+    held: validation and test images.
     """
-    val, test = (evaluate(drawn(hosts, by_name, config, *part), part[0], parts=False) for part in parts)
-    return [score_pair(val[name], test[name]) for name in (*hosts, *by_name)]
+    val, test = (evaluate(draw(part), part) for part in held)
+    return [score_pair(val[name], test[name]) for name in names]
+
+
+def write_own(draw: Draw, dataset: LocalizationDataset, folder: Path) -> None:
+    """Write the maps that `draw` makes of a data set, a `Store` below the folder for each name, as of `file_name`."""
+    for found in draw(dataset):
+        for name, image in found.items():
+            Store(folder / file_name(name)).write_maps(image)
+
+
+def file_name(name: str) -> str:
+    """Return the name of a map, of a study or of a variant as a part of file names."""
+    return name.replace(", ", "-")
 
 
 def confidence(prototypes: Sequence[ClassPrototypes], weight: Tensor, config: LPCAMConfig) -> dict[str, float]:
@@ -643,9 +651,16 @@ class Claim(BaseModel):
         }  # fmt: skip
         for name, row in scored(run, host, by_name, base).items():
             yield {"study": study, **columns[name], **row, **alike}
-        for place, found in self.inside(run, host, by_name, base):
+        of_seeds = {}
+        if host.first:  # LPCAM is among the features of the first host, and so is mu
+            of_seeds = {
+                f"{k}, {h}": {"mu_f": c.mu_f, "mu_b": c.mu_b} for k, h, c in self.variants(run, host.first, base)[1]
+            }
+        for place, draw in self.own_maps(run, host, by_name, base).items():
+            measure = partial(score_own, draw, INSIDE, host.splits[1:])
+            found = run.cached_rows(f"{file_name(place)}-{host.number}", measure)
             for name, row in zip(INSIDE, found, strict=True):
-                yield {"study": place, **columns[name], **row}
+                yield {"study": place, **columns[name], **row, **of_seeds.get(name, {})}
 
     def variants(
         self, run: Run, host: Host, base: LPCAMConfig
@@ -665,32 +680,40 @@ class Claim(BaseModel):
         }
         return prototypes, variants, by_name
 
-    def inside(
+    def own_maps(
         self, run: Run, host: Host, by_name: Mapping[str, Directions | None], base: LPCAMConfig
-    ) -> Iterator[tuple[str, list[dict[str, float]]]]:
-        """Yield a study's name and its scores of `INSIDE`: a host's own map, and LPCAM in CAM's place. Of CAM nothing.
+    ) -> dict[str, Draw]:
+        """Return by study what makes the maps `INSIDE` of a host: its own map, and LPCAM in CAM's place. Of CAM none.
 
         `mctformer`: inside of its map (`plugged`). `edam`: instead of its mask; `edam, cue`: the same, where `salient`.
         `amn`: the network's map, taught by seeds of CAM or of LPCAM in its first host; mu is of the latter.
+        by_name: directions among the host's features, as of `variants`.
         """
-        mine, held = {name: by_name[name] for name in INSIDE}, host.splits[1:]
+        cam, *others = INSIDE
         if isinstance(host.model, MCTformer):
-            yield "mctformer", run.cached_rows(f"plugged-{host.number}", partial(score_plugged, host, mine, base))
-        elif isinstance(host.model, EDAM):
-            cam, *others = INSIDE
-            theirs = {name: mine[name] for name in others}
-            for study, cues in (("edam", (None, None)), ("edam, cue", [salient(run, host, part) for part in held])):
-                parts = list(zip(held, cues, strict=True))
-                score = partial(score_drawn, {cam: host}, theirs, base, parts)
-                yield study, run.cached_rows(f"{study.replace(', ', '-')}-{host.number}", score)
-        elif host.first:
-            cam, *others = INSIDE
-            _, variants, seeds = self.variants(run, host.first, base)
+            return {"mctformer": partial(plugged, host, {name: by_name[name] for name in INSIDE}, base)}
+        if isinstance(host.model, EDAM):
+            draw = partial(drawn, {cam: host}, {name: by_name[name] for name in others}, base)
+            return {"edam": draw, "edam, cue": partial(where_salient, run, host, draw)}
+        if host.first:
+            _, _, seeds = self.variants(run, host.first, base)
             hosts = {cam: host} | {n: taught(run, host.classifier, host.first, n, seeds[n]) for n in others}
-            score = partial(score_drawn, hosts, {}, base, [(part, None) for part in held])
-            of = {f"{kind}, {hyper}": {"mu_f": c.mu_f, "mu_b": c.mu_b} for kind, hyper, c in variants}
-            found = run.cached_rows(f"amn-{host.number}", score)
-            yield "amn", [row | of[name] for name, row in zip(INSIDE, found, strict=True)]
+            return {"amn": partial(drawn, hosts, {}, base)}
+        return {}
+
+    def pseudo_masks(
+        self, run: Run, classifier: Classifier, base: LPCAMConfig, settings: Segmentation, where: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield rows of `OwnPipeline.rows` of a host, for each of the studies of its `own_maps`.
+
+        classifier: of one of `HOSTS`. settings: of IRN. where: columns that name the case.
+        """
+        base = base.model_copy(update={"seed": classifier.seed})
+        host = classifier.host(run)
+        _, _, by_name = self.variants(run, host, base)
+        for study, draw in self.own_maps(run, host, by_name, base).items():
+            for row in OwnPipeline(run, host, base, settings, study, draw).rows():
+                yield {**where, "study": study, "seed": host.number, **row}
 
     def trainings(
         self, study: str, classifier: Classifier, run: Run | None = None
@@ -963,6 +986,11 @@ class Pipeline:
     base: LPCAMConfig
     settings: Segmentation
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of maps that go through it."""
+        return COMPARED
+
     @cached_property
     def train(self) -> LocalizationDataset:
         """The images that IRN and the segmenters learn from."""
@@ -1007,8 +1035,8 @@ class Pipeline:
 
     @cached_property
     def stages(self) -> dict[str, Stages]:
-        """The stages of CAM and of LPCAM."""
-        return {kind: Stages(self, kind) for kind in COMPARED}
+        """The stages of every kind of map."""
+        return {kind: Stages(self, kind) for kind in self.kinds}
 
     def segmenter(self, kind: str, masks: WithMasks) -> Segmenter:
         """Return the segmentation network trained on masks, and what it scores on the images of `evaluation`."""
@@ -1038,6 +1066,39 @@ class Pipeline:
         for stage in ("seeds", "seeds, CRF", "pseudo masks", *([BOUND] if bound else []), "segmentation"):
             yield from (own.row(stage) for own in self.stages.values())
         yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
+
+
+@dataclass(frozen=True)
+class OwnPipeline(Pipeline):
+    """The same for a host's own maps, with CAM and with LPCAM inside (`Claim.own_maps`), up to the pseudo masks.
+
+    study: names what is made. draw: makes the maps `INSIDE`, by their names.
+    """
+
+    study: str
+    draw: Draw
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of the maps, as in file names."""
+        return tuple(map(file_name, INSIDE))
+
+    @cached_property
+    def maps(self) -> tuple[Path, ...]:
+        """Folders with the maps of training and of validation images, a store for each kind."""
+        study = file_name(self.study)
+        return tuple(
+            self.run.cached(f"maps-{study}-{part}-{self.host.number}", partial(write_own, self.draw, dataset))
+            for part, dataset in (("train", self.train), ("val", self.tune))
+        )
+
+    def rows(self, bound: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the scores of seeds and pseudo masks for each of `INSIDE`. bound: as of `Pipeline.rows`."""
+        for stage, name in itertools.product(
+            ("seeds", "seeds, CRF", "pseudo masks", *([BOUND] if bound else [])), INSIDE
+        ):
+            kind, _, hyper = name.partition(", ")
+            yield {**self.stages[file_name(name)].row(stage), "map": kind, "hyper": hyper}
 
 
 class Segmenter(NamedTuple):
