@@ -8,7 +8,8 @@ import torch
 from wsolnb.backbones import create_backbone
 from wsolnb.data import aviary, transforms
 from wsolnb.data.splits import load_splits
-from wsolnb.metrics import pixel_auc, spill
+from wsolnb.metrics import TSCAM, box_iou, boxes_from_score_map, pixel_auc, spill
+from wsolnb.metrics.boxes import ground_truth
 from wsolnb.notebook import runs
 from wsolnb.notebook.params import notebook_parameters
 from wsolnb.pretraining import recipes, study
@@ -121,14 +122,32 @@ def test_a_probed_backbone_classifies_the_mean_of_what_its_map_shows(splits, nam
 
 def test_untouched_backbones_beside_the_box_in_the_middle(splits):
     backbones = {"start": create_backbone("vit_mini", pretrained=True)}
-    rows = pd.DataFrame(study.start_rows(backbones, splits, study.TESTED, 12))
-    assert list(rows["map"]) == ["cam", "attention", "box in the middle"]
+    crop = transforms.ResizeCenterCrop(128, 112, keep_aspect=True)
+    table = pd.DataFrame(study.start_rows(backbones, splits, {"resize": study.TESTED, "crop": crop}, 12))
+    assert list(table["map"]) == ["cam", "attention", "box in the middle"] * 2
+    assert list(table.protocol) == ["resize"] * 3 + ["crop"] * 3
     seen = splits.train.subset([0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 15])  # twelve of sixteen, evenly spaced
-    model = study.probed(backbones["start"], seen, splits.val, study.TESTED)
-    ranking = [one.ranking[0] == one.sample.label for one in predict(model, splits.test, study.TESTED)]
-    assert rows.top1[0] == pytest.approx(np.mean(ranking))
-    val, test = ([study.TESTED(sample) for sample in part] for part in splits[1:])
-    assert rows.gt_known[2] == box_accuracy(centre_box(val)[0], test)
+    for transform, (_, rows) in zip((study.TESTED, crop), table.groupby("protocol", sort=False), strict=True):
+        rows = rows.set_index("map")
+        model = study.probed(backbones["start"], seen, splits.val, transform)
+        found = list(predict(model, splits.test, transform))
+        assert rows.top1["cam"] == pytest.approx(np.mean([one.ranking[0] == one.sample.label for one in found]))
+        val, test = ([transform(sample) for sample in part] for part in splits[1:])
+        box, _ = centre_box(val)
+        assert rows.gt_known["box in the middle"] == box_accuracy(box, test)
+        for name in ("cam", "attention"):
+            threshold = rows.threshold[name]
+            boxes = [boxes_from_score_map(one.maps[name], [threshold], protocol="tscam")[0] for one in found]
+            right = [ious(own, sample)[0] >= 0.5 for own, sample in zip(boxes, test, strict=True)]
+            assert rows.gt_known[name] == pytest.approx(np.mean(right))
+            less = np.array(right, float) - [ious(np.trunc(box)[None], sample)[0] >= 0.5 for sample in test]
+            assert rows.lead[name] == pytest.approx(less.mean())
+            assert rows.lead_se[name] == pytest.approx(less.std(ddof=1) / np.sqrt(len(less)))
+
+
+def ious(boxes, sample):
+    """IoU of boxes with a sample's only one, both as TS-CAM compares them."""
+    return box_iou(boxes, ground_truth(sample.boxes, sample.size, TSCAM)).max(axis=1)
 
 
 def test_an_ablation_is_pretrained_and_tuned_once(tmp_path, monkeypatch, tuning, capsys):

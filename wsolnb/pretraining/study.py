@@ -37,7 +37,7 @@ from wsolnb.metrics.localization import Localization
 from wsolnb.notebook.runs import Run
 from wsolnb.pretraining import taught
 from wsolnb.pretraining.recipes import RECIPES, PretrainingConfig, ablation, export, on_photographs, pretrain
-from wsolnb.train.evaluation import THRESHOLDS, Reader, box_accuracy, centre_box, evaluate, predict, validator
+from wsolnb.train.evaluation import THRESHOLDS, Reader, box_hits, centre_box, evaluate, map_hits, predict, validator
 from wsolnb.train.loop import TrainingConfig, history, load_checkpoint, pick_device, train
 from wsolnb.train.recipe import Recipe, evenly, fit
 
@@ -300,22 +300,29 @@ def probed(
 
 
 def start_rows(
-    backbones: Mapping[str, TransformerBackbone | ConvBackbone], splits: Splits, transform: Transform, images: int
-) -> Iterator[dict[str, Any]]:
-    """Yield what untouched backbones know of photographs with boxes, a row per backbone and map, then the centred box.
+    backbones: Mapping[str, TransformerBackbone | ConvBackbone], splits: Splits, protocols: Mapping[str, Transform],
+    images: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield what untouched backbones know of photographs with boxes: a row per protocol, backbone and map.
 
-    images: training images of `probed`, evenly spaced; its `top1` is of test images. Boxes are those of test images, at
-    thresholds that validation images choose.
+    The last row of a protocol is that of the centred box. protocols: what is done to images, by name. images: training
+    images of `probed`, evenly spaced; its `top1` is of test images. Boxes are those of test images, at thresholds that
+    validation images choose. `lead`: GT-known less that of the centred box, paired by image, and its standard error.
     """
     train = evenly(splits.train, images)
-    for name, backbone in backbones.items():
-        model = probed(backbone, train, splits.val, transform)
-        val, test = (evaluate(model, part, transform) for part in (splits.val, splits.test))
-        for row in test.table(val):
-            yield {"backbone": name, "test images": len(splits.test), **row}
-    val, test = (map(transform, part) for part in (splits.val, splits.test))
-    centred = box_accuracy(centre_box(val)[0], test)
-    yield {"backbone": "-", "test images": len(splits.test), "map": "box in the middle", "gt_known": centred}
+    for protocol, transform in protocols.items():
+        where = {"protocol": protocol, "test images": len(splits.test)}
+        box, _ = centre_box(map(transform, splits.val))
+        centred = box_hits(box, map(transform, splits.test))
+        for name, backbone in backbones.items():
+            model = probed(backbone, train, splits.val, transform)
+            val, test = (evaluate(model, part, transform) for part in (splits.val, splits.test))
+            hits = map_hits(predict(model, splits.test, transform), val.thresholds())
+            for row in test.table(val):
+                lead = hits[row["map"]].astype(float) - centred
+                known = {"lead": lead.mean(), "lead_se": lead.std(ddof=1) / np.sqrt(len(lead))}
+                yield {"backbone": name, **where, **row, **known}
+        yield {"backbone": "-", **where, "map": "box in the middle", "gt_known": centred.mean()}
 
 
 def two_photographs() -> list[Sample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -219,15 +219,34 @@ def centre_box(samples: Iterable[Sample], steps: int = 20) -> tuple[np.ndarray, 
     return candidates[best], float(scores[best])
 
 
-def box_accuracy(box: np.ndarray, samples: Iterable[Sample]) -> float:
-    """Return GT-known of one fixed box (4,): the share of samples with IoU >= 0.5, compared as TS-CAM does.
+def box_hits(box: np.ndarray, samples: Iterable[Sample]) -> np.ndarray:
+    """Return of which samples one fixed box (4,) is right, (n,) bool: IoU >= 0.5, compared as TS-CAM does.
 
-    samples: gone through once, one held at a time. NaN for no samples, and for a box of NaN.
+    samples: gone through once, one held at a time. A box of NaN is right nowhere.
     """
     if np.isnan(box).any():
-        return np.nan
-    hits = [bool(_right(np.asarray(box)[None], sample)[0]) for sample in samples]
-    return float(np.mean(hits)) if hits else np.nan
+        return np.zeros(sum(1 for _ in samples), bool)
+    return np.array([_right(np.asarray(box)[None], sample)[0] for sample in samples], bool)
+
+
+def box_accuracy(box: np.ndarray, samples: Iterable[Sample]) -> float:
+    """Return GT-known of one fixed box (4,): the share of `box_hits`. NaN for no samples, and for a box of NaN."""
+    hits = box_hits(box, samples)
+    return float(hits.mean()) if hits.size and not np.isnan(box).any() else np.nan
+
+
+def map_hits(predictions: Iterable[Prediction], thresholds: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Return of which images the box of a map is right, (n,) bool by name of the map: GT-known, image by image.
+
+    thresholds: by name of the map, as of `Evaluation.thresholds`. Memory: one prediction at a time.
+    """
+    hits: dict[str, list[bool]] = {name: [] for name in thresholds}
+    for sample, _, _, maps in predictions:
+        for name, threshold in thresholds.items():
+            metric = LocalizationAccuracy([threshold])
+            metric.update(maps[name], sample.boxes, sample.label, np.eye(sample.label + 1)[sample.label])
+            hits[name].append(metric.compute().at(threshold)["gt_known"] == 1)
+    return {name: np.array(found, bool) for name, found in hits.items()}
 
 
 def _right(boxes: np.ndarray, sample: Sample) -> np.ndarray:
