@@ -354,6 +354,9 @@ def test_class_scores_and_studies(run, splits, taught):
     assert list(table.variant) == variants
     assert table.top1[0] == scores.top1[0]
     assert table.top1_enhanced[0] == scores.top1[3]
+    epochs = experiment.recipe("classifier", 0).training.epochs
+    assert table.epochs.tolist()[:2] == [epochs] * 2
+    assert table.epochs.isna()[2], "the probe is no training of epochs"
     maps = pd.DataFrame(locloc.study(run, experiment, splits, ["GEG", "GEG, attention >= 0.07"], [0]))
     assert list(maps.variant) == ["GEG", "GEG, attention >= 0.07"]
     assert not {"map", "top1", "top1_loc"} & set(maps)

@@ -530,8 +530,11 @@ VARIANTS = {
     "LFDM, plain images": Variant("classifier", {"enhance_training": False}),
     "LFDM, plain images, four times as long": Variant("classifier", {"enhance_training": False, "longer": 4}),
     "LFDM, GrabCut": Variant("classifier", PAPER, same_at_test=True),
+    "LFDM, GrabCut, four times as long": Variant("classifier", PAPER | {"longer": 4}, same_at_test=True),
     "LFDM, generator": Variant("classifier", PAPER, "generator", same_at_test=True),
+    "LFDM, generator, four times as long": Variant("classifier", PAPER | {"longer": 4}, "generator", same_at_test=True),
     "LFDM, truth": Variant("classifier", PAPER, "true", same_at_test=True),
+    "LFDM, truth, four times as long": Variant("classifier", PAPER | {"longer": 4}, "true", same_at_test=True),
     "linear probe": Variant("probe", {}),
 }
 
@@ -581,6 +584,8 @@ def study(
 ) -> Iterator[dict[str, Any]]:
     """Train some of `VARIANTS` with each seed; yields the scores of each on test images, of a probe top-1 alone.
 
+    Rows of a classifier have its `epochs`, because a comparison of variants is one of trainings of the same length.
+
     `top1` is that of the test images the variant is made for, `top1_plain` or `top1_enhanced` that of the other kind.
     generator: its maps enhance the test images that a classifier is also scored on.
     """
@@ -605,6 +610,7 @@ def study(
             row |= {"top1_enhanced": found["top1"], "mask_threshold": found["threshold"]}
         if part == "classifier":
             row |= {"gt_known_class_map": own["gt_known"]} | {c: own[c] for c in own if c.startswith("covers")}
+            row["epochs"] = experiment.recipe(part, seed, **changes).training.epochs
         elif part != "probe":
             row |= {c: own[c] for c in own if not c.startswith("top") and c != "map"}
         print(row, flush=True)
