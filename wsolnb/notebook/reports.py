@@ -35,7 +35,10 @@ def ours(found: Judged) -> str:
     signed = found.claim.test.rule != "value" or not found.claim.test.target
     ordered = sorted(found.estimates, key=lambda one: one.mean)
     texts = [estimate_text(one, signed) for one in ordered]
-    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}, {len(texts)} rows"
+    text = texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}, {len(texts)} rows"
+    test = found.claim.test
+    side = {"higher": "above", "lower": "below"}.get(test.expect) if test.target else None
+    return f"{text}; claimed: {side} {test.target:+g}" if side else text
 
 
 def explained(found: Judged) -> str:
@@ -191,8 +194,8 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
     paragraphs = [
         f"This repository lists {len(found)} claims of the three papers, {implied} of them implied, not stated. It\n"
         "computes each verdict from recorded tables. To decide a claim about trainings takes five seeds, and a 95 %\n"
-        "interval that lies wholly on one side; `±` is half of its width. Where nothing is trained the interval is\n"
-        "over images, or there is one number.\n"
+        "interval that lies wholly on one side of zero, or of the number that the claim names; `±` is half of its\n"
+        "width. Where nothing is trained the interval is over images, or there is one number.\n"
         "[91_claims](notebooks/91_claims.ipynb) shows all claims and the rule.",
         markdown(verdict_counts(found).reset_index().rename(columns={"paper": "claims of"})),
         "Some claims are measured on several starts and images, each in a row. *Partly* says that at least one row\n"
@@ -202,7 +205,8 @@ def results(table_of: Callable[[str], pd.DataFrame] = read) -> str:
         markdown(table[["paper", "claim", "paper's number", "ours", "verdict"]]),
         "The next table has the methods that localize and classify from a pretrained start, on the same rendered test\n"
         "images. Compare rows that agree in network, start and training. Each start is one pretrained file: from a\n"
-        "second file of `vit_mini_dino` no lead of SCM is shown ([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
+        "second file of `vit_mini_dino` no lead of SCM's boxes is shown\n"
+        "([12_scm_results](notebooks/12_scm_results.ipynb)).\n"
         "[90_leaderboard](notebooks/90_leaderboard.ipynb) has the methods from random weights (HaS, CutMix, ADL, ACoL\n"
         "and Grad-CAM among them), the other boards, and the papers' numbers with their protocols.",
         markdown(board.drop(columns=["mask IoU", "protocol"])),
