@@ -113,7 +113,7 @@ def test_the_forge_runs_what_the_makefile_has_on_two_versions_of_python():
     workflows = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
     assert set(workflows) == {"tests", "weekly", "site"}
     targets = {target for text in workflows.values() for target in re.findall(r"run: make (\S+)", text)}
-    assert targets == {"test", "test-full", "reproduce", "site"}
+    assert targets == {"test", "lattice", "test-full", "reproduce", "site"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     versions = yaml.safe_load(workflows["tests"])["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert versions[0] == PROJECT["requires-python"].removeprefix(">=")

@@ -141,7 +141,8 @@ def test_file_card_and_code_agree(name):
 @pytest.mark.parametrize("name", taught.RECIPES)
 def test_the_cards_scores_are_the_recorded_ones(name):
     reference = Path(__file__).parents[2] / "outputs" / "reference"
-    start = pd.read_csv(reference / "04_photo.csv").query("protocol == 'resize'").set_index(["backbone", "map"]).loc[name]
+    start = pd.read_csv(reference / "04_photo.csv").query("protocol == 'resize'")
+    start = start.set_index(["backbone", "map"]).loc[name]
     photographs = pd.read_csv(reference / "04_photographs.csv").set_index(["map", "off-centre"]).auc
     expected = {"top1_test": start.top1["cam"]}
     expected |= {f"{map_}_gt_known_test": start.gt_known[map_] for map_ in ("cam", "attention")}
