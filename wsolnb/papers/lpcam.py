@@ -704,16 +704,18 @@ class Claim(BaseModel):
     def pseudo_masks(
         self, run: Run, classifier: Classifier, base: LPCAMConfig, settings: Segmentation, where: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """Yield rows of `OwnPipeline.rows` of a host, for each of the studies of its `own_maps`.
+        """Yield rows of seeds and pseudo masks of a host's maps `INSIDE`, for each of the studies of its `own_maps`.
 
         classifier: of one of `HOSTS`. settings: of IRN. where: columns that name the case.
         """
         base = base.model_copy(update={"seed": classifier.seed})
         host = classifier.host(run)
         _, _, by_name = self.variants(run, host, base)
+        names = {file_name(name): name.partition(", ") for name in INSIDE}
         for study, draw in self.own_maps(run, host, by_name, base).items():
-            for row in OwnPipeline(run, host, base, settings, study, draw).rows():
-                yield {**where, "study": study, "seed": host.number, **row}
+            for row in OwnPipeline(run, host, base, settings, study, draw).mask_rows():
+                kind, _, hyper = names[row["map"]]
+                yield {**where, "study": study, "seed": host.number, **row, "map": kind, "hyper": hyper}
 
     def trainings(
         self, study: str, classifier: Classifier, run: Run | None = None
@@ -1058,13 +1060,17 @@ class Pipeline:
         """The segmenter that learns from true masks."""
         return self.segmenter("true masks", self.true_masks)
 
+    def mask_rows(self, *more: str) -> Iterator[dict[str, Any]]:
+        """Yield the scores of the masks of training images, for every kind of map. more: further stages."""
+        for stage in ("seeds", "seeds, CRF", "pseudo masks", *more):
+            yield from (own.row(stage) for own in self.stages.values())
+
     def rows(self, bound: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the scores of every stage, for CAM and for LPCAM, and of the segmenter that learns from true masks.
 
         bound: also those of the stage `BOUND`, for which another IRN is trained.
         """
-        for stage in ("seeds", "seeds, CRF", "pseudo masks", *([BOUND] if bound else []), "segmentation"):
-            yield from (own.row(stage) for own in self.stages.values())
+        yield from self.mask_rows(*([BOUND] if bound else []), "segmentation")
         yield _row("segmentation", "true masks", "test", np.nan, self.fully_supervised.scores)
 
 
@@ -1091,14 +1097,6 @@ class OwnPipeline(Pipeline):
             self.run.cached(f"maps-{study}-{part}-{self.host.number}", partial(write_own, self.draw, dataset))
             for part, dataset in (("train", self.train), ("val", self.tune))
         )
-
-    def rows(self, bound: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield the scores of seeds and pseudo masks for each of `INSIDE`. bound: as of `Pipeline.rows`."""
-        for stage, name in itertools.product(
-            ("seeds", "seeds, CRF", "pseudo masks", *([BOUND] if bound else [])), INSIDE
-        ):
-            kind, _, hyper = name.partition(", ")
-            yield {**self.stages[file_name(name)].row(stage), "map": kind, "hyper": hyper}
 
 
 class Segmenter(NamedTuple):
