@@ -35,7 +35,7 @@ from wsolnb.methods.grabcut import GrabCutConfig
 from wsolnb.methods.locloc import GrabCutEnhancedGenerator, LocalFeatureDigging, LocLoc
 from wsolnb.methods.lpcam import Directions, LPCAMConfig
 from wsolnb.methods.prototypes import write_maps
-from wsolnb.papers import locloc, lpcam, scm
+from wsolnb.papers import locloc, pseudo_masks, scm
 from wsolnb.train import evaluation, seeds, segmentation
 
 SIDE, CLASSES = 64, 3
@@ -116,7 +116,7 @@ STAGES: dict[str, Callable[[Work], object]] = {
     "23: maps": lambda own: write_maps(own.source, own.by_name, SETTINGS, own.maps),
     "23: scores of stored maps": lambda own: seeds.score_stored(own.store, own.scenes, own.store, own.scenes),
     "23: labels of IRN": lambda own: irn.write_irn_labels(own.store, own.scenes, own.config, own.crf, own.labels),
-    "23: scores of walks": lambda own: lpcam.score_walks(
+    "23: scores of walks": lambda own: pseudo_masks.score_walks(
         own.irn, own.store, own.scenes, own.config, (1.0, 0.0), (0, 2), SIDE),
     "23: pseudo masks": lambda own: irn.write_pseudo_masks(
         own.irn, own.store, own.scenes, own.config, SIDE, own.pseudo),

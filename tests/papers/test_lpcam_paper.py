@@ -17,7 +17,7 @@ from wsolnb.methods.irn import IRNConfig, irn_labels
 from wsolnb.methods.lpcam import LPCAMConfig
 from wsolnb.methods.prototypes import ClassPrototypes, directions_by_kind, variant_maps
 from wsolnb.notebook import params, runs
-from wsolnb.papers import lpcam
+from wsolnb.papers import lpcam, pseudo_masks
 from wsolnb.train.seeds import evaluate, region_features, scored
 
 ROOT_NOTEBOOKS = ("20_lpcam_classifier", "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation")
@@ -52,7 +52,7 @@ def base():
 
 def test_the_settings_are_the_parameters_of_the_notebooks():
     pairs = zip(
-        ROOT_NOTEBOOKS, (lpcam.Classifier, lpcam.Prototypes, lpcam.Claim, lpcam.Segmentation), strict=True
+        ROOT_NOTEBOOKS, (lpcam.Classifier, lpcam.Prototypes, lpcam.Claim, pseudo_masks.Segmentation), strict=True
     )  # each field is declared by its notebook, and none has a value of its own
     for notebook, kind in pairs:
         assert set(kind.model_fields) <= set(defaults(notebook)), notebook
@@ -111,7 +111,7 @@ def test_coco_is_evaluated_on_the_published_val_images(tmp_path):
 
 
 def test_only_what_the_released_programs_leave_undilated_is(tmp_path):
-    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation"))
+    settings = pseudo_masks.Segmentation(**defaults("23_lpcam_segmentation"))
     for dilate in (True, False):
         classifier = lpcam.Classifier(**defaults("20_lpcam_classifier", output_stride=16, dilate=dilate))
         models = [classifier.recipe(), settings.recipe("irn", classifier), settings.recipe("segmenter", classifier)]
@@ -462,13 +462,13 @@ STAGES = {
 
 def test_pseudo_masks_of_a_hosts_own_maps(run, edam, base):
     """LPCAM among EDAM's features is what the plain pipeline makes of that host; EDAM's own mask is another map."""
-    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **STAGES | {"grid_mu": []}))
+    settings = pseudo_masks.Segmentation(**defaults("23_lpcam_segmentation", **STAGES | {"grid_mu": []}))
     claim = lpcam.Claim(**defaults("22_lpcam_results", grid_mu_f=[0.9], grid_mu_b=[0.9]))
-    found = pd.DataFrame(claim.pseudo_masks(run, edam.classifier, base, settings, {"host": "edam"}))
+    found = pd.DataFrame(pseudo_masks.of_host(claim, run, edam.classifier, base, settings, {"host": "edam"}))
     assert len(found) == 2 * 3 * len(lpcam.INSIDE)
     assert set(found.study) == {"edam", "edam, cue"}
     rows = found[(found.study == "edam") & (found.hyper == "paper")].set_index(["stage", "map"])
-    plain = pd.DataFrame(lpcam.Pipeline(run, edam, base, settings).rows()).set_index(["stage", "map"])
+    plain = pd.DataFrame(pseudo_masks.Pipeline(run, edam, base, settings).rows()).set_index(["stage", "map"])
     measures = ["threshold", "miou", "fp", "fn", "precision", "recall"]
     for stage in ("seeds", "seeds, CRF", "pseudo masks"):
         assert rows.loc[(stage, "lpcam"), measures].tolist() == plain.loc[(stage, "lpcam"), measures].tolist()
@@ -484,13 +484,13 @@ def test_pseudo_masks_of_a_hosts_own_maps(run, edam, base):
 
 def test_every_stage_after_the_other(run, host, base, capsys):
     """From maps to segmentation on a few scenes: each stage is made of the one before it, and found again."""
-    settings = lpcam.Segmentation(**defaults("23_lpcam_segmentation", **STAGES))
-    pipeline = lpcam.Pipeline(run, host, base, settings)
-    assert [row["stage"] for row in pipeline.rows()].count(lpcam.BOUND) == 0
+    settings = pseudo_masks.Segmentation(**defaults("23_lpcam_segmentation", **STAGES))
+    pipeline = pseudo_masks.Pipeline(run, host, base, settings)
+    assert [row["stage"] for row in pipeline.rows()].count(pseudo_masks.BOUND) == 0
     rows = list(pipeline.rows(bound=True))
-    stages = ["seeds", "seeds, CRF", "pseudo masks", lpcam.BOUND, "segmentation"]
+    stages = ["seeds", "seeds, CRF", "pseudo masks", pseudo_masks.BOUND, "segmentation"]
     assert [(row["stage"], row["map"]) for row in rows] == [
-        *((stage, kind) for stage in stages for kind in lpcam.COMPARED), ("segmentation", "true masks"),
+        *((stage, kind) for stage in stages for kind in pseudo_masks.COMPARED), ("segmentation", "true masks"),
     ]  # fmt: skip
     assert all(0 <= row["miou"] <= 1 for row in rows)
     assert all(math.isnan(row["threshold"]) == (row["stage"] == "segmentation") for row in rows)
@@ -508,11 +508,11 @@ def test_every_stage_after_the_other(run, host, base, capsys):
     assert bounds[1].pseudo_masks.store.folder != own.pseudo_masks.store.folder
     assert bounds[1].seeds == own.seeds
     capsys.readouterr()
-    again = list(lpcam.Pipeline(run, host, base, settings).rows(bound=True))
+    again = list(pseudo_masks.Pipeline(run, host, base, settings).rows(bound=True))
     assert all(line.startswith("reusing") for line in capsys.readouterr().out.splitlines())
     assert pd.DataFrame(again).equals(pd.DataFrame(rows))
     longer = settings.model_copy(update={"segmenter_epochs": 2})
-    list(lpcam.Pipeline(run, host, base, longer).rows())
+    list(pseudo_masks.Pipeline(run, host, base, longer).rows())
     built = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("built")]
     assert {name.partition("-")[0] for name in built} == {"segmenter", "segmentation"}
 
