@@ -72,6 +72,7 @@ from wsolnb.train.seeds import (
     score_variants,
 )
 from wsolnb.train.seeds import scored as score_pair
+from wsolnb.train.segmentation import class_mask
 
 # ---------------------------------------------------------------------------------------- the classifier (notebook 20)
 
@@ -331,6 +332,51 @@ def weight_overlap(host: Host, top: int = 10) -> pd.DataFrame:
     table["chance"] = round(top * top / weight.shape[1], 1)
     cosine = torch.nn.functional.cosine_similarity(weight[:, None], regions.raw, dim=2).numpy().round(2)
     return table.assign(**{f"cosine {name}": cosine[:, place] for place, name in enumerate(REGIONS)})
+
+
+def confusing_classes(host: Host, count: int = 2) -> dict[int, list[int]]:
+    """Return for each class the classes that it is most confused with, the most confusing first (fig. 1).
+
+    Another class is scored by its mean logit on the validation images that show the class and not the other.
+    """
+    values, labels = multilabel.predict(host.judge, host.splits.val, host.classifier.image_size)
+    confusing = {}
+    for label in range(labels.shape[1]):
+        apart = {k: (labels[:, label] == 1) & (labels[:, k] == 0) for k in range(labels.shape[1]) if k != label}
+        strength = {k: values[where, k].mean() for k, where in apart.items() if where.any()}
+        confusing[label] = sorted(strength, key=strength.__getitem__, reverse=True)[:count]
+    return confusing
+
+
+def cams_of_all_classes(host: Host, index: int) -> np.ndarray:
+    """Return CAMs of a test image for all classes, present or not: (C, H, W), each divided by its own maximum."""
+    image = next(host.sources.test.images([index], flip=True))
+    return cam_of(image.scales, host.weight, image.size, image.area).cpu().numpy()
+
+
+def confusion(host: Host, threshold: float, images: int = 100) -> pd.DataFrame:
+    """Return which share of an object the CAMs of classes cover that its image does not show (fig. 1).
+
+    A row for the two `confusing` classes of the object's class, and one for the `other absent` ones. Columns: the share
+    above the threshold of the part of the object that its own CAM `covered`, of the part `left_out`, and of the
+    image's `background`; `own`, the share of the object that its own CAM covers. Means over the objects of evenly
+    spaced test images. An object that is covered wholly or not at all does not count.
+    """
+    confusing, rows = confusing_classes(host), []
+    for index in np.linspace(0, len(host.splits.test) - 1, images).astype(int):
+        sample, above = host.splits.test[index], cams_of_all_classes(host, index) > threshold
+        truth = class_mask(sample, host.splits.test.multi_label)
+        absent = set(range(len(above))) - set(sample.labels)
+        for label in sample.labels:
+            inside = truth == label + 1
+            regions = {"covered": inside & above[label], "left_out": inside & ~above[label], "background": truth == 0}
+            classes = {"confusing": absent & set(confusing[label]), "other absent": absent - set(confusing[label])}
+            if all(classes.values()) and all(where.any() for where in regions.values()):
+                own = above[label][inside].mean()
+                for kind, chosen in classes.items():
+                    shares = (np.mean([above[k][where].mean() for k in chosen]) for where in regions.values())
+                    rows.append((kind, own, *shares))
+    return pd.DataFrame(rows, columns=["maps", "own", "covered", "left_out", "background"]).groupby("maps").mean()
 
 
 # ------------------------------------------------------------------------------- LPCAM against CAM (notebook 22)
@@ -756,7 +802,7 @@ class Claim(BaseModel):
     def tables(
         self, run: Run, studies: Sequence[str], classifier: Classifier, base: LPCAMConfig
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the recorded tables of the paired studies, and of `CHECKED` and `bias`, with some made here.
+        """Return the recorded tables of the paired studies and of all others, with some made here.
 
         studies: to make. base: the configuration of notebook 21; `checked_on` says whose classifiers `CHECKED` varies.
         """
@@ -767,6 +813,12 @@ class Claim(BaseModel):
                 bias = weight_overlap(classifier.changed(train_seed=number).host(run))
                 where = {"study": "bias", "data": "scenes", "seed": number}
                 yield from (where | row for row in bias.rename(columns={"class": "variant"}).to_dict("records"))
+            for number in self.checked_seeds if "confusion" in studies else ():
+                host = classifier.changed(train_seed=number).host(run)
+                threshold = best_thresholds(host.sources.val, {"cam": None}, base)[0]["threshold"]
+                where = {"study": "confusion", "data": "scenes", "threshold": threshold, "seed": number}
+                found = confusion(host, threshold).reset_index(names="variant")
+                yield from (where | row for row in found.to_dict("records"))
             for data, number in itertools.product(self.checked_on if asked else (), self.checked_seeds):
                 host, config = self.checked_host(run, classifier, base, data, number)
                 yield from ({"data": data, **row} for study in asked for row in checked(run, host, config, study))
