@@ -18,7 +18,9 @@ from wsolnb.methods.lpcam import LPCAMConfig
 from wsolnb.methods.prototypes import ClassPrototypes, directions_by_kind, variant_maps
 from wsolnb.notebook import params, runs
 from wsolnb.papers import lpcam, pseudo_masks
+from wsolnb.train import multilabel
 from wsolnb.train.seeds import evaluate, region_features, scored
+from wsolnb.train.segmentation import class_mask
 
 ROOT_NOTEBOOKS = ("20_lpcam_classifier", "21_lpcam_prototypes", "22_lpcam_results", "23_lpcam_segmentation")
 
@@ -298,16 +300,54 @@ def test_the_shared_dimensions_are_counted_one_by_one(host):
     assert (table.chance == round(9 / len(weight), 1)).all()
 
 
+def test_confusing_classes_and_what_their_maps_cover_are_counted_one_by_one(run):
+    more = SMALL | {"classes": 6, "val_images": 12, "test_images": 12}
+    host = lpcam.Classifier(**defaults("20_lpcam_classifier", **more)).host(run)
+    logits, shown = multilabel.predict(host.judge, host.splits.val, host.classifier.image_size)
+    found = lpcam.confusing_classes(host)
+    for label, others in found.items():
+        means = {}
+        for k in set(range(len(found))) - {label}:
+            of = [z[k] for z, y in zip(logits, shown, strict=True) if y[label] and not y[k]]
+            if of:
+                means[k] = sum(of) / len(of)
+        assert others == [k for _, k in sorted(((-v, k) for k, v in means.items()))][:2]
+
+    rows, test = {"confusing": [], "other absent": []}, host.splits.test
+    for index, sample in enumerate(test):
+        above, truth = lpcam.cams_of_all_classes(host, index) > 0.2, class_mask(sample, test.multi_label)
+        for label in sample.labels:
+            pixels = [(y, x) for y, x in np.ndindex(truth.shape) if truth[y, x] == label + 1]
+            regions = [[p for p in pixels if above[label][p]], [p for p in pixels if not above[label][p]]]
+            regions.append([p for p in np.ndindex(truth.shape) if truth[p] == 0])
+            absent = [k for k in range(len(above)) if k not in sample.labels]
+            kinds = [[k for k in absent if k in found[label]], [k for k in absent if k not in found[label]]]
+            if all(kinds) and all(regions):
+                for own, classes in zip(rows.values(), kinds, strict=True):
+                    shares = [[sum(above[k][p] for p in region) / len(region) for k in classes] for region in regions]
+                    own.append([len(regions[0]) / len(pixels), *(sum(s) / len(s) for s in shares)])
+    table = lpcam.confusion(host, 0.2, images=len(test))
+    assert min(map(len, rows.values())) > 0
+    for kind, own in rows.items():
+        assert np.allclose(table.loc[kind], np.mean(own, axis=0))
+
+
 def test_the_studies_of_several_classifiers(run, host, base, monkeypatch):
     few = {"checked_seeds": [0, 1], "claim_seeds": [0, 1], "grid_mu_f": [0.1, 0.9], "grid_mu_b": [0.9]}
     claim = lpcam.Claim(**defaults("22_lpcam_results", **few))
     monkeypatch.setitem(lpcam.CHECKED, "tau", [{"tau": 0.1}])
-    _, checked = claim.tables(run, ["tau", "bias"], host.classifier, base)
+    monkeypatch.setattr(lpcam, "confusing_classes", partial(lpcam.confusing_classes, count=1))  # of three classes
+    _, checked = claim.tables(run, ["tau", "bias", "confusion"], host.classifier, base)
     checked = checked[checked.data == "scenes"]  # of which none is left of the recorded ones
     tau, bias = (checked[checked.study == name] for name in ("tau", "bias"))
     assert list(tau.seed) == [0, 1]
     assert list(tau.variant) == ["tau 0.1"] * 2
     assert sorted(bias[bias.seed == 1].variant) == sorted(host.splits.val.class_names)
+    confusion = checked[checked.study == "confusion"]
+    assert [(row.seed, row.variant) for row in confusion.itertuples()] == [
+        (n, kind) for n in (0, 1) for kind in ("confusing", "other absent")
+    ]
+    assert confusion.threshold.between(0, 1).all()
     own = lpcam.weight_overlap(host).set_index("class")
     assert list(bias[bias.seed == host.number].set_index("variant")["head"]) == list(own["head"])
     hosts = list(claim.trainings("hosts", host.classifier))
