@@ -178,6 +178,9 @@ def test_the_claim_has_a_row_for_each_map_and_choice(run, host, base):
     errors = lpcam.differences(table, "claim", ["epochs"], ["fp", "miou"], hyper="paper").iloc[0]
     assert errors["miou"] == compared["lpcam, paper"]
     assert errors["fp"] == f"{rows[2]['fp'] - rows[0]['fp']:+.3f} ± 0.000"
+    context = lpcam.differences(table, "claim", ["epochs"], ["fp"], hyper="paper", less=("lpcam-f", "paper")).iloc[0]
+    by_map = {row["map"]: row["fp"] for row in rows if row["hyper"] == "paper"}
+    assert context["fp"] == f"{by_map['lpcam'] - by_map['lpcam-f']:+.3f} ± 0.000"
     for row in rows:  # with the background as a class they add to one
         assert row["miou"] + row["fp"] + row["fn"] == pytest.approx(1)
         assert {"fp_foreground", "fn_foreground"} <= set(row)

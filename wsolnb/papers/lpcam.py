@@ -853,17 +853,19 @@ def against_cam(table: pd.DataFrame, study: str, by: list[str]) -> pd.DataFrame:
 
 def differences(
     table: pd.DataFrame, study: str, by: list[str], measures: Sequence[str], kind: str = "lpcam",
-    hyper: str = "chosen, floor",
+    hyper: str = "chosen, floor", less: tuple[str, str] = ("cam", "paper"),
 ) -> pd.DataFrame:  # fmt: skip
-    """Return a row per condition: the paired differences to CAM of one kind of map, with 95 % intervals, by measure.
+    """Return a row per condition: paired differences of one kind of map to another, with 95 % intervals, by measure.
 
     Arguments as of `against_cam`. measures: columns of the table. hyper: how the kind's hyperparameters were found.
+    less: the other kind, and how its hyperparameters were found.
     """
     rows = []
     for key, group in table[table.study == study].groupby(by, sort=False):
-        cam = group[group["map"] == "cam"].set_index("seed")
-        other = group[(group["map"] == kind) & (group.hyper == hyper)].set_index("seed")
-        found = {name: plus_minus(other[name] - cam[name]) for name in measures}
+        one, other = (
+            group[(group["map"] == k) & (group.hyper == h)].set_index("seed") for k, h in ((kind, hyper), less)
+        )
+        found = {name: plus_minus(one[name] - other[name]) for name in measures}
         rows.append(dict(zip(by, key, strict=True)) | {"map": f"{kind}, {hyper}"} | found)
     return pd.DataFrame(rows)
 
